@@ -1,0 +1,318 @@
+"""Weights in and out: the base checkpoint, the training state, the finished model. safetensors and JSON only.
+
+base         a Hugging Face folder or Hub repository in the original layout, streamed into each rank's own shard
+training     OUTPUT/checkpoints/step_N: every rank writes the rows it owns (DCP, in safetensors); a checkpoint has its
+             final name only when it is whole, and loads on any number of ranks
+finished     OUTPUT/final: a folder for `HiggsAudioModel.from_pretrained`, or a PEFT adapter
+
+python checkpoint.py FOLDER      # what a folder holds
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
+# The Hub's newer revisions hold the same weights in the layout of transformers >= 5.3; this one is the original layout.
+BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
+
+MAX_FILE_BYTES = 5_000_000_000
+STATE_FILE = "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another kind; the message names the path and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base checkpoint
+
+
+def find_base(name_or_path: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint, downloaded from the Hub where it is not a folder (call on one rank per node first)."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+        raise CheckpointError(f"--base_ckpt {name_or_path}: neither a folder nor a Hub repository (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the Hub client has many: offline, no access, no such repository or revision
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"--base_ckpt {name_or_path} (revision {revision}): not a folder here, and the Hub gave no copy: {reason}"
+        ) from None
+
+
+def read_base_config(folder: Path) -> HiggsAudioConfig:
+    """The checkpoint's configuration; CheckpointError if the folder is not a Higgs Audio v2 checkpoint."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"--base_ckpt {folder}: no config.json, so this is not a checkpoint folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: broken JSON: {error}") from None
+    kind = values.get("model_type")
+    if kind == "higgs_audio_v2":
+        raise CheckpointError(
+            f"--base_ckpt {folder}: this is the layout of transformers >= 5.3; take the original one, --base_revision {BASE_REVISION}"
+        )
+    if kind != "higgs_audio":
+        raise CheckpointError(f"--base_ckpt {folder}: model_type is {kind!r}, expected 'higgs_audio'")
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(f"--base_ckpt {folder}: no *.safetensors files")
+    return HiggsAudioConfig.from_dict(values)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; CheckpointError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--base_ckpt {folder}: no usable tokenizer beside the weights: {error}") from None
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the base checkpoint: LoRA wraps a linear layer as `base_layer`."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_lora(name: str) -> bool:
+    return ".lora_" in name
+
+
+def load_base(model: nn.Module, folder: Path) -> list[str]:
+    """Stream the base weights into a sharded model; each rank reads its own rows only.
+
+    returns: names of tensors in the checkpoint that the model has no use for
+    raises:  CheckpointError for missing tensors or other shapes
+    """
+    targets = {base_name(name): p.data for name, p in model.named_parameters() if not is_lora(name)}
+    stored = _stored_shapes(folder)
+    missing = sorted(targets.keys() - stored.keys())
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} of {len(targets)} tensors are missing, first {missing[0]}")
+    for name, tensor in targets.items():
+        if tuple(tensor.shape) != stored[name]:
+            raise CheckpointError(f"{folder}: {name} has shape {stored[name]}, the model wants {tuple(tensor.shape)}")
+    dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    return sorted(stored.keys() - targets.keys())
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from None
+    return shapes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training state
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Write what trains, the optimizer's state and `state` (JSON) to `folder`, which appears when it is whole.
+
+    Collective: every rank calls it and writes its own rows. Random numbers need no saving: train.py derives them from
+    (seed, step, micro-batch).
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    dcp.save(_training_tensors(model, optimizer), storage_writer=writer)
+    if dist.get_rank() == 0:
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2))
+        for path in temporary.iterdir():
+            _fsync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        _fsync(folder.parent)
+    dist.barrier()
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore what `save_state` wrote, on any number of ranks; returns its `state`. Collective."""
+    state = read_state(folder)
+    tensors = _training_tensors(model, optimizer)
+    missing = sorted(tensors.keys() - _stored_shapes(folder).keys())
+    if missing:
+        raise CheckpointError(
+            f"--resume {folder}: {len(missing)} tensors are missing, first {missing[0]}; resume with the settings (full or "
+            "LoRA, targets, freezing) of the run that wrote it"
+        )
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    return state
+
+
+def read_state(folder: Path) -> dict:
+    try:
+        return json.loads((folder / STATE_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"--resume {folder}: not a whole training checkpoint: {error}") from None
+
+
+def list_states(folder: Path) -> list[Path]:
+    """Whole checkpoints in OUTPUT/checkpoints, oldest first."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Live references to everything that training changes; loading writes into them."""
+    _create_state(optimizer)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter.data
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make a fresh optimizer allocate its state, by a step that changes nothing."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"].zero_()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The finished model
+
+
+def export(
+    folder: Path,
+    model: nn.Module,
+    config: HiggsAudioConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    lora: LoraConfig | None,
+) -> None:
+    """Write the finished model to `folder`, under a temporary name first. Collective.
+
+    Without `lora` a Hugging Face folder in the base checkpoint's dtype, else a PEFT adapter in float32. Tensors are
+    gathered one at a time, so rank 0 holds one output file's worth, never the whole model.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    is_main = dist.get_rank() == 0
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if lora is not None:
+        named = ((_adapter_name(n), p.data) for n, p in model.named_parameters() if is_lora(n))
+        _write_weights(temporary, named, "adapter_model", None, index=False)
+    else:
+        dtype = config.torch_dtype or torch.float32
+        named = ((n, p.data) for n, p in model.named_parameters())
+        _write_weights(temporary, named, "model", dtype, index=True)
+    if is_main:
+        tokenizer.save_pretrained(temporary)
+        if lora is not None:
+            dataclasses.replace(lora, inference_mode=True).save_pretrained(temporary)
+        else:
+            config.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    dist.barrier()
+
+
+def _adapter_name(name: str) -> str:
+    """PEFT's name of an adapter weight in its files."""
+    return "base_model.model." + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)
+
+
+def _write_weights(
+    folder: Path, named: Iterator[tuple[str, Tensor]], stem: str, dtype: torch.dtype | None, index: bool
+) -> None:
+    """Gather tensors one at a time and write them on rank 0, in files of at most MAX_FILE_BYTES."""
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total_bytes = num_files = 0
+    file_of: dict[str, int] = {}
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes, num_files
+        num_files += 1
+        save_file(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(pending, num_files))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in named:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() != 0:
+            continue
+        full = full.detach().to("cpu", dtype or full.dtype).contiguous()
+        if pending and pending_bytes + full.nbytes > MAX_FILE_BYTES:
+            flush()
+        pending[name] = full
+        pending_bytes += full.nbytes
+        total_bytes += full.nbytes
+    if dist.get_rank() != 0:
+        return
+    flush()
+    names = {i: f"{stem}-{i:05d}-of-{num_files:05d}.safetensors" for i in range(1, num_files + 1)}
+    if num_files == 1:
+        names = {1: f"{stem}.safetensors"}
+    for i, name in names.items():
+        os.replace(folder / f"{stem}-part{i}", folder / name)
+    if index and num_files > 1:
+        weights = {"metadata": {"total_size": total_bytes}, "weight_map": {n: names[i] for n, i in file_of.items()}}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(weights, indent=2))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 1:
+        raise SystemExit("usage: python checkpoint.py FOLDER")
+    folder = Path(argv[0])
+    shapes = _stored_shapes(folder)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    print(f"{folder}: {len(shapes)} tensors, {count:,} numbers")
+    if (folder / STATE_FILE).is_file():
+        print(json.dumps(read_state(folder), indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

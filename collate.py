@@ -1,0 +1,382 @@
+"""The official collator, extended: copies, any device, clamped audio indices, a batch that knows its targets.
+
+`ExtendedHiggsAudioSampleCollator` repairs the samples, hands copies of them to the official
+`HiggsAudioSampleCollator`, and adds what that leaves out:
+
+- The official one writes -100 into the caller's labels, so a sample collated twice loses its audio targets: it gets copies.
+- It builds stream ids without a device: samples are moved to the CPU, `batch.to(device)` moves the result.
+- More `<|AUDIO|>`/`<|AUDIO_OUT|>` placeholders than clips is an index error there; here the index is clamped to the last
+  clip, counted and reported by sample, and never trained on. `strict=True` makes it an error.
+- Its Whisper path looks waveforms up by the wrong index as soon as an audio-out turn precedes an audio-in turn or a
+  clip is longer than one chunk; here long clips are cut beforehand and the features are computed in placeholder order.
+- `audio_label_ids_concat` becomes the labels when a sample has it.
+
+Legend: B batch, s text positions before expansion, K codebooks, T frames, N audio positions in the batch.
+
+    python collate.py MANIFEST BASE_CKPT      # shapes and targets of the first batch
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import librosa
+import torch
+from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchInput, HiggsAudioSampleCollator
+from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from boson_multimodal.model.higgs_audio.utils import build_delay_pattern_mask
+from torch import Tensor
+from transformers import WhisperFeatureExtractor
+
+IGNORE_INDEX = -100
+
+
+class CollateError(ValueError):
+    """A sample that cannot become part of a batch, or an option the checkpoint cannot serve."""
+
+
+@dataclass
+class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
+    """A batch of the official collator, with its size, its targets and where its samples came from.
+
+    input_ids, attention_mask, label_ids      [B, s] int64
+    audio_out_ids, label_audio_ids            [K, N_out] int64, delayed, with stream ids
+    audio_out_ids_start                       [num_audio_out] int64; ..._group_loc: the row of each clip
+    audio_in_ids                              [K, N_in] int64;  audio_in_ids_start  [num_audio_in] int64
+    audio_features                            [num_audio_in, mel_bins, mel_frames] float32, with Whisper only
+    audio_feature_attention_mask              [num_audio_in, mel_frames] int32, with Whisper only
+    """
+
+    sources: list[str] = field(default_factory=list)  # where each row came from, for error messages
+    clamped: dict[str, int] = field(default_factory=dict)  # clamped audio indices by source
+    has_label_overrides: bool = False  # some labels came from `audio_label_ids_concat`, not from the inputs
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ExtendedHiggsAudioBatchInput:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ExtendedHiggsAudioBatchInput:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> ExtendedHiggsAudioBatchInput:
+        changed = {n: function(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **changed)
+
+    def model_inputs(self) -> dict:
+        """The keyword arguments of `HiggsAudioModel.forward`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(HiggsAudioBatchInput) if f.name != "reward"}
+
+    def num_targets(self) -> tuple[Tensor, Tensor]:
+        """How many next-token targets the labels hold: text [] and audio [K], int64.
+
+        Labels are input-aligned, so the first position is nobody's successor and never counts.
+        """
+        text = (self.label_ids[:, 1:] != IGNORE_INDEX).sum()
+        K = self.audio_out_ids.shape[0]
+        if self.label_audio_ids.numel() == 0:
+            return text, text.new_zeros(K)
+        return text, (self.label_audio_ids[:, 1:] != IGNORE_INDEX).sum(dim=1)
+
+
+class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
+    """Collates `ChatMLDatasetSample`s; see the module's docstring for what differs from the official collator.
+
+    feature_extractor: computes the audio tower's input; None when Whisper is off.
+    feature_shape:     (mel_bins, mel_frames) of the model's audio tower, which wants (perhaps empty) features in every
+                       batch; None for a model without one.
+    strict:            more placeholders than clips is an error instead of a clamped index.
+    Other arguments are the official collator's.
+    """
+
+    def __init__(
+        self,
+        *,
+        feature_extractor: WhisperFeatureExtractor | None = None,
+        feature_shape: tuple[int, int] | None = None,
+        strict: bool = False,
+        **kwargs,
+    ):
+        super().__init__(whisper_processor=None, encode_whisper_embed=False, **kwargs)
+        self.feature_extractor = feature_extractor
+        self.feature_shape = feature_shape
+        self.strict = strict
+
+    def __call__(self, batch: Sequence[ChatMLDatasetSample]) -> ExtendedHiggsAudioBatchInput:
+        if not batch:
+            raise CollateError("cannot collate an empty batch")
+        sources = [getattr(sample, "source", "") or f"sample {i}" for i, sample in enumerate(batch)]
+        clamped: dict[str, int] = {}
+        repaired = []
+        for sample, source in zip(batch, sources):
+            sample, num_clamped = self._clamp(self._copy(sample), source)
+            if num_clamped:
+                clamped[source] = num_clamped
+                warnings.warn(f"{source}: {num_clamped} audio index(es) clamped to the last clip, not trained on", stacklevel=2)
+            repaired.append(self._cut_long_audio(sample) if self.feature_extractor else sample)
+        if len({sample.label_ids is None for sample in repaired}) > 1:
+            raise CollateError("a batch mixes samples with and without labels")
+
+        # The official collator changes its samples' labels, and which audio turns train has to be known afterwards.
+        official = super().__call__([dataclasses.replace(s, label_ids=_clone(s.label_ids)) for s in repaired])
+        result = ExtendedHiggsAudioBatchInput(**vars(official), sources=sources, clamped=clamped)
+        rows = [row for row, s in enumerate(repaired) for _ in range(int((s.input_ids == self.audio_out_token_id).sum()))]
+        result.audio_out_ids_start_group_loc = torch.tensor(rows, dtype=torch.long)
+        if result.audio_out_ids.shape[-1] == 0:
+            result.audio_out_ids = torch.zeros((self.audio_num_codebooks or 0, 0), dtype=torch.long)
+            if result.label_audio_ids is not None:
+                result.label_audio_ids = result.audio_out_ids.clone()
+        if result.label_audio_ids is not None and not self.disable_audio_codes_transform:
+            self._override_labels(result, repaired)
+        self._add_features(result, repaired)
+        return result
+
+    def _copy(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
+        """A copy on the CPU in which absent audio is an empty tensor."""
+        K = self.audio_num_codebooks or 0
+        empty = {
+            "audio_ids_concat": torch.zeros((K, 0), dtype=torch.long),
+            "audio_ids_start": torch.zeros(0, dtype=torch.long),
+            "audio_waveforms_concat": torch.zeros(0),
+            "audio_waveforms_start": torch.zeros(0, dtype=torch.long),
+            "audio_sample_rate": torch.zeros(0),
+            "audio_speaker_indices": torch.zeros(0, dtype=torch.long),
+        }
+        values = {f.name: getattr(sample, f.name) for f in dataclasses.fields(ChatMLDatasetSample)}
+        values = {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
+        values |= {n: default for n, default in empty.items() if values[n] is None or values[n].numel() == 0}
+        return ChatMLDatasetSample(**values)
+
+    def _placeholders(self, sample: ChatMLDatasetSample) -> Tensor:
+        """Positions of `<|AUDIO|>` and `<|AUDIO_OUT|>` in the sample, in order."""
+        ids = sample.input_ids
+        return ((ids == self.audio_in_token_id) | (ids == self.audio_out_token_id)).nonzero().squeeze(1)
+
+    def _clamp(self, sample: ChatMLDatasetSample, source: str) -> tuple[ChatMLDatasetSample, int]:
+        """Serve every placeholder: those beyond the clips repeat the last clip and lose their labels."""
+        positions = self._placeholders(sample)
+        is_out = sample.input_ids[positions] == self.audio_out_token_id
+        # Codes stand in the order of all placeholders (a checkpoint that reads no audio-in tokens may lack those after
+        # the last audio-out), waveforms in the order of the audio-in placeholders alone.
+        needs_codes = is_out | torch.tensor(self.return_audio_in_tokens)
+        num_needed = int(needs_codes.nonzero().max()) + 1 if needs_codes.any() else 0
+        num_clips = len(sample.audio_ids_start)
+        num_waveforms_needed = int((~is_out).sum()) if self.feature_extractor else 0
+        num_waveforms = len(sample.audio_waveforms_start)
+        extra, extra_waveforms = max(0, num_needed - num_clips), max(0, num_waveforms_needed - num_waveforms)
+        for what, missing, given in (("clip", extra, num_clips), ("waveform", extra_waveforms, num_waveforms)):
+            if missing and (self.strict or given == 0):
+                raise CollateError(
+                    f"{source}: {given + missing} audio placeholders but {given} {what}(s). Give each <|AUDIO|> and "
+                    "<|AUDIO_OUT|> its audio (a wav file where Whisper is on), and check that no text contains these "
+                    "tokens literally"
+                )
+        changes = {}
+        if extra:
+            last = sample.get_audio_codes(num_clips - 1)
+            ends = sample.audio_ids_concat.shape[1] + last.shape[1] * torch.arange(extra)
+            changes["audio_ids_concat"] = torch.cat([sample.audio_ids_concat, *[last] * extra], dim=1)
+            changes["audio_ids_start"] = torch.cat([sample.audio_ids_start, ends])
+            if sample.label_ids is not None:
+                changes["label_ids"] = sample.label_ids.clone()
+                changes["label_ids"][positions[num_clips:num_needed]] = IGNORE_INDEX
+            if sample.audio_label_ids_concat is not None:
+                labels = [sample.audio_label_ids_concat, *[sample.get_audio_codes_labels(num_clips - 1)] * extra]
+                changes["audio_label_ids_concat"] = torch.cat(labels, dim=1)
+        if extra_waveforms:
+            last, rate = sample.get_wv(num_waveforms - 1)
+            ends = len(sample.audio_waveforms_concat) + len(last) * torch.arange(extra_waveforms)
+            changes["audio_waveforms_concat"] = torch.cat([sample.audio_waveforms_concat, *[last] * extra_waveforms])
+            changes["audio_waveforms_start"] = torch.cat([sample.audio_waveforms_start, ends])
+            changes["audio_sample_rate"] = torch.cat([sample.audio_sample_rate, rate.expand(extra_waveforms)])
+        return dataclasses.replace(sample, **changes), max(extra, extra_waveforms)
+
+    def _cut_long_audio(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
+        """Give each chunk of a long audio-in clip its own `<|audio_bos|><|AUDIO|><|audio_eos|>`, codes and waveform.
+
+        Waveforms are resampled to the feature extractor's rate. Codes are cut in proportion to the waveform.
+        """
+        rate = self.feature_extractor.sampling_rate
+        chunk = self.feature_extractor.n_samples
+        inputs, labels, waveforms, codes, code_labels = [], [], [], [], []
+        done, index_in = 0, 0
+        has_codes = len(sample.audio_ids_start) > 0
+        for index, position in enumerate(self._placeholders(sample).tolist()):
+            clip = sample.get_audio_codes(index) if has_codes and index < len(sample.audio_ids_start) else None
+            clip_labels = sample.get_audio_codes_labels(index) if clip is not None else None
+            if sample.input_ids[position] == self.audio_out_token_id:
+                codes.append(clip)
+                code_labels.append(clip_labels)
+                continue
+            waveform, source_rate = sample.get_wv(index_in)
+            index_in += 1
+            if int(source_rate) != rate:
+                resampled = librosa.resample(waveform.numpy(), orig_sr=int(source_rate), target_sr=rate)
+                waveform = torch.from_numpy(resampled)
+            num_chunks = max(1, math.ceil(len(waveform) / chunk))
+            inputs += [sample.input_ids[done : position - 1]] + [sample.input_ids[position - 1 : position + 2]] * num_chunks
+            if sample.label_ids is not None:
+                labels += [sample.label_ids[done : position - 1]]
+                labels += [sample.label_ids[position - 1 : position + 2]] * num_chunks
+            done = position + 2
+            waveforms += [waveform[i * chunk : (i + 1) * chunk] for i in range(num_chunks)]
+            for source, target in ((clip, codes), (clip_labels, code_labels)):
+                target += [None] * num_chunks if source is None else _cut_codes(source, num_chunks, chunk, len(waveform))
+        inputs.append(sample.input_ids[done:])
+        kept = [c for c in codes if c is not None]
+        kept_labels = [c for c in code_labels if c is not None]
+        return dataclasses.replace(
+            sample,
+            input_ids=torch.cat(inputs),
+            label_ids=None if sample.label_ids is None else torch.cat([*labels, sample.label_ids[done:]]),
+            audio_ids_concat=torch.cat(kept, dim=1) if kept else sample.audio_ids_concat,
+            audio_ids_start=_starts(kept),
+            audio_label_ids_concat=torch.cat(kept_labels, dim=1) if kept_labels else None,
+            audio_waveforms_concat=torch.cat(waveforms) if waveforms else sample.audio_waveforms_concat,
+            audio_waveforms_start=_starts(waveforms),
+            audio_sample_rate=torch.full((len(waveforms),), float(rate)),
+        )
+
+    def _override_labels(self, batch: ExtendedHiggsAudioBatchInput, samples: list[ChatMLDatasetSample]) -> None:
+        """Write the label audio of samples that bring their own over the official, input-derived labels."""
+        clip = 0
+        for sample in samples:
+            for index, position in enumerate(self._placeholders(sample).tolist()):
+                if sample.input_ids[position] != self.audio_out_token_id:
+                    continue
+                start = int(batch.audio_out_ids_start[clip])
+                clip += 1
+                if sample.audio_label_ids_concat is None or sample.label_ids[position] == IGNORE_INDEX:
+                    continue
+                labels = self._delayed_labels(sample.get_audio_codes_labels(index)[: self.audio_num_codebooks])
+                batch.label_audio_ids[:, start : start + labels.shape[1]] = labels
+                batch.has_label_overrides = True
+
+    def _delayed_labels(self, codes: Tensor) -> Tensor:
+        """codes: [K, T]; returns input-aligned labels [K, T + 2], or [K, T + K + 1] with the delay pattern."""
+        labels = torch.nn.functional.pad(codes, (1, 0), value=IGNORE_INDEX)
+        labels = torch.nn.functional.pad(labels, (0, 1), value=self.audio_stream_eos_id)
+        if not self.use_delay_pattern:
+            return labels
+        return build_delay_pattern_mask(labels[None], bos_token_id=IGNORE_INDEX, pad_token_id=IGNORE_INDEX)[0][0]
+
+    def _add_features(self, batch: ExtendedHiggsAudioBatchInput, samples: list[ChatMLDatasetSample]) -> None:
+        """Whisper features of every audio-in chunk, in the order of the `<|AUDIO|>` placeholders."""
+        extractor = self.feature_extractor
+        if self.feature_shape is None:
+            return
+        waveforms = [s.get_wv(i)[0].numpy() for s in samples for i in range(len(s.audio_waveforms_start))] if extractor else []
+        if waveforms:
+            features = extractor(
+                waveforms,
+                sampling_rate=extractor.sampling_rate,
+                return_attention_mask=True,
+                padding="max_length",
+                return_tensors="pt",
+            )
+            batch.audio_features = features["input_features"]
+            batch.audio_feature_attention_mask = features["attention_mask"]
+        else:
+            # An empty tensor, not None: the audio tower takes part in every step on every rank.
+            bins, frames = self.feature_shape
+            batch.audio_features = torch.zeros((0, bins, frames))
+            batch.audio_feature_attention_mask = torch.zeros((0, frames), dtype=torch.int32)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def _starts(pieces: list[Tensor]) -> Tensor:
+    """Where each piece begins in their concatenation along the last dimension, int64."""
+    lengths = torch.tensor([0] + [piece.shape[-1] for piece in pieces], dtype=torch.long)
+    return lengths.cumsum(0)[:-1]
+
+
+def _cut_codes(codes: Tensor, num_chunks: int, chunk_samples: int, total_samples: int) -> list[Tensor]:
+    """Cut codes [K, T] where the waveform of `total_samples` was cut; every frame is in exactly one piece."""
+    T = codes.shape[1]
+    cuts = [min(T, round(T * i * chunk_samples / total_samples)) for i in range(num_chunks)] + [T]
+    return [codes[:, a:b] for a, b in pairwise(cuts)]
+
+
+def create_collator(
+    config: HiggsAudioConfig,
+    *,
+    use_delay_pattern: bool | None = None,
+    audio_num_codebooks: int | None = None,
+    return_audio_in_tokens: bool | None = None,
+    encode_whisper_embed: bool | None = None,
+    strict: bool = False,
+    round_to: int = 8,
+) -> ExtendedHiggsAudioSampleCollator:
+    """The collator a checkpoint was made for; None follows the checkpoint's config, anything else overrides it.
+
+    raises: CollateError for an override the checkpoint cannot serve.
+    """
+
+    def choose(value, default):
+        return default if value is None else value
+
+    has_tower = not config.skip_audio_tower
+    whisper = choose(encode_whisper_embed, config.encode_whisper_embed and has_tower)
+    num_codebooks = choose(audio_num_codebooks, config.audio_num_codebooks)
+    in_tokens = choose(return_audio_in_tokens, config.encode_audio_in_tokens)
+    if whisper and not has_tower:
+        raise CollateError("encode_whisper_embed=True needs an audio tower, but this checkpoint has skip_audio_tower=true")
+    if in_tokens and not config.encode_audio_in_tokens:
+        raise CollateError("return_audio_in_tokens=True, but this checkpoint has encode_audio_in_tokens=false and ignores them")
+    if num_codebooks != config.audio_num_codebooks:
+        raise CollateError(
+            f"audio_num_codebooks={num_codebooks}, but this checkpoint embeds and predicts {config.audio_num_codebooks}"
+        )
+    extractor = _feature_extractor(config) if has_tower else None
+    return ExtendedHiggsAudioSampleCollator(
+        feature_extractor=extractor if whisper else None,
+        feature_shape=(extractor.feature_size, extractor.nb_max_frames) if has_tower else None,
+        strict=strict,
+        audio_in_token_id=config.audio_in_token_idx,
+        audio_out_token_id=config.audio_out_token_idx,
+        pad_token_id=config.pad_token_id,
+        audio_stream_bos_id=config.audio_stream_bos_id,
+        audio_stream_eos_id=config.audio_stream_eos_id,
+        audio_num_codebooks=num_codebooks,
+        return_audio_in_tokens=in_tokens,
+        use_delay_pattern=choose(use_delay_pattern, config.use_delay_pattern),
+        round_to=round_to,
+    )
+
+
+def _feature_extractor(config: HiggsAudioConfig) -> WhisperFeatureExtractor:
+    """The extractor the tower was built for: whisper-large-v3's settings, the window from `max_source_positions`.
+
+    The tower halves the mel frames once before its positions, so a window has 2 * max_source_positions frames of 10 ms.
+    """
+    encoder = config.audio_encoder_config
+    chunk_sec = 2 * encoder.max_source_positions * 160 / 16000
+    if chunk_sec != int(chunk_sec):
+        raise CollateError(f"max_source_positions={encoder.max_source_positions} is not a whole number of seconds")
+    return WhisperFeatureExtractor(feature_size=encoder.num_mel_bins, chunk_length=int(chunk_sec))
+
+
+def main(argv: list[str]) -> None:
+    from data import open_demo_or_manifest  # only this command needs data.py, which imports this module
+
+    dataset, config = open_demo_or_manifest(argv)
+    batch = create_collator(config)([dataset[i] for i in range(min(2, len(dataset)))])
+    for name, value in vars(batch).items():
+        print(f"{name:30} {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"{name:30} {value}")
+    text, audio = batch.num_targets()
+    print(f"{'text targets':30} {text.item()}\n{'audio targets per codebook':30} {audio.tolist()}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

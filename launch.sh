@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# One entry to everything. Sets up .venv when needed, then:
+#
+#   bash launch.sh                 the offline demo: train a tiny model on toy voices, then listen to it
+#   bash launch.sh ARGS...         torchrun train.py ARGS... on every GPU of this node
+#   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
+#   bash launch.sh test [ARGS...]  pytest tests/ ARGS...
+#   bash launch.sh setup           only set up
+#   bash launch.sh demo [ARGS...]  the demo with other settings (python -m tools.demo --help)
+#
+# Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings: edit here, or give them as environment variables; arguments win over both ------------------------------
+# Any of these flags of train.py may be set by its name in capitals: TRAIN_MANIFEST, OUTPUT_DIR, BATCH_SIZE, LORA_R ...
+SETTINGS="train_manifest val_manifest output_dir base_ckpt audio_tokenizer batch_size grad_accum num_workers epochs
+    max_steps lr warmup_steps lora_r lora_alpha lora_dropout mixed_precision activation_checkpointing val_steps save_steps
+    resume"
+# Values for a node of 8 GPUs; remove the '#' to make them yours.
+#: "${BATCH_SIZE:=4}" "${GRAD_ACCUM:=4}" "${NUM_WORKERS:=16}"
+#: "${LORA_R:=64}" "${LORA_ALPHA:=128}"
+#: "${MIXED_PRECISION:=bf16}" "${ACTIVATION_CHECKPOINTING:=full}"
+
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+MASTER_PORT=${MASTER_PORT:-29500}
+
+# ---- environment ------------------------------------------------------------------------------------------------------
+num_gpus() { { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'; } || true; }
+
+setup() {
+    # The stamp names what was installed; nothing is done, and no network used, while it fits.
+    local wanted stamp="$VENV/.installed" with_codec=$1
+    wanted=$(cat requirements.txt requirements-codec.txt | cksum)
+    local have=""
+    [ -f "$stamp" ] && have=$(cat "$stamp")
+    case "$have" in "$wanted codec" | "$wanted $with_codec") return ;; esac
+    echo "setting up $VENV" >&2
+    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    local install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+    "${install[@]}" -r requirements.txt
+    "${install[@]}" --no-deps boson-multimodal==0.1.1
+    [ "$with_codec" = codec ] && "${install[@]}" -r requirements-codec.txt
+    echo "$wanted $with_codec" >"$stamp"
+}
+
+GPUS=$(num_gpus)
+GPUS=${GPUS:-0}
+if [ "$GPUS" -gt 0 ] || [ "${1:-}" = test ]; then setup codec; else setup base; fi
+PY="$VENV/bin/python"
+
+# ---- what to run ------------------------------------------------------------------------------------------------------
+case "${1:-}" in
+setup) exit 0 ;;
+test) shift; exec "$PY" -m pytest tests/ "$@" ;;
+demo) shift; exec "$PY" -m tools.demo "$@" ;;
+esac
+
+[ $# -gt 0 ] || [ -n "${TRAIN_MANIFEST:-}" ] || exec "$PY" -m tools.demo
+ARGS=()
+for name in $SETTINGS; do
+    variable=$(tr '[:lower:]' '[:upper:]' <<<"$name")
+    [ -z "${!variable:-}" ] || ARGS+=("--$name" "${!variable}")
+done
+ARGS+=("$@")
+
+NPROC=${NPROC:-$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 1)}
+CORES=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NPROC > 0 ? CORES / NPROC : 1))}
+export NCCL_IB_DISABLE=${NCCL_IB_DISABLE:-0} NCCL_P2P_DISABLE=${NCCL_P2P_DISABLE:-0}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+
+exec "$PY" -m tools.launch --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" \
+    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" train.py "${ARGS[@]}"

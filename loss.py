@@ -1,0 +1,259 @@
+"""The dual loss: text and per-codebook audio, as float32 sums and counts.
+
+    L = w_text * S_text / N_text + w_audio * mean_k(c_k * S_k / N_k)
+
+S are sums of cross-entropy in nats, N counts of targets over *all* micro-batches of the optimizer step and all ranks,
+known before the first backward. Averaging the means of micro-batches instead weighs targets by the company they keep.
+
+Upstream labels are input-aligned: `expanded_labels[b, t]` is the token fed at t, and `label_audio_ids[k, j]` the code fed
+at frame j. Position t therefore has to be scored against the label at t + 1. Scored in place the loss falls as well, to a
+model that copies its input and speaks silence; `find_alignment` and `copy_counts` exist so that this cannot happen unseen.
+
+Legend: B batch, S positions after expansion, K codebooks, N audio positions in the batch, V text vocabulary, C audio
+vocabulary (codebook size plus two stream ids).
+
+    python loss.py      # shows the three alignments on a toy example
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+# Where the label of the token predicted at position t stands: at t + 1 ("shift", upstream's labels) or at t ("aligned",
+# labels that were shifted beforehand).
+Alignment = Literal["shift", "aligned"]
+
+CONFIDENT_COPY = 0.9  # probability of the input token from which a prediction counts as a copy
+MAX_COPY_SHARE = 0.5  # a sound model stays near 0, a collapsed one is near 1
+MIN_COPY_POSITIONS = 32  # fewer positions than this say nothing
+
+
+class AlignmentError(ValueError):
+    """Labels that are neither the inputs nor the inputs one position later."""
+
+
+class CopyCollapseError(RuntimeError):
+    """The model predicts its own input: it was trained on unshifted labels and will generate silence."""
+
+
+@dataclass
+class LossSums:
+    """Cross-entropy sums (nats) and target counts of one or more micro-batches; add them with `+`."""
+
+    text: Tensor  # [] float32
+    audio: Tensor  # [K] float32
+    eos: Tensor  # [] float32, the end-of-stream targets' part of `audio`
+    num_text: Tensor  # [] float32
+    num_audio: Tensor  # [K] float32
+    num_eos: Tensor  # [] float32
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def detach(self) -> LossSums:
+        return LossSums(*(getattr(self, f.name).detach() for f in fields(self)))
+
+    def pack(self) -> Tensor:
+        """All values in one vector [2 * K + 4], ready for one all-reduce."""
+        return torch.cat([getattr(self, f.name).detach().flatten() for f in fields(self)])
+
+    @classmethod
+    def unpack(cls, vector: Tensor) -> LossSums:
+        K = (len(vector) - 4) // 2
+        text, audio, eos, num_text, num_audio, num_eos = vector.split([1, K, 1, 1, K, 1])
+        return cls(text[0], audio, eos[0], num_text[0], num_audio, num_eos[0])
+
+
+def text_targets(output, label_ids: Tensor, input_ids: Tensor, attention_mask: Tensor, ids: AudioIds) -> Tensor:
+    """The labels of `output.logits`, position by position (not yet shifted).
+
+    output:  the model's output, with `expanded_labels` [B, S] or, failing that, `expanded_input_ids` and
+             `attention_mask` [B, S], from which the same labels are rebuilt. Nothing is ever cut to fit.
+    label_ids, input_ids, attention_mask: [B, s], before expansion
+    returns: [B, S] int64
+    raises:  ValueError if labels and logits do not cover the same positions
+    """
+    labels = output.expanded_labels
+    if labels is None:
+        expanded, mask = output.expanded_input_ids, output.attention_mask.bool()
+        labels = torch.full_like(expanded, IGNORE_INDEX)
+        labels[mask & ids.is_text(expanded)] = label_ids[attention_mask.bool() & ids.is_text(input_ids)]
+    if labels.shape != output.logits.shape[:2]:
+        raise ValueError(f"labels cover {tuple(labels.shape)} positions, logits {tuple(output.logits.shape[:2])}")
+    return labels
+
+
+@dataclass(frozen=True)
+class AudioIds:
+    """The ids that tell audio from text, of `HiggsAudioConfig`."""
+
+    audio_in_token: int
+    audio_out_token: int
+    stream_eos: int
+
+    @classmethod
+    def of(cls, config) -> AudioIds:
+        return cls(config.audio_in_token_idx, config.audio_out_token_idx, config.audio_stream_eos_id)
+
+    def is_text(self, ids: Tensor) -> Tensor:
+        return (ids != self.audio_in_token) & (ids != self.audio_out_token)
+
+
+@dataclass
+class Scored:
+    """Predictions beside what they are scored against, for one micro-batch; views, nothing is copied."""
+
+    text_logits: Tensor  # [B, S', V]
+    text_labels: Tensor  # [B, S']
+    text_inputs: Tensor  # [B, S'], the token at the predicting position
+    audio_logits: Tensor  # [N', K, C]
+    audio_labels: Tensor  # [N', K]
+    audio_inputs: Tensor  # [N', K]
+
+
+def score(output, batch, ids: AudioIds, text: Alignment = "shift", audio: Alignment = "shift") -> Scored:
+    """Put each prediction beside its target. batch: an `ExtendedHiggsAudioBatchInput`."""
+    labels = text_targets(output, batch.label_ids, batch.input_ids, batch.attention_mask, ids)
+    audio_labels, audio_inputs = batch.label_audio_ids.T, batch.audio_out_ids.T  # [N, K]
+    if audio_labels.shape != output.audio_logits.shape[:2]:
+        raise ValueError(
+            f"audio labels cover {tuple(audio_labels.shape)} positions, logits {tuple(output.audio_logits.shape[:2])}"
+        )
+    now, then = slice(None, -1), slice(1, None)  # the official labels of a segment's first column are -100, so no
+    every = slice(None)  # shifted target ever crosses from one segment into the next
+    text_at, text_target = (now, then) if text == "shift" else (every, every)
+    audio_at, audio_target = (now, then) if audio == "shift" else (every, every)
+    return Scored(
+        output.logits[:, text_at],
+        labels[:, text_target],
+        output.expanded_input_ids[:, text_at],
+        output.audio_logits[audio_at],
+        audio_labels[audio_target],
+        audio_inputs[audio_at],
+    )
+
+
+def loss_sums(scored: Scored, stream_eos: int) -> LossSums:
+    """Sums of cross-entropy in float32; zero, and still part of the graph, where there are no targets."""
+    supervised = scored.text_labels != IGNORE_INDEX
+    text = F.cross_entropy(scored.text_logits[supervised].float(), scored.text_labels[supervised], reduction="sum")
+    N, K, C = scored.audio_logits.shape
+    labels = scored.audio_labels
+    nats = F.cross_entropy(
+        scored.audio_logits.float().reshape(N * K, C), labels.reshape(N * K), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view(N, K)
+    is_eos = labels == stream_eos
+    return LossSums(
+        text=text,
+        audio=nats.sum(0),
+        eos=(nats.detach() * is_eos).sum(),
+        num_text=supervised.sum().float(),
+        num_audio=(labels != IGNORE_INDEX).sum(0).float(),
+        num_eos=is_eos.sum().float(),
+    )
+
+
+def combine(
+    sums: LossSums,
+    num_text: Tensor,
+    num_audio: Tensor,
+    text_weight: float = 1.0,
+    audio_weight: float = 1.0,
+    codebook_weights: Tensor | None = None,
+) -> Tensor:
+    """The loss of the module's docstring, a scalar; of a part of the batch it is that part's share.
+
+    num_text: [], num_audio: [K], the global counts. A component without targets contributes exactly 0.
+    codebook_weights: [K], normalised here to mean 1
+    """
+    if codebook_weights is None:
+        codebook_weights = torch.ones_like(sums.audio)
+    codebook_weights = codebook_weights / codebook_weights.mean()
+    text = sums.text / num_text.clamp(min=1)
+    audio = (codebook_weights * sums.audio / num_audio.clamp(min=1)).mean()
+    return text_weight * text + audio_weight * audio
+
+
+def find_alignment(labels: Tensor, inputs: Tensor, what: str) -> Alignment | None:
+    """Where the labels stand relative to the inputs they were made from.
+
+    labels, inputs: [rows, positions]
+    returns: None if nothing is supervised
+    raises:  AlignmentError, showing the first positions that fit neither alignment
+    """
+    supervised = labels != IGNORE_INDEX
+    if not supervised.any():
+        return None
+    if (labels == inputs)[supervised].all():
+        return "shift"
+    successors = torch.cat([inputs[:, 1:], torch.full_like(inputs[:, :1], IGNORE_INDEX)], dim=1)
+    if (labels == successors)[supervised].all():
+        return "aligned"
+    wrong = (supervised & (labels != inputs)).nonzero()[:5].tolist()
+    shown = "; ".join(
+        f"row {r} position {p}: label {labels[r, p]}, input {inputs[r, p]}, next input {successors[r, p]}" for r, p in wrong
+    )
+    raise AlignmentError(f"{what} labels are neither the inputs nor the inputs one position later: {shown}")
+
+
+def copy_counts(scored: Scored) -> Tensor:
+    """How often the model predicts what it was just fed, where that is wrong.
+
+    returns: [2] float32: positions whose target differs from their input, and those of them at which the model gives the
+             input a probability above CONFIDENT_COPY. Slowly changing codes make a sound model repeat itself too, but
+             not with that confidence where the next code differs.
+    """
+    changed = num_copied = scored.audio_logits.new_zeros((), dtype=torch.float32)
+    streams = (
+        (scored.text_logits, scored.text_labels, scored.text_inputs),
+        (scored.audio_logits, scored.audio_labels, scored.audio_inputs),
+    )
+    for logits, labels, inputs in streams:
+        if labels.numel() == 0:
+            continue
+        # An audio placeholder is not a token the text head could copy; a stream id is one for the audio head.
+        candidates = (labels != IGNORE_INDEX) & (labels != inputs)
+        logits, inputs = logits[candidates].float(), inputs[candidates]
+        probability = logits.softmax(-1).gather(-1, inputs[:, None])
+        changed = changed + candidates.sum()
+        num_copied = num_copied + (probability > CONFIDENT_COPY).sum()
+    return torch.stack([changed, num_copied])
+
+
+def copy_share(counts: Tensor) -> float:
+    """The share of `copy_counts` summed over micro-batches and ranks; raises CopyCollapseError when it is too high."""
+    changed, copied = counts.tolist()
+    share = copied / max(1.0, changed)
+    if changed >= MIN_COPY_POSITIONS and share > MAX_COPY_SHARE:
+        raise CopyCollapseError(
+            f"at {share:.0%} of {changed:.0f} supervised positions the model predicts the token it was just fed instead of "
+            "the next one. These weights were trained on unshifted labels; their loss looks low and they generate silence. "
+            "Start again from the published checkpoint."
+        )
+    return share
+
+
+def main() -> None:
+    inputs = torch.tensor([[5, 6, 7, 8, 9]])
+    cases = {
+        "upstream labels": torch.tensor([[-100, -100, 7, 8, 9]]),
+        "labels shifted beforehand": torch.tensor([[-100, 7, 8, 9, -100]]),
+        "labels of another text": torch.tensor([[-100, -100, 9, 8, 7]]),
+    }
+    for name, labels in cases.items():
+        try:
+            found = find_alignment(labels, inputs, "text")
+        except AlignmentError as error:
+            found = f"AlignmentError: {error}"
+        print(f"{name:26} {labels.tolist()[0]} on {inputs.tolist()[0]}: {found}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""The offline demo: train a tiny Higgs Audio v2 on toy voices, then let the official `generate()` speak.
+
+    python -m tools.demo [--output_dir runs/demo] [--seed 0] [--steps N] [--nproc N]
+
+Nothing is downloaded. The checkpoint is a tiny, randomly initialised `HiggsAudioModel` with a byte-level tokenizer that
+knows the real special tokens. The *toy voices* speak in codes: codebooks 0 and 1 are a function of the letter being
+spoken, codebooks 2 to 7 are six timbre values of the speaker. To speak a new text in a new voice the model has to read the
+text, copy the timbre from a reference clip, keep the delay pattern and stop in time: everything that goes wrong when labels,
+masks or delays are wrong. The training script is the ordinary `train.py` under FSDP; speakers and texts of the test are in
+no manifest it reads.
+
+Legend: K codebooks, T frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import data
+from tools.generate import as_prompt, speak
+
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|recipient|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|audio_out_bos|>",
+    "<|AUDIO|>",
+    "<|AUDIO_OUT|>",
+    "<|scene_desc_start|>",
+    "<|scene_desc_end|>",
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tiny checkpoint of the real classes
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, without merges: 256 bytes, then the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        pad_token="<|end_of_text|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(tokenizer, **overrides) -> HiggsAudioConfig:
+    """The published configuration in miniature: dual FFN in every layer, 8 codebooks, delay pattern, audio-in tokens."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    values = {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "pad_token_id": ids["<|end_of_text|>"],
+            "bos_token_id": ids["<|begin_of_text|>"],
+            "eos_token_id": ids["<|end_of_text|>"],
+        },
+        "audio_encoder_config": {"model_type": "higgs_audio_encoder", "init_std": 0.05},
+        "audio_adapter_type": "dual_ffn_fast_forward",
+        "audio_dual_ffn_layers": [0, 1, 2],
+        "audio_ffn_hidden_size": 128,
+        "audio_ffn_intermediate_size": 256,
+        "skip_audio_tower": True,
+        "encode_whisper_embed": False,
+        "encode_audio_in_tokens": True,
+        "use_delay_pattern": True,
+        "audio_num_codebooks": 8,
+        "audio_codebook_size": 64,
+        "audio_stream_bos_id": 64,
+        "audio_stream_eos_id": 65,
+        "audio_in_token_idx": ids["<|AUDIO|>"],
+        "audio_out_token_idx": ids["<|AUDIO_OUT|>"],
+        "audio_out_bos_token_id": ids["<|audio_out_bos|>"],
+        "audio_eos_token_id": ids["<|audio_eos|>"],
+        "pad_token_id": ids["<|end_of_text|>"],
+        "torch_dtype": "float32",
+    }
+    return HiggsAudioConfig(**values | overrides)
+
+
+def make_checkpoint(folder: Path, seed: int = 0, **overrides) -> Path:
+    """Save a tiny, randomly initialised checkpoint and its tokenizer to `folder`."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = HiggsAudioModel(tiny_config(tokenizer, **overrides))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Toy voices
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+NUM_TIMBRES = 64
+
+
+@dataclass(frozen=True)
+class Speaker:
+    name: str
+    timbre: tuple[int, ...]  # six codes
+
+
+def speech(text: str, speaker: Speaker) -> np.ndarray:
+    """Codes [8, T] int16: vowels and spaces last two frames, other letters one."""
+    columns = []
+    for letter in text:
+        index = LETTERS.index(letter)
+        for frame in range(2 if letter in "aeiou " else 1):
+            columns.append((index, 2 * index + frame, *speaker.timbre))
+    return np.array(columns, dtype=np.int16).T
+
+
+class Toybox:
+    """Seeded texts and speakers, and the ChatML records made from them. Clips are written to `folder`."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder = folder
+        self.random = np.random.default_rng(seed)
+        self.used_texts: set[str] = set()
+        self.used_timbres: set[tuple[int, ...]] = set()
+        self.num_clips = 0
+        self.house = self.speaker("house")  # the voice of lines without a reference
+        (folder / "clips").mkdir(parents=True, exist_ok=True)
+
+    def speaker(self, name: str) -> Speaker:
+        """A speaker whose timbre no other speaker has."""
+        while True:
+            timbre = tuple(int(v) for v in self.random.integers(0, NUM_TIMBRES, size=6))
+            if timbre not in self.used_timbres:
+                self.used_timbres.add(timbre)
+                return Speaker(name, timbre)
+
+    def text(self, shortest: int = 5, longest: int = 9) -> str:
+        """A text that occurs nowhere else."""
+        while True:
+            letters = self.random.integers(0, 26, size=self.random.integers(shortest, longest + 1))
+            text = "".join(LETTERS[i] for i in letters)
+            if len(text) > 6:
+                cut = int(self.random.integers(2, len(text) - 2))
+                text = f"{text[:cut]} {text[cut + 1 :]}"
+            if text not in self.used_texts:
+                self.used_texts.add(text)
+                return text
+
+    def clip(self, codes: np.ndarray) -> dict:
+        """Write codes and return the audio part that refers to them."""
+        name = f"clips/{self.num_clips:05d}.npy"
+        self.num_clips += 1
+        np.save(self.folder / name, codes)
+        return {"type": "audio", "audio_url": name}
+
+    def say(self, text: str, speaker: Speaker) -> dict:
+        return self.clip(speech(text, speaker))
+
+    # The phrasings of the official inference (examples/generation.py, serve_engine.py upstream)
+
+    def clone_after_exchange(self, speaker: Speaker) -> dict:
+        """The reference is an earlier exchange: its transcript from the user, its audio from the assistant."""
+        reference, text = self.text(), self.text()
+        return {
+            "messages": [
+                {"role": "user", "content": reference},
+                {"role": "assistant", "content": self.say(reference, speaker)},
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": self.say(text, speaker)},
+            ],
+            "start_index": 3,
+            "speaker": speaker.name,
+            "misc": {"kind": "clone, reference as an exchange"},
+        }
+
+    def clone_from_system(self, speaker: Speaker) -> dict:
+        """The reference stands in the system turn's scene description."""
+        text = self.text()
+        scene = [
+            {"type": "text", "text": "Generate audio following instruction.\n\n<|scene_desc_start|>\nSPEAKER0: "},
+            self.say(self.text(), speaker),
+            {"type": "text", "text": "\n<|scene_desc_end|>"},
+        ]
+        return {
+            "messages": [
+                {"role": "system", "content": scene},
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": self.say(text, speaker)},
+            ],
+            "speaker": speaker.name,
+            "misc": {"kind": "clone, reference in the system turn"},
+        }
+
+    def without_reference(self, speaker: Speaker | None = None) -> dict:
+        """No reference: a scene or nothing at all; always the house voice, since nothing tells which."""
+        text = self.text()
+        scene = "Generate audio following instruction.\n\n<|scene_desc_start|>\nA quiet room.\n<|scene_desc_end|>"
+        system = [{"role": "system", "content": scene}] if self.random.random() < 0.5 else []
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": self.say(text, self.house)}]
+        return {"messages": system + turns, "speaker": "house", "misc": {"kind": "no reference"}}
+
+    def dialogue(self, speaker: Speaker) -> dict:
+        """Two speakers, one exchange each as reference, then both in one clip."""
+        voices = (speaker, self.speaker(f"{speaker.name}-partner"))
+        messages = []
+        for number, voice in enumerate(voices):
+            reference = self.text()
+            messages.append({"role": "user", "content": f"[SPEAKER{number}] {reference}"})
+            messages.append({"role": "assistant", "content": self.say(reference, voice)})
+        texts = [self.text(4, 6) for _ in voices]
+        script = "\n".join(f"[SPEAKER{number}] {text}" for number, text in enumerate(texts))
+        spoken = np.concatenate([speech(text, voice) for text, voice in zip(texts, voices)], axis=1)
+        messages.append({"role": "user", "content": script})
+        messages.append({"role": "assistant", "content": self.clip(spoken)})
+        return {"messages": messages, "start_index": 5, "speaker": speaker.name, "misc": {"kind": "dialogue of two speakers"}}
+
+    def records(self, num_speakers: int, per_speaker: int, group: str) -> list[dict]:
+        """Records of new speakers, in the demo's mixture of phrasings."""
+        kinds = (self.clone_after_exchange, self.clone_from_system, self.without_reference, self.dialogue)
+        records = []
+        for index in range(num_speakers):
+            speaker = self.speaker(f"{group}-{index}")
+            for _ in range(per_speaker):
+                records.append(kinds[self.random.choice(4, p=MIXTURE)](speaker))
+        return records
+
+
+MIXTURE = (0.4, 0.3, 0.12, 0.18)
+NUM_TRAIN_SPEAKERS, CLIPS_PER_SPEAKER = 600, 8
+NUM_TEST = {"clone_after_exchange": 20, "clone_from_system": 20, "without_reference": 10, "dialogue": 10}
+
+
+def make_demo(folder: Path, seed: int = 0, num_speakers: int = NUM_TRAIN_SPEAKERS) -> tuple[Path, Path]:
+    """Write the tiny checkpoint and train.jsonl, val.jsonl, test.jsonl; returns (train manifest, checkpoint).
+
+    Speakers and texts of the validation and test manifests are in no other manifest.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    toys = Toybox(folder, seed)
+    manifests = {
+        "train": toys.records(num_speakers, CLIPS_PER_SPEAKER, "train"),
+        "val": toys.records(8, 4, "val"),
+        "test": [getattr(toys, kind)(toys.speaker(f"test-{kind}-{i}")) for kind, n in NUM_TEST.items() for i in range(n)],
+    }
+    for name, records in manifests.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder / "train.jsonl", make_checkpoint(folder / "checkpoint", seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train, then listen
+
+
+@dataclass
+class Score:
+    """How well generated clips agree with what should have been said."""
+
+    num_clips: int = 0
+    matching: int = 0
+    compared: int = 0
+    exact: int = 0
+    stopped: int = 0
+
+    def add(self, spoken: torch.Tensor, stopped: bool, target: torch.Tensor) -> None:
+        T = min(spoken.shape[1], target.shape[1])
+        equal = int((spoken[:, :T] == target[:, :T]).sum())
+        longest = max(spoken.shape[1], target.shape[1]) * target.shape[0]
+        self.num_clips += 1
+        self.matching += equal
+        self.compared += longest
+        self.exact += equal == longest
+        self.stopped += stopped and spoken.shape[1] == target.shape[1]
+
+    def __add__(self, other: Score) -> Score:
+        return Score(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
+    def __str__(self) -> str:
+        share = self.matching / max(1, self.compared)
+        return f"codes {share:6.1%}   exact clips {self.exact:2d}/{self.num_clips}   correct stops {self.stopped:2d}/{self.num_clips}"
+
+
+def listen(checkpoint: Path, manifest: Path) -> dict[str, Score]:
+    """Let the official generate() speak the last turn of every record, and compare; by kind of record."""
+    model = HiggsAudioModel.from_pretrained(checkpoint).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    config = model.config
+    store = data.AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, manifest.parent / "codes")
+    scores: dict[str, Score] = {}
+    for record in data.read_manifest(manifest):
+        target = store.codes(record.audio[-1], record.source)
+        record.chatml.messages = record.chatml.messages[:-1]
+        record.audio = record.audio[:-1]
+        prompt = as_prompt(data.ChatMLDataset([record], tokenizer, store)[0], tokenizer)
+        said = speak(model, tokenizer, prompt, max_new_tokens=2 * target.shape[1] + 20)
+        spoken = said.codes[0] if said.codes else target[:, :0]
+        scores.setdefault(record.chatml.misc["kind"], Score()).add(spoken, said.stopped, target)
+    return scores
+
+
+def print_scores(title: str, scores: dict[str, Score]) -> None:
+    print(f"\n{title}")
+    for kind, score in scores.items():
+        print(f"  {kind:36} {score}")
+    clones = sum((score for kind, score in scores.items() if kind.startswith("clone")), Score())
+    print(f"  {'zero-shot clones, together':36} {clones}", flush=True)
+
+
+def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int) -> None:
+    """The ordinary train.py under torchrun."""
+    settings = {
+        "train_manifest": folder / "train.jsonl",
+        "val_manifest": folder / "val.jsonl",
+        "base_ckpt": folder / "checkpoint",
+        "output_dir": output_dir,
+        "lora_r": 0,
+        "batch_size": 16 // nproc if nproc <= 16 else 1,
+        "max_steps": steps,
+        "lr": 2e-3,
+        "warmup_steps": min(100, steps // 5),
+        "mixed_precision": "no",
+        "val_steps": max(1, steps // 4),
+        "save_steps": max(1, steps // 2),
+        "num_workers": 1,
+        "seed": seed,
+    }
+    command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={nproc}", "--standalone", "train.py"]
+    command += [item for name, value in settings.items() for item in (f"--{name}", str(value))]
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    print(" ".join(command[3:]), flush=True)
+    subprocess.run(command, check=True, env=environment)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a tiny model on toy voices and let it speak.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--nproc", type=int, default=2, help="ranks")
+    args = parser.parse_args()
+
+    folder = args.output_dir / "data"
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    make_demo(folder, args.seed)
+    started = time.perf_counter()
+    train(folder, args.output_dir / "run", args.seed, args.steps, args.nproc)
+    trained = time.perf_counter()
+    print_scores("untrained model, official generate():", listen(folder / "checkpoint", folder / "test.jsonl"))
+    scores = listen(args.output_dir / "run" / "final", folder / "test.jsonl")
+    print_scores(f"after {args.steps} steps, held-out speakers and texts, official generate():", scores)
+    print(f"\ntraining {trained - started:.0f} s, generation {time.perf_counter() - trained:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

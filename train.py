@@ -1,0 +1,813 @@
+"""Fine-tune Higgs Audio v2, full or LoRA, under FSDP2 in bf16.
+
+One process (CPU or one GPU):
+    python train.py --train_manifest train.jsonl --output_dir runs/voice
+Eight GPUs:
+    torchrun --nproc_per_node=8 train.py --train_manifest train.jsonl --output_dir runs/voice --batch_size 4
+Two nodes of eight (the same line on both, NODE_RANK 0 and 1):
+    torchrun --nnodes=2 --node_rank=$NODE_RANK --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 \
+        train.py --train_manifest train.jsonl --output_dir runs/voice
+
+`bash launch.sh` does the same with less typing. What a run leaves behind is described in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import checkpoint
+import collate
+import data
+import loss
+import model_patch
+from collate import ExtendedHiggsAudioBatchInput
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work; all problems in one message."""
+
+
+# What the user can cause and mend: one clear message and exit status 2. Anything else keeps its traceback.
+USER_ERRORS = (
+    ConfigError,
+    data.DataError,
+    collate.CollateError,
+    checkpoint.CheckpointError,
+    model_patch.PatchError,
+    loss.AlignmentError,
+    loss.CopyCollapseError,
+)
+
+
+def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices: Sequence[str] | None = None) -> Any:
+    """A Config field: its default, meaning and unit, other flag names, and its value when the flag stands alone."""
+    metadata = {"help": help, "aliases": aliases, "const": const, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; the command line is made from these fields."""
+
+    train_manifest: str = _setting("", "JSON or JSONL manifest to train on", "train_data", "input_data")
+    val_manifest: str = _setting("", "manifest to evaluate on")
+    output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
+    base_ckpt: str = _setting(checkpoint.BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
+    base_revision: str = _setting(checkpoint.BASE_REVISION, "revision of a Hub checkpoint")
+    audio_tokenizer: str = _setting(
+        "bosonai/higgs-audio-v2-tokenizer", "audio codec, used when the manifest names waveforms: a folder, or on the Hub"
+    )
+
+    batch_size: int = _setting(4, "samples per micro-batch and rank")
+    grad_accum: int = _setting(1, "micro-batches per optimizer step", "gradient_accumulation_steps")
+    epochs: int = _setting(1, "passes over the training manifest")
+    max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")
+    lr: float | None = _setting(None, "peak learning rate; default 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
+    warmup_steps: int = _setting(0, "steps of linear warm-up before the cosine decay")
+    min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
+    weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
+    beta2: float = _setting(0.95, "AdamW beta2")
+    grad_clip: float = _setting(1.0, "largest global gradient norm; 0: no clipping")
+
+    lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
+    lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
+    lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
+    lora_targets: str = _setting(
+        ",".join(model_patch.LORA_DEFAULT_TARGETS), "comma-separated patterns of module names that get an adapter"
+    )
+    freeze: str = _setting("", "comma-separated patterns of parameter names that do not train")
+
+    text_loss_weight: float = _setting(1.0, "weight of the text loss")
+    audio_loss_weight: float = _setting(1.0, "weight of the audio loss")
+    codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default equal")
+
+    mixed_precision: str = _setting("bf16", "compute dtype; masters stay float32", const="bf16", choices=("bf16", "no"))
+    activation_checkpointing: str = _setting(
+        "none",
+        "what layers recompute in the backward pass",
+        "use_gradient_checkpointing",
+        const="full",
+        choices=model_patch.CHECKPOINTING_MODES,
+    )
+    replicate: int = _setting(1, "HSDP: number of replicas the ranks are divided into, each sharded by itself")
+    num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
+
+    val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
+    save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
+    keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
+    resume: str = _setting(
+        "none", "'auto': continue from the newest checkpoint in output_dir; or a checkpoint's path", const="auto"
+    )
+    seed: int = _setting(0, "order of the data, dropout and adapter initialisation")
+    device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr if self.lr is not None else (2e-4 if self.lora_r else 2e-5)
+
+    @property
+    def codebook_weight_list(self) -> list[float]:
+        return [float(w) for w in self.codebook_weights.split(",")] if self.codebook_weights else []
+
+
+_NO_VALUE = object()
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """The command line as a Config; ConfigError with every problem at once."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        flags = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
+        const = f.metadata["const"] if f.metadata["const"] is not None else _NO_VALUE
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(*flags, dest=f.name, nargs="?", const=const, default=None, metavar="X", help=text)
+    given, unknown = parser.parse_known_args(list(argv))
+    problems = [f"unknown argument {argument!r}" for argument in unknown]
+    values = {}
+    for f in fields:
+        value = getattr(given, f.name)
+        if value is _NO_VALUE:
+            problems.append(f"--{f.name} needs a value: {f.metadata['help']}")
+        elif value is not None:
+            try:
+                values[f.name] = _convert(value, str(f.type))
+            except ValueError:
+                problems.append(f"--{f.name} {value}: expected {str(f.type).split(' ')[0]}")
+            choices = f.metadata["choices"]
+            if choices and value not in choices:
+                problems.append(f"--{f.name} {value}: choose from {', '.join(choices)}")
+    cfg = Config(**values)
+    problems += _find_problems(cfg)
+    if problems:
+        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems]))
+    return cfg
+
+
+def _convert(value: Any, type_name: str) -> Any:
+    if isinstance(value, bool):
+        return value
+    if type_name == "bool":
+        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError(value)
+        return value.lower() in ("true", "1", "yes")
+    return {"str": str, "int": int, "float": float, "float | None": float}[type_name](value)
+
+
+def _find_problems(cfg: Config) -> list[str]:
+    """What is impossible about the settings by themselves, before any file is opened."""
+    problems = [f"--{name} is required" for name in ("train_manifest", "output_dir") if not getattr(cfg, name)]
+    for name in ("batch_size", "grad_accum", "epochs", "replicate"):
+        if getattr(cfg, name) < 1:
+            problems.append(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
+            problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
+    if cfg.lr == 0:
+        problems.append("--lr 0: nothing would be learned")
+    if cfg.lora_dropout >= 1:
+        problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
+    if cfg.lora_r and cfg.lora_alpha == 0:
+        problems.append("--lora_alpha 0: the adapter would have no effect")
+    if cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0:
+        problems.append("--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned")
+    try:
+        weights = cfg.codebook_weight_list
+        if weights and (min(weights) < 0 or sum(weights) <= 0):
+            problems.append(f"--codebook_weights {cfg.codebook_weights}: weights are 0 or more, and not all 0")
+    except ValueError:
+        problems.append(f"--codebook_weights {cfg.codebook_weights}: expected comma-separated numbers")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda: this PyTorch sees no GPU")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distributed
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place. Collective."""
+        torch_dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value. Collective."""
+        values: list = [None] * self.world_size
+        torch_dist.all_gather_object(values, value)
+        return values
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run `function` on every rank; if the user's input made it fail on any, raise that error on all. Collective."""
+        result = error = None
+        try:
+            result = function()
+        except USER_ERRORS as caught:
+            error = caught
+        errors = [e for e in self.gather(error) if e is not None]
+        if errors:
+            raise errors[0]
+        return result
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """Like `together`, but the first rank of each node goes ahead: it downloads, the others find the files."""
+        ahead = self.together(lambda: function() if self.local_rank == 0 else None)
+        return ahead if self.local_rank == 0 else function()
+
+
+def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
+    """Join the other ranks; without torchrun this process is the only one.
+
+    raises: ConfigError if the ranks cannot be divided into `replicate` equal groups
+    """
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
+    if world_size % replicate:
+        raise ConfigError(f"--replicate {replicate} does not divide {world_size} ranks")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"{local_rank + 1} or more ranks on a node with {torch.cuda.device_count()} GPUs")
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if not torch_dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": torch_dist.HashStore()}
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        timeout = datetime.timedelta(minutes=30)
+        torch_dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
+    if replicate > 1:
+        shape, names = (replicate, world_size // replicate), ("replicate", "shard")
+    else:
+        shape, names = (world_size,), ("shard",)
+    mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
+    return Dist(rank, local_rank, world_size, here, mesh)
+
+
+_RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def build_loaders(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer) -> tuple[data.Loader, data.Loader | None]:
+    """The training loader and, with --val_manifest, the evaluation loader; encodes waveforms that need it first."""
+    cache = Path(cfg.output_dir) / "codes"
+    store = data.AudioStore(
+        config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, cache, codec_id=cfg.audio_tokenizer
+    )
+    collator = dist.together(lambda: collate.create_collator(config, strict=True))
+
+    def build(manifest: str, grad_accum: int, shuffle: bool) -> data.Loader:
+        records = dist.together(lambda: data.read_manifest(manifest))
+        encode_missing(cfg, dist, store, records)
+        return data.Loader(
+            data.ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None),
+            collator,
+            cfg.batch_size,
+            dist.rank,
+            dist.world_size,
+            grad_accum,
+            cfg.seed,
+            shuffle=shuffle,
+            num_workers=cfg.num_workers,
+            pin_memory=dist.device.type == "cuda",
+        )
+
+    train_loader = build(cfg.train_manifest, cfg.grad_accum, shuffle=True)
+    return train_loader, build(cfg.val_manifest, grad_accum=1, shuffle=False) if cfg.val_manifest else None
+
+
+FRAME_RATE_HZ = 25.0  # the published codec: 24,000 samples per second, 960 per frame
+
+
+def encode_missing(cfg: Config, dist: Dist, store: data.AudioStore, records: Sequence[data.Record]) -> None:
+    """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
+    clips = store.missing(records)
+    if not any(dist.gather(len(clips))):
+        return
+    log(dist, f"encoding {len(clips)} audio clips with {cfg.audio_tokenizer}")
+    codec = dist.main_first(lambda: data.load_codec(cfg.audio_tokenizer, dist.device))
+    dist.together(lambda: store.encode(codec, clips[dist.rank :: dist.world_size]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build_model(
+    cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path
+) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
+    """Construct on meta, patch, adapt, choose dtypes, checkpoint activations, shard, load: in this order.
+
+    No rank ever holds a full copy: weights go from the files into each rank's own rows.
+    """
+    compute_dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
+    model = model_patch.patch_for_training(model_patch.build_on_meta(config))
+    lora = None
+    if cfg.lora_r:
+        targets = _split(cfg.lora_targets)
+        lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
+        lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.base_revision
+    if cfg.freeze:
+        model_patch.freeze(model, _split(cfg.freeze))
+    model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
+    model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
+    model_patch.shard(model, dist.mesh, param_dtype=compute_dtype)
+    model_patch.materialize(model, dist.device)
+    unused = dist.together(lambda: checkpoint.load_base(model, folder))
+    if unused:
+        log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
+    model_patch.init_lora(model, cfg.seed)
+    return model, lora
+
+
+def _split(patterns: str) -> list[str]:
+    return [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
+    """AdamW over what trains; weight decay on matrices only. Create it after sharding."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=cfg.peak_lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+def lr_at(step: int, total_steps: int, cfg: Config) -> float:
+    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then cosine to min_lr_ratio."""
+    if step < cfg.warmup_steps:
+        return cfg.peak_lr * (step + 1) / cfg.warmup_steps
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.peak_lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the labels of each stream stand; see loss.py."""
+
+    text: loss.Alignment = "shift"
+    audio: loss.Alignment = "shift"
+
+
+@dataclass
+class Totals:
+    """Sums over micro-batches: the loss's, and what they were computed from."""
+
+    losses: loss.LossSums
+    num_tokens: Tensor  # [] float32, without padding
+    num_positions: Tensor  # [] float32, with padding
+    num_frames: Tensor  # [] float32, audio frames without delay columns
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+    def sum_over(self, dist: Dist) -> Totals:
+        """The same over all ranks, in one all-reduce. Collective."""
+        counts = torch.stack([self.num_tokens, self.num_positions, self.num_frames])
+        packed = dist.sum(torch.cat([self.losses.pack(), counts]))
+        return Totals(loss.LossSums.unpack(packed[:-3]), *packed[-3:])
+
+
+def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[loss.Scored, Totals]:
+    """One micro-batch through the model; the sums are part of the graph."""
+    output = model(**batch.model_inputs())
+    scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
+    K = batch.audio_out_ids.shape[0]
+    num_columns = batch.audio_out_ids.shape[1] + (batch.audio_in_ids.shape[1] if batch.audio_in_ids is not None else 0)
+    num_clips = len(batch.audio_out_ids_start) + (len(batch.audio_in_ids_start) if batch.audio_in_ids is not None else 0)
+    mask = output.attention_mask
+    return scored, Totals(
+        loss.loss_sums(scored, ids.stream_eos),
+        mask.sum().float(),
+        torch.tensor(float(mask.numel()), device=mask.device),
+        torch.tensor(float(num_columns - num_clips * (K + 1)), device=mask.device),
+    )
+
+
+class Objective:
+    """The scalar that trains, from sums and global counts."""
+
+    def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
+        weights = cfg.codebook_weight_list
+        if weights and len(weights) != config.audio_num_codebooks:
+            raise ConfigError(
+                f"--codebook_weights has {len(weights)} values, the checkpoint {config.audio_num_codebooks} codebooks"
+            )
+        self.codebook_weights = torch.tensor(weights, device=dist.device) if weights else None
+        self.text_weight = cfg.text_loss_weight
+        self.audio_weight = cfg.audio_loss_weight
+
+    def __call__(self, sums: loss.LossSums, num_text: Tensor, num_audio: Tensor) -> Tensor:
+        return loss.combine(sums, num_text, num_audio, self.text_weight, self.audio_weight, self.codebook_weights)
+
+
+def train_step(
+    model,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[ExtendedHiggsAudioBatchInput],
+    objective: Objective,
+    ids: loss.AudioIds,
+    alignment: Alignment,
+    dist: Dist,
+    *,
+    lr: float,
+    grad_clip: float,
+    seed: int,
+    step: int,
+) -> tuple[Totals, Tensor]:
+    """One optimizer step over this rank's micro-batches; returns its part of the totals, and the global gradient norm.
+
+    Targets are counted over all micro-batches and ranks first. Each micro-batch then contributes its share of the one
+    global loss, so its gradients are just summed: over micro-batches by accumulation, over ranks by FSDP, whose average
+    the factor world_size turns back into a sum. Dropout is seeded by (seed, step, micro-batch), which makes a step
+    independent of how its micro-batches are divided among ranks, and a resumed run equal to an uninterrupted one.
+    """
+    counts = [torch.cat([text[None], audio]) for text, audio in (batch.num_targets() for batch in batches)]
+    counts = dist.sum(torch.stack(counts).sum(0).to(dist.device)).float()
+    num_text, num_audio = counts[0], counts[1:]
+
+    total = None
+    for index, batch in enumerate(batches):
+        batch = batch.to(dist.device, non_blocking=True)
+        model.set_requires_gradient_sync(index == len(batches) - 1)
+        torch.manual_seed(_micro_batch_seed(seed, step, index * dist.world_size + dist.rank))
+        _, part = forward(model, batch, ids, alignment)
+        (objective(part.losses, num_text, num_audio) * dist.world_size).backward()
+        part.losses = part.losses.detach()
+        total = part if total is None else total + part
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+
+
+def _micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
+    return (seed * 1_000_003 + step) * 100_003 + micro_batch
+
+
+def check_first_batch(
+    model, batch: ExtendedHiggsAudioBatchInput, objective: Objective, ids: loss.AudioIds, dist: Dist
+) -> Alignment:
+    """Before the first step: log what goes in and both losses, find the labels' alignment, look for copy collapse."""
+    batch = batch.to(dist.device)
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            log(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
+    model.eval()
+    with torch.no_grad():
+        output = model(**batch.model_inputs())
+        labels = loss.text_targets(output, batch.label_ids, batch.input_ids, batch.attention_mask, ids)
+        text = dist.together(lambda: loss.find_alignment(labels, output.expanded_input_ids, "text"))
+        # Label audio of its own has no alignment to find; the collator makes it input-aligned.
+        has_audio = batch.label_audio_ids.numel() > 0 and not batch.has_label_overrides
+        audio = dist.together(
+            lambda: loss.find_alignment(batch.label_audio_ids, batch.audio_out_ids, "audio") if has_audio else None
+        )
+        found = [(t or "shift", a or "shift") for t, a in dist.gather((text, audio)) if t or a] or [("shift", "shift")]
+        if len(set(found)) > 1:
+            raise loss.AlignmentError(f"ranks found different label alignments: {found}")
+        alignment = Alignment(*found[0])
+        scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
+        sums = loss.LossSums.unpack(dist.sum(loss.loss_sums(scored, ids.stream_eos).pack()))
+        copies = loss.copy_share(dist.sum(loss.copy_counts(scored)))
+    model.train()
+    values = loss_metrics(sums, objective)
+    log(
+        dist,
+        f"  labels: text {alignment.text}, audio {alignment.audio}; text loss {values['text_loss']:.4f} over "
+        f"{sums.num_text.item():.0f} targets, audio loss {values['audio_loss']:.4f} over {sums.num_audio.sum().item():.0f}; "
+        f"copy share {copies:.1%}",
+    )
+    return alignment
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluate
+
+
+@torch.no_grad()
+def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioIds, alignment: Alignment, dist: Dist) -> dict:
+    """Teacher-forced losses on the whole validation set, from sums and counts over all ranks. Collective."""
+    model.eval()
+    total, copies = None, torch.zeros(2, device=dist.device)
+    for (batch,), _ in loader.epoch(data.Position(0, 0)):
+        scored, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
+        copies += loss.copy_counts(scored)
+        total = part if total is None else total + part
+    total = total.sum_over(dist)
+    model.train()
+    metrics = loss_metrics(total.losses, objective)
+    return metrics | {"copy_share": loss.copy_share(dist.sum(copies))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def loss_metrics(sums: loss.LossSums, objective: Objective) -> dict:
+    """Losses in nats per target, from global sums; None where nothing was supervised."""
+
+    def ratio(total: Tensor, count: Tensor) -> float | None:
+        return (total / count).item() if count > 0 else None
+
+    codebooks = [ratio(s, n) for s, n in zip(sums.audio, sums.num_audio)]
+    supervised = [value for value in codebooks if value is not None]
+    return {
+        "loss": objective(sums, sums.num_text, sums.num_audio).item(),
+        "text_loss": ratio(sums.text, sums.num_text) or 0.0,
+        "audio_loss": sum(supervised) / len(supervised) if supervised else 0.0,
+        "codebook_losses": codebooks,
+        "eos_loss": ratio(sums.eos, sums.num_eos),
+        "text_targets": int(sums.num_text.item()),
+        "audio_targets": int(sums.num_audio.sum().item()),
+    }
+
+
+def step_metrics(total: Totals, objective: Objective, step_time_sec: float, flops_per_token: float, dist: Dist) -> dict:
+    """One line of metrics.jsonl, from global totals."""
+    tokens = total.num_tokens.item()
+    peak = _peak_flops(dist.device)
+    on_gpu = dist.device.type == "cuda"
+    return loss_metrics(total.losses, objective) | {
+        "tokens": int(tokens),
+        "padding_ratio": 1 - tokens / total.num_positions.item(),
+        "tokens_per_sec": tokens / step_time_sec,
+        "audio_sec_per_sec": total.num_frames.item() / FRAME_RATE_HZ / step_time_sec,
+        "mfu": tokens * flops_per_token / step_time_sec / (peak * dist.world_size) if peak else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
+        "step_time_sec": step_time_sec,
+    }
+
+
+def train_flops_per_token(model: nn.Module) -> float:
+    """Floating-point operations per real token of a training step, without attention scores and recomputation.
+
+    Two per weight for the forward pass, two for the gradient of the input, two more for that of the weight where it
+    trains. A token passes one of a layer's two FFNs, which are equally large.
+    """
+    flops = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name and ".audio_mlp." not in name and not name.startswith("audio_tower."):
+            flops += parameter.numel() * (6 if parameter.requires_grad else 4)
+    return flops
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak from the vendor's data sheets, or None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+    return next((value for key, value in peaks.items() if key in name), None)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
+
+    def __init__(self, path: Path, dist: Dist, steps_done: int):
+        self.path = path
+        self.enabled = dist.is_main
+        if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
+            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= steps_done]
+            path.write_text("".join(f"{line}\n" for line in lines))
+
+    def write(self, **values: Any) -> None:
+        if self.enabled:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def log(dist: Dist, message: str) -> None:
+    if dist.is_main:
+        tqdm.write(message, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loop
+
+
+def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
+    """The whole run; returns the trained, sharded model."""
+    output_dir = Path(cfg.output_dir)
+    resume_from = dist.together(lambda: find_resume(cfg))
+    folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.base_revision))
+    config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
+    objective = Objective(cfg, dist, config)
+    loader, val_loader = build_loaders(cfg, dist, config, tokenizer)
+    ids = loss.AudioIds.of(config)
+    model, lora = build_model(cfg, dist, config, folder)
+    optimizer = build_optimizer(model, cfg)
+
+    total_steps = cfg.max_steps or cfg.epochs * loader.steps_in_epoch()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(
+        dist,
+        f"{loader.num_samples} training samples, {total_steps} steps; {sum(p.numel() for p in model.parameters()):,} "
+        f"parameters, {trainable:,} of them train; {dist.world_size} rank(s) on {dist.device.type}",
+    )
+    if cfg.dry_run:
+        return model
+    step, position = 0, data.Position(0, 0)
+    if resume_from:
+        state = dist.together(lambda: checkpoint.load_state(resume_from, model, optimizer))
+        step, position = state["step"], data.Position(*state["position"])
+        log(dist, f"resumed from {resume_from}: {step} steps done")
+    if dist.is_main:
+        write_run_config(output_dir, cfg, dist)
+    metrics = MetricsFile(output_dir / "metrics.jsonl", dist, steps_done=step)
+    flops_per_token = train_flops_per_token(model)
+    progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step")
+
+    model.train()
+    steps = iter_steps(loader, position)
+    alignment = None
+    evaluated = saved = None  # the step at which each was last done
+    while True:
+        done = step >= total_steps
+        if val_loader and step != evaluated and (done or (cfg.val_steps and step and step % cfg.val_steps == 0)):
+            if alignment is None:
+                (first, *_), _ = next(val_loader.epoch(data.Position(0, 0)))
+                alignment = check_first_batch(model, first, objective, ids, dist)
+            values = evaluate(model, val_loader, objective, ids, alignment, dist)
+            evaluated = step
+            metrics.write(split="val", step=step, epoch=position.epoch, **values)
+            log(
+                dist,
+                f"step {step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})",
+            )
+
+        if step and step != saved and cfg.save_steps and (step % cfg.save_steps == 0 or done):
+            save(output_dir, step, position, model, optimizer, cfg, dist)
+            saved = step
+
+        if done:
+            break
+
+        epoch = position.epoch
+        batches, position = next(steps)
+        if alignment is None:
+            log(dist, "first batch:")
+            alignment = check_first_batch(model, batches[0], objective, ids, dist)
+        started = time.perf_counter()
+        lr = lr_at(step, total_steps, cfg)
+        total, grad_norm = train_step(
+            model, optimizer, batches, objective, ids, alignment, dist, lr=lr, grad_clip=cfg.grad_clip, seed=cfg.seed, step=step
+        )
+        total = total.sum_over(dist)
+        grad_norm = grad_norm.item()  # waits for the device, so the time below is the whole step's
+        values = step_metrics(total, objective, time.perf_counter() - started, flops_per_token, dist)
+        step += 1
+
+        metrics.write(split="train", step=step, epoch=epoch, lr=lr, grad_norm=grad_norm, **values)
+        shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
+        progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
+        progress.update()
+
+    progress.close()
+    checkpoint.export(output_dir / "final", model, config, tokenizer, lora)
+    log(dist, f"finished: {output_dir / 'final'}")
+    return model
+
+
+def iter_steps(loader: data.Loader, position: data.Position):
+    """The optimizer steps from `position` on, epoch after epoch, without end."""
+    while True:
+        for batches, after in loader.epoch(position):
+            is_last = after.samples_done >= loader.num_samples
+            yield batches, data.Position(after.epoch + 1, 0) if is_last else after
+        position = data.Position(position.epoch + 1, 0)
+
+
+def find_resume(cfg: Config) -> Path | None:
+    """The checkpoint to continue from; ConfigError for an output_dir that holds another run."""
+    output_dir = Path(cfg.output_dir)
+    if cfg.resume not in ("none", "auto"):
+        checkpoint.read_state(Path(cfg.resume))
+        return Path(cfg.resume)
+    if cfg.resume == "auto":
+        states = checkpoint.list_states(output_dir / "checkpoints")
+        return states[-1] if states else None
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"--output_dir {output_dir}: this is a file")
+    if any((output_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
+        raise ConfigError(
+            f"--output_dir {output_dir}: holds a run already; choose another folder, or continue it with --resume auto"
+        )
+    return None
+
+
+def save(output_dir: Path, step: int, position: data.Position, model, optimizer, cfg: Config, dist: Dist) -> None:
+    """A resumable checkpoint; older ones beyond --keep_last are removed. Collective."""
+    folder = output_dir / "checkpoints" / f"step_{step}"
+    state = {"step": step, "position": list(position), "world_size": dist.world_size, "config": dataclasses.asdict(cfg)}
+    checkpoint.save_state(folder, model, optimizer, state)
+    if dist.is_main and cfg.keep_last:
+        for old in checkpoint.list_states(folder.parent)[: -cfg.keep_last]:
+            shutil.rmtree(old)
+
+
+def write_run_config(output_dir: Path, cfg: Config, dist: Dist) -> None:
+    """OUTPUT/config.json: the resolved settings and what they ran with."""
+    from importlib.metadata import version
+
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
+    record = dataclasses.asdict(cfg) | {
+        "lr": cfg.peak_lr,
+        "world_size": dist.world_size,
+        "device": dist.device.type,
+        "git_commit": git.stdout.strip() or None,
+        "versions": {name: version(name) for name in packages},
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        cfg = parse_config(argv)
+        dist = setup_distributed(cfg.device, cfg.replicate)
+        train(cfg, dist)
+    except USER_ERRORS as error:
+        report(error)
+        return 2
+    finally:
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+    return 0
+
+
+def report(error: Exception) -> None:
+    """Say it once. Start-up errors are the same on every rank: rank 0 speaks, the others wait for the launcher to end
+    them, so that rank 0 is not cut off by a faster rank's exit. An unreadable sample is known to its rank alone."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, data.SampleError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
