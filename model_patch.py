@@ -287,7 +287,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=_select(targets, linears, "LoRA target"),
-        exclude_modules=None if use_tower else r"audio_tower\..*",
+        exclude_modules=None if use_tower or model.audio_tower is None else r"audio_tower\..*",
     )
     on_meta = next(model.parameters()).is_meta
     model.requires_grad_(False)

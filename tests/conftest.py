@@ -1,0 +1,171 @@
+"""Shared by all tests: tiny checkpoints of the real classes, ChatML records from toy voices, and gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+
+import data
+from tools import demo
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks that tests start
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory) -> Path:
+    """A demo folder with few records: train.jsonl, val.jsonl, test.jsonl, checkpoint/."""
+    folder = tmp_path_factory.mktemp("toys")
+    demo.make_demo(folder, seed=1, num_speakers=31)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(toys) -> Path:
+    return toys / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return demo.make_tokenizer()
+
+
+@pytest.fixture()
+def config(tokenizer) -> HiggsAudioConfig:
+    return demo.tiny_config(tokenizer)
+
+
+def make_model(config: HiggsAudioConfig, seed: int = 0) -> HiggsAudioModel:
+    """A randomly initialised model, its norms too, so that no branch is the identity."""
+    torch.manual_seed(seed)
+    model = HiggsAudioModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def make_sample(
+    tokenizer, *turns, config=None, start_index: int | None = None, frames: int = 7, seed: int = 0
+) -> ChatMLDatasetSample:
+    """A sample from ("user", "text"), ("assistant", T) turns, where a number is a clip of so many random frames."""
+    from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
+    from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
+
+    generator = torch.Generator().manual_seed(seed)
+    messages, codes = [], []
+    for role, *parts in turns:
+        content = []
+        for part in parts:
+            if isinstance(part, str):
+                content.append(TextContent(part))
+            else:
+                content.append(AudioContent(audio_url=""))
+                codes.append(torch.randint(0, 64, (8, part), generator=generator))
+        messages.append(Message(role, content))
+    input_ids, label_ids, *_ = prepare_chatml_sample(ChatMLSample(messages, start_index=start_index), tokenizer)
+    lengths = torch.tensor([0] + [c.shape[1] for c in codes])
+    return ChatMLDatasetSample(
+        input_ids=torch.tensor(input_ids),
+        label_ids=torch.tensor(label_ids),
+        audio_ids_concat=torch.cat(codes, dim=1) if codes else torch.zeros((8, 0), dtype=torch.long),
+        audio_ids_start=lengths.cumsum(0)[:-1],
+        audio_waveforms_concat=torch.zeros(0),
+        audio_waveforms_start=torch.zeros(0, dtype=torch.long),
+        audio_sample_rate=torch.zeros(0),
+        audio_speaker_indices=torch.zeros(0, dtype=torch.long),
+    )
+
+
+CASES = {
+    "single": [[("user", "hello"), ("assistant", 9)]],
+    "padded": [[("user", "hi"), ("assistant", 4)], [("user", "a much longer text"), ("assistant", 12)]],
+    "multi-segment": [
+        [("user", "one"), ("assistant", 5), ("user", "two"), ("assistant", 1), ("user", "three"), ("assistant", 8)],
+        [("user", "four"), ("assistant", "words, then", 6, "and", 3)],
+    ],
+    "reference and target": [
+        [("system", "voice: ", 6, "."), ("user", "speak"), ("assistant", 7)],
+        [("user", "ref"), ("assistant", 5), ("user", "new"), ("assistant", 7)],
+    ],
+    "text-only": [[("user", "say it"), ("assistant", "it")], [("user", "more"), ("assistant", "and more words")]],
+}
+
+
+def case_samples(name: str, tokenizer) -> list[ChatMLDatasetSample]:
+    return [make_sample(tokenizer, *turns, seed=i) for i, turns in enumerate(CASES[name])]
+
+
+def write_manifest(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def open_dataset(manifest: Path, config: HiggsAudioConfig, tokenizer) -> data.ChatMLDataset:
+    store = data.AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, manifest.parent / "codes")
+    return data.ChatMLDataset(data.read_manifest(manifest), tokenizer, store)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["train", "tools.demo"])
+
+
+def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:
+    """Run `function(dist, *args)` on gloo ranks, each its own process, and return what each returned.
+
+    `function` and `args` are pickled by reference and value. A rank that fails shows its traceback here.
+    """
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    queue = _context.Queue()
+    ranks = [
+        _context.Process(target=_rank_main, args=(queue, rank, world_size, port, function, args)) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    results = {}
+    try:
+        for _ in ranks:
+            rank, ok, value = queue.get(timeout=timeout_sec)
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    finally:
+        for process in ranks:
+            process.join(5)
+            process.kill()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank_main(queue, rank: int, world_size: int, port: int, function, args) -> None:
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    import torch.distributed
+
+    import train
+
+    try:
+        queue.put((rank, True, function(train.setup_distributed("cpu"), *args)))
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
