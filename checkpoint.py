@@ -89,7 +89,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; CheckpointError if it has none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError or the parser's own
         raise CheckpointError(f"--base_ckpt {folder}: no usable tokenizer beside the weights: {error}") from None
 
 
@@ -191,6 +191,7 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            assert isinstance(parameter, DTensor), f"{name} is not sharded now; call model.reshard() after evaluation"
             tensors[f"model.{name}"] = parameter.data
             tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return tensors

@@ -253,7 +253,7 @@ def load_codec(name_or_path: str, device: str | torch.device):
     raises: DataError if its dependencies or files are missing
     """
     try:
-        _provide_resample()
+        prepare_codec_imports()
         from boson_multimodal.audio_processing import higgs_audio_tokenizer as module
     except ImportError as error:
         raise DataError(
@@ -275,7 +275,7 @@ def load_codec(name_or_path: str, device: str | torch.device):
         raise DataError(f"--audio_tokenizer {name_or_path}: cannot load the codec: {error}") from None
 
 
-def _provide_resample() -> None:
+def prepare_codec_imports() -> None:
     """The codec uses one function of torchaudio, which cannot be imported beside every torch. julius is where torchaudio
     took that function from: with torchaudio's window and padding it differs by 0.05 % on white noise."""
     try:

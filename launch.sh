@@ -74,5 +74,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NPROC > 0 ? CORES / NPROC :
 export NCCL_IB_DISABLE=${NCCL_IB_DISABLE:-0} NCCL_P2P_DISABLE=${NCCL_P2P_DISABLE:-0}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
-exec "$PY" -m tools.launch --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" \
-    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" train.py "${ARGS[@]}"
+if [ "$NNODES" = 1 ]; then
+    RENDEZVOUS=(--standalone)
+else
+    RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="higgs-$MASTER_PORT"
+        --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
+fi
+exec "$PY" -m tools.launch --nnodes="$NNODES" --nproc_per_node="$NPROC" "${RENDEZVOUS[@]}" train.py "${ARGS[@]}"

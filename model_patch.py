@@ -29,6 +29,7 @@ import hashlib
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -302,22 +303,13 @@ def init_lora(model: nn.Module, seed: int) -> None:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             full = torch.empty(parameter.shape)
             nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
-            _copy_full(parameter, full)
         elif "lora_B" in name:
-            nn.init.zeros_(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
-
-
-@torch.no_grad()
-def _copy_full(parameter: nn.Parameter, full: Tensor) -> None:
-    """Copy a full tensor into a parameter, or into this rank's rows of a parameter sharded along dimension 0."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(full)
-        return
-    mesh = parameter.device_mesh
-    shard_size = -(-full.shape[0] // mesh.size(-1))
-    local = parameter.to_local()
-    start = mesh.get_local_rank(mesh.ndim - 1) * shard_size
-    local.copy_(full[start : start + local.shape[0]])
+            full = torch.zeros(parameter.shape)
+        else:
+            continue
+        if isinstance(parameter, DTensor):  # each rank keeps its own rows of the same full tensor
+            full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.data.copy_(full)
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -367,6 +359,8 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
     mesh:        1-D (shard), or 2-D (replicate, shard) for HSDP.
     param_dtype: what is gathered and computed in; gradients are always reduced in float32.
     """
+    # FSDP warns of views among the outputs (audio logits, in float32); nothing writes to them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     tower_layers = model.audio_tower.layers if model.audio_tower is not None else ()
     for layer in (*tower_layers, *model.layers):

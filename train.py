@@ -14,6 +14,7 @@ Two nodes of eight (the same line on both, NODE_RANK 0 and 1):
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -78,6 +79,9 @@ class Config:
 
     train_manifest: str = _setting("", "JSON or JSONL manifest to train on", "train_data", "input_data")
     val_manifest: str = _setting("", "manifest to evaluate on")
+    val_share: float = _setting(
+        0.02, "part of the training manifest held out to evaluate on, with --val_steps but no --val_manifest"
+    )
     output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
     base_ckpt: str = _setting(checkpoint.BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
     base_revision: str = _setting(checkpoint.BASE_REVISION, "revision of a Hub checkpoint")
@@ -196,6 +200,8 @@ def _find_problems(cfg: Config) -> list[str]:
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
     if cfg.lr == 0:
         problems.append("--lr 0: nothing would be learned")
+    if cfg.val_share >= 1:
+        problems.append(f"--val_share {cfg.val_share}: must be below 1")
     if cfg.lora_dropout >= 1:
         problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
     if cfg.lora_r and cfg.lora_alpha == 0:
@@ -302,8 +308,7 @@ def build_loaders(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer) 
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True))
 
-    def build(manifest: str, grad_accum: int, shuffle: bool) -> data.Loader:
-        records = dist.together(lambda: data.read_manifest(manifest))
+    def build(records: list[data.Record], grad_accum: int, shuffle: bool) -> data.Loader:
         encode_missing(cfg, dist, store, records)
         return data.Loader(
             data.ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None),
@@ -318,8 +323,20 @@ def build_loaders(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer) 
             pin_memory=dist.device.type == "cuda",
         )
 
-    train_loader = build(cfg.train_manifest, cfg.grad_accum, shuffle=True)
-    return train_loader, build(cfg.val_manifest, grad_accum=1, shuffle=False) if cfg.val_manifest else None
+    records = dist.together(lambda: data.read_manifest(cfg.train_manifest))
+    val_records = dist.together(lambda: data.read_manifest(cfg.val_manifest)) if cfg.val_manifest else []
+    if cfg.val_steps and not cfg.val_manifest and cfg.val_share and len(records) > 1:
+        records, val_records = hold_out(records, cfg.val_share, cfg.seed)
+        log(dist, f"no --val_manifest: {len(val_records)} training records are held out to evaluate on, {len(records)} train")
+    val_loader = build(val_records, grad_accum=1, shuffle=False) if val_records else None
+    return build(records, cfg.grad_accum, shuffle=True), val_loader
+
+
+def hold_out(records: Sequence[data.Record], share: float, seed: int) -> tuple[list[data.Record], list[data.Record]]:
+    """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
+    num_held = min(len(records) - 1, max(1, round(share * len(records))))
+    held = set(data.epoch_order(len(records), seed, epoch=-1)[:num_held])
+    return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
 
 
 FRAME_RATE_HZ = 25.0  # the published codec: 24,000 samples per second, 960 per frame
@@ -514,8 +531,7 @@ def check_first_batch(
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
             log(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         output = model(**batch.model_inputs())
         labels = loss.text_targets(output, batch.label_ids, batch.input_ids, batch.attention_mask, ids)
         text = dist.together(lambda: loss.find_alignment(labels, output.expanded_input_ids, "text"))
@@ -531,7 +547,6 @@ def check_first_batch(
         scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
         sums = loss.LossSums.unpack(dist.sum(loss.loss_sums(scored, ids.stream_eos).pack()))
         copies = loss.copy_share(dist.sum(loss.copy_counts(scored)))
-    model.train()
     values = loss_metrics(sums, objective)
     log(
         dist,
@@ -546,18 +561,28 @@ def check_first_batch(
 # Evaluate
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients; afterwards the model trains again and is sharded again.
+
+    FSDP leaves the root's parameters whole after a forward without backward, where saving would find them.
+    """
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.reshard()
+    model.train()
+
+
 def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioIds, alignment: Alignment, dist: Dist) -> dict:
     """Teacher-forced losses on the whole validation set, from sums and counts over all ranks. Collective."""
-    model.eval()
     total, copies = None, torch.zeros(2, device=dist.device)
-    for (batch,), _ in loader.epoch(data.Position(0, 0)):
-        scored, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
-        copies += loss.copy_counts(scored)
-        total = part if total is None else total + part
-    total = total.sum_over(dist)
-    model.train()
-    metrics = loss_metrics(total.losses, objective)
+    with evaluating(model):
+        for (batch,), _ in loader.epoch(data.Position(0, 0)):
+            scored, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
+            copies += loss.copy_counts(scored)
+            total = part if total is None else total + part
+    metrics = loss_metrics(total.sum_over(dist).losses, objective)
     return metrics | {"copy_share": loss.copy_share(dist.sum(copies))}
 
 
@@ -677,7 +702,8 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
         write_run_config(output_dir, cfg, dist)
     metrics = MetricsFile(output_dir / "metrics.jsonl", dist, steps_done=step)
     flops_per_token = train_flops_per_token(model)
-    progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step")
+    seconds = 0.5 if sys.stderr.isatty() else 10  # between two lines, where each is a new one
+    progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step", mininterval=seconds)
 
     model.train()
     steps = iter_steps(loader, position)

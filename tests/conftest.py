@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
 from pathlib import Path
+from queue import Empty
 
 import pytest
 import torch
@@ -125,7 +128,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["train", "tools.demo"])
 
 
-def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:
+def run_ranks(function, world_size: int, *args, timeout_sec: int = 60) -> list:
     """Run `function(dist, *args)` on gloo ranks, each its own process, and return what each returned.
 
     `function` and `args` are pickled by reference and value. A rank that fails shows its traceback here.
@@ -135,17 +138,22 @@ def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:
         port = sock.getsockname()[1]
     queue = _context.Queue()
     ranks = [
-        _context.Process(target=_rank_main, args=(queue, rank, world_size, port, function, args)) for rank in range(world_size)
+        _context.Process(target=_rank_main, args=(queue, rank, world_size, port, timeout_sec, function, args))
+        for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
     results = {}
     try:
-        for _ in ranks:
-            rank, ok, value = queue.get(timeout=timeout_sec)
-            if not ok:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results[rank] = value
+        while len(results) < world_size:
+            try:
+                rank, ok, value = queue.get(timeout=1)
+            except Empty:
+                dead = [r for r, process in enumerate(ranks) if process.exitcode is not None and r not in results]
+                assert not dead or not queue.empty(), f"ranks {dead} ended without a result"
+                continue
+            assert ok, f"rank {rank} failed:\n{value}"
+            results[rank] = pickle.loads(value)  # plain bytes: the queue would share tensors with a process that is gone
     finally:
         for process in ranks:
             process.join(5)
@@ -153,19 +161,19 @@ def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank_main(queue, rank: int, world_size: int, port: int, function, args) -> None:
+def _rank_main(queue, rank: int, world_size: int, port: int, timeout_sec: int, function, args) -> None:
+    faulthandler.dump_traceback_later(timeout_sec - 5, exit=True)  # a hang shows where
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    import torch.distributed
-
     import train
 
     try:
-        queue.put((rank, True, function(train.setup_distributed("cpu"), *args)))
+        queue.put((rank, True, pickle.dumps(function(train.setup_distributed("cpu"), *args))))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()

@@ -100,7 +100,9 @@ def test_references_are_not_trained(config, tokenizer):
 
 def test_clamped_index(config, tokenizer):
     """Three placeholders, two clips: upstream fails, we repeat the last clip, say so, and do not train on it."""
-    sample = make_sample(tokenizer, ("user", "a"), ("assistant", 4), ("user", "b"), ("assistant", 6), ("user", "c"), ("assistant", 2))
+    sample = make_sample(
+        tokenizer, ("user", "a"), ("assistant", 4), ("user", "b"), ("assistant", 6), ("user", "c"), ("assistant", 2)
+    )
     sample.audio_ids_concat, sample.audio_ids_start = sample.audio_ids_concat[:, :10], sample.audio_ids_start[:2]
     sample.source = "record 7"
     with pytest.raises(IndexError):
@@ -144,7 +146,9 @@ def test_label_audio_of_its_own(config, tokenizer):
     assert torch.equal(batch.audio_out_ids, unchanged.audio_out_ids)
     cut = int(batch.audio_out_ids_start[1])
     assert torch.equal(batch.label_audio_ids[:, :cut], unchanged.label_audio_ids[:, :cut])
-    bare = create_collator(config)([dataclasses.replace(other, audio_ids_concat=other.audio_label_ids_concat, audio_label_ids_concat=None)])
+    bare = create_collator(config)(
+        [dataclasses.replace(other, audio_ids_concat=other.audio_label_ids_concat, audio_label_ids_concat=None)]
+    )
     assert torch.equal(batch.label_audio_ids[:, cut:], bare.label_audio_ids)
     assert batch.has_label_overrides and not unchanged.has_label_overrides
 
@@ -189,7 +193,11 @@ def official_whisper(config) -> HiggsAudioSampleCollator:
     processor.feature_extractor = extractor
     collator = official(config)
     return HiggsAudioSampleCollator(
-        **{k: v for k, v in vars(collator).items() if k not in ("whisper_processor", "encode_whisper_embed", "chunk_size_seconds", "chunk_size_samples")},
+        **{
+            k: v
+            for k, v in vars(collator).items()
+            if k not in ("whisper_processor", "encode_whisper_embed", "chunk_size_seconds", "chunk_size_samples")
+        },
         whisper_processor=processor,
         encode_whisper_embed=True,
         chunk_size_seconds=1,

@@ -45,7 +45,9 @@ def clone(**extra):
     }
 
 
-@pytest.mark.parametrize("extra", [{}, {"start_index": 3}, {"start_index": 3, "speaker": "x", "misc": {"a": 1}}, {"start_index": float("nan")}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"start_index": 3}, {"start_index": 3, "speaker": "x", "misc": {"a": 1}}, {"start_index": float("nan")}]
+)
 def test_ids_are_the_official_ones(extra, folder, config, tokenizer):
     """Bit for bit what upstream makes of the same JSON, given as a dictionary."""
     record = clone(**extra)
@@ -124,7 +126,10 @@ def broken(path, value):
         (broken(["messages", 1], 3), r"messages\[1\]: expected an object"),
         (broken(["messages", 1, "content"], None), r"messages\[1\]\.content: expected text"),
         (broken(["messages", 4, "content", 1], {"type": "video"}), r"messages\[4\]\.content\[1\]: expected text"),
-        (broken(["messages", 4, "content", 1], clip("no.wav")), r"messages\[4\]\.content\[1\]\.audio_url: audio file .*no\.wav does not exist"),
+        (
+            broken(["messages", 4, "content", 1], clip("no.wav")),
+            r"messages\[4\]\.content\[1\]\.audio_url: audio file .*no\.wav does not exist",
+        ),
         (broken(["messages", 4, "content", 1], clip(7)), r"audio_url: expected a path, found 7"),
         (broken(["messages", 4, "content", 1], clip(offset=-1)), r"offset: expected seconds, found -1"),
         (broken(["messages", 4, "content", 1], clip(raw_audio="%%")), "raw_audio: not base64"),

@@ -76,7 +76,9 @@ def test_micro_batches_share_one_denominator(config, tokenizer):
 
     whole, parts = sums_of(samples), [sums_of(samples[:1]), sums_of(samples[1:4]), sums_of(samples[4:])]
     expected = loss.combine(whole, whole.num_text, whole.num_audio)
-    assert sum(loss.combine(p, whole.num_text, whole.num_audio) for p in parts).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum(loss.combine(p, whole.num_text, whole.num_audio) for p in parts).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
     of_means = sum(loss.combine(p, p.num_text, p.num_audio) for p in parts) / 3
     assert abs(of_means / expected - 1) > 0.01  # measured: 2.3 %
     total = loss.LossSums.unpack(sum(p.pack() for p in parts))

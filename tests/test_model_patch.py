@@ -87,7 +87,9 @@ def as_prompt_of(sample):
     """The sample up to and with <|audio_out_bos|>, so that even an untrained model speaks."""
     import dataclasses
 
-    return dataclasses.replace(sample, label_ids=None, audio_ids_concat=sample.audio_ids_concat[:, :6], audio_ids_start=sample.audio_ids_start[:1])
+    return dataclasses.replace(
+        sample, label_ids=None, audio_ids_concat=sample.audio_ids_concat[:, :6], audio_ids_start=sample.audio_ids_start[:1]
+    )
 
 
 # ---- what upstream cannot do
@@ -191,7 +193,9 @@ def test_lora_defaults_reach_attention_and_both_ffns(config):
     ffn = {f"{kind}.{part}_proj" for kind in ("mlp", "audio_mlp") for part in ("gate", "up", "down")}
     expected = {f"self_attn.{part}_proj" for part in "qkvo"} | ffn
     assert lora_names(model) == {f"layers.{i}.{name}" for i in range(3) for name in expected}
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if "lora_" in n}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if "lora_" in n
+    }
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,10 @@ def test_lora_defaults_reach_attention_and_both_ffns(config):
     [
         (["q_proj"], {f"layers.{i}.self_attn.q_proj" for i in range(3)}),
         (["mlp"], {f"layers.{i}.mlp.{p}_proj" for i in range(3) for p in ("gate", "up", "down")}),
-        ([r"layers\.1\.audio_mlp\.up_proj", "audio_lm_head"], {"layers.1.audio_mlp.up_proj", "audio_decoder_proj.audio_lm_head"}),
+        (
+            [r"layers\.1\.audio_mlp\.up_proj", "audio_lm_head"],
+            {"layers.1.audio_mlp.up_proj", "audio_decoder_proj.audio_lm_head"},
+        ),
     ],
 )
 def test_lora_targets(targets, expected, config):

@@ -46,9 +46,13 @@ def official_collator(config: HiggsAudioConfig) -> HiggsAudioSampleCollator:
     )
 
 
-def as_prompt(sample: ChatMLDatasetSample, tokenizer) -> ChatMLDatasetSample:
-    """A sample whose last turn is the user's, with the assistant's header after it: the model continues from there."""
-    header = tokenizer.encode(ASSISTANT_HEADER, add_special_tokens=False)
+def as_prompt(sample: ChatMLDatasetSample, tokenizer, force_audio: bool = False) -> ChatMLDatasetSample:
+    """A sample whose last turn is the user's, with the assistant's header after it: the model continues from there.
+
+    force_audio: the answer begins with <|audio_out_bos|>, so that the model has to speak (the serve engine's option)
+    """
+    header = ASSISTANT_HEADER + ("<|audio_out_bos|>" if force_audio else "")
+    header = tokenizer.encode(header, add_special_tokens=False)
     input_ids = torch.cat([sample.input_ids, torch.tensor(header, dtype=torch.long)])
     return dataclasses.replace(sample, input_ids=input_ids, label_ids=None)
 
@@ -78,7 +82,7 @@ def speak(
     new_ids = token_ids[0, len(prompt.input_ids) :].tolist()
     ends = [tokenizer.convert_tokens_to_ids(stop) for stop in STOP_STRINGS]
     audio_eos = tokenizer.convert_tokens_to_ids("<|audio_eos|>")
-    stopped = len(new_ids) >= 2 and new_ids[-1] in ends and new_ids[-2] == audio_eos
+    stopped = new_ids[-1] in ends and audio_eos in new_ids[-2:-1]
     delayed = [clip.cpu() for clip in delayed]
     return Speech([undelay(clip, model.config) for clip in delayed], delayed, new_ids, stopped)
 

@@ -1,0 +1,308 @@
+"""train.py as users run it: the whole command line, its mistakes, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from conftest import ROOT, write_manifest
+from peft import PeftModel
+from test_generation import TURNS, clips, overfit
+from transformers import AutoTokenizer
+
+import checkpoint
+import data
+import model_patch
+import train
+from tools import demo
+from tools.generate import as_prompt, speak
+
+
+def run_shell(command: str, timeout_sec: int = 180) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment |= {"VENV": str(Path(sys.executable).parent.parent), "NPROC": "2"}
+    return subprocess.run(
+        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_sec, check=False
+    )
+
+
+def metrics(output_dir: Path, split: str) -> list[dict]:
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+# ---- the commands of README.md
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_lora_command(nproc, toys, tmp_path):
+    manifest, output, base = toys / "train.jsonl", tmp_path / "o", toys / "checkpoint"
+    done = run_shell(
+        f"torchrun --standalone --nproc_per_node={nproc} train.py --train_manifest {manifest} --output_dir {output} --base_ckpt {base} "
+        "--batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = metrics(output, "train")
+    per_step = 2 * 8 * nproc
+    assert len(lines) == 2 * math.ceil(31 / per_step)
+    assert {"step", "epoch", "loss", "text_loss", "audio_loss", "codebook_losses", "eos_loss", "grad_norm", "lr"} <= lines[
+        0
+    ].keys()
+    assert sum(line["audio_targets"] for line in lines if line["epoch"] == 0) == sum(
+        line["audio_targets"] for line in lines if line["epoch"] == 1
+    ), "labels were lost after the first epoch"
+    model = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(base), output / "final")
+    assert model.peft_config["default"].r == 16
+    assert "input_ids" in done.stderr and "torch.int64" in done.stderr and "text loss" in done.stderr
+
+
+def test_validation_and_checkpoints_command(toys, tmp_path):
+    manifest, output, base = toys / "long.jsonl", tmp_path / "o", toys / "checkpoint"
+    manifest.write_text((toys / "train.jsonl").read_text() * 12)
+    done = run_shell(
+        f"torchrun --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {output} --base_ckpt {base} "
+        "--batch_size 4 --lr 2e-4 --epochs 1 --grad_accum 8 --val_steps 5 --save_steps 5"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "7 training records are held out" in done.stderr
+    assert [line["step"] for line in metrics(output, "val")] == [5, 6]
+    assert [p.name for p in checkpoint.list_states(output / "checkpoints")] == ["step_5", "step_6"]
+    assert (output / "final" / "adapter_model.safetensors").is_file()
+    assert json.loads((output / "config.json").read_text())["world_size"] == 2
+
+
+def test_launch_command(toys, tmp_path):
+    manifest, output, base = toys / "train.jsonl", tmp_path / "o", toys / "checkpoint"
+    done = run_shell(
+        f"bash launch.sh --train_data {manifest} --output_dir {output} --base_ckpt {base} --batch_size 4 --gradient_accumulation_steps 4 "
+        "--dataloader_num_workers 2 --lora_r 64 --lora_alpha 128 --mixed_precision --use_gradient_checkpointing"
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((output / "config.json").read_text())
+    assert (config["mixed_precision"], config["activation_checkpointing"], config["lora_r"]) == ("bf16", "full", 64)
+    assert all(math.isfinite(line["loss"]) for line in metrics(output, "train"))
+    again = run_shell(f"TRAIN_MANIFEST={manifest} OUTPUT_DIR={output} BASE_CKPT={base} bash launch.sh")
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith("error: --output_dir") and "Traceback" not in again.stderr
+
+
+# ---- in this process
+
+
+def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
+    values = {
+        "train_manifest": toys / "train.jsonl",
+        "base_ckpt": toys / "checkpoint",
+        "output_dir": output_dir,
+        "batch_size": 8,
+        "num_workers": 0,
+        "max_steps": 2,
+        "lr": 5e-3,
+    }
+    return [item for name, value in (values | extra).items() for item in (f"--{name}", str(value))]
+
+
+@pytest.fixture()
+def run_here():
+    """Runs a whole training in this process, without torchrun, and returns the trained model."""
+
+    def run(argv: list[str]):
+        cfg = train.parse_config(argv)
+        return train.train(cfg, train.setup_distributed(cfg.device, cfg.replicate))
+
+    yield run
+    torch.distributed.destroy_process_group()
+
+
+def first_prompt(toys: Path, tokenizer):
+    record = data.read_manifest(toys / "test.jsonl")[0]
+    record.chatml.messages, record.audio = record.chatml.messages[:-1], record.audio[:-1]
+    store = data.AudioStore(8, 64, 25.0, toys / "codes")
+    return as_prompt(data.ChatMLDataset([record], tokenizer, store)[0], tokenizer, force_audio=True)  # it has learned little
+
+
+@pytest.mark.parametrize(("lora_r", "precision"), [(0, "no"), (0, "bf16"), (8, "no")])
+def test_final_generates_what_the_trained_model_generates(lora_r, precision, toys, tmp_path, run_here):
+    """The sharded model in memory and the folder it leaves, loaded by upstream's own classes, say the same."""
+    trained = run_here(settings(toys, tmp_path / "o", lora_r=lora_r, mixed_precision=precision, max_steps=6)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o" / "final")
+    prompt = first_prompt(toys, tokenizer)
+    # FSDP cannot gather in inference mode, which generate() is decorated with; without gradients is all it needs.
+    with torch.no_grad():
+        expected = speak(
+            trained, tokenizer, prompt, 30, generate=lambda **kw: HiggsAudioModel.generate.__wrapped__(trained, **kw)
+        )
+    if lora_r:
+        base = HiggsAudioModel.from_pretrained(toys / "checkpoint").eval()
+        untrained = speak(base, tokenizer, prompt, 30)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "o" / "final").eval()
+        said = speak(base, tokenizer, prompt, 30, generate=loaded.generate)
+        assert not torch.equal(said.delayed[0], untrained.delayed[0]), "the adapter has no effect"
+    else:
+        loaded = HiggsAudioModel.from_pretrained(tmp_path / "o" / "final").eval()
+        if precision == "bf16":
+            loaded = loaded.bfloat16()
+        said = speak(loaded, tokenizer, prompt, 30)
+    assert expected.delayed[0].shape[1] > 8
+    assert torch.equal(said.delayed[0], expected.delayed[0]) and said.token_ids == expected.token_ids
+
+
+def test_training_learns_and_evaluation_does_not_disturb(toys, tmp_path, run_here):
+    """Loss falls; evaluating and saving in between changes no bit of the result."""
+    quiet = run_here(settings(toys, tmp_path / "a", lora_r=0, mixed_precision="no", max_steps=12))
+    extra = {"val_manifest": toys / "val.jsonl", "val_steps": 3, "save_steps": 4}
+    busy = run_here(settings(toys, tmp_path / "b", lora_r=0, mixed_precision="no", max_steps=12, **extra))
+    assert all(torch.equal(p.full_tensor(), q.full_tensor()) for p, q in zip(quiet.parameters(), busy.parameters()))
+    lines = metrics(tmp_path / "b", "train")
+    assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    assert [line["step"] for line in metrics(tmp_path / "b", "val")] == [3, 6, 9, 12]
+    assert [p.name for p in checkpoint.list_states(tmp_path / "b" / "checkpoints")] == ["step_8", "step_12"]
+    assert metrics(tmp_path / "b", "val")[-1]["copy_share"] < 0.1
+
+
+def test_lr_schedule():
+    cfg = train.parse_config(
+        ["--train_manifest", "m", "--output_dir", "o", "--lr", "1", "--warmup_steps", "4", "--min_lr_ratio", "0.1"]
+    )
+    rates = [train.lr_at(step, 24, cfg) for step in range(25)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[14] == pytest.approx(0.55) and rates[24] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_a_collapsed_checkpoint_is_refused(tmp_path, config, tokenizer, capsys):
+    """A base that another trainer has already spoilt: stopped before the first step."""
+    samples, _ = clips(tokenizer)
+    records = []
+    for i, (turns, sample) in enumerate(zip(TURNS, samples)):
+        np.save(tmp_path / f"{i}.npy", sample.audio_ids_concat.numpy())
+        answer = {"role": "assistant", "content": {"type": "audio", "audio_url": f"{i}.npy"}}
+        records.append({"messages": [{"role": "user", "content": turns[0][1]}, answer]})
+    model, *_ = overfit(config, samples, unshifted=True)
+    model_patch.unpatch(model).save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    write_manifest(tmp_path / "train.jsonl", records)
+    assert "unshifted labels" in main_error(settings(tmp_path, tmp_path / "o"), capsys)
+    assert not (tmp_path / "o" / "final").exists()
+
+
+# ---- mistakes: one clear message, exit status 2, no traceback
+
+
+def main_error(argv: list[str], capsys) -> str:
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error[error.index("error: ") :]
+
+
+def test_command_line_mistakes_are_reported_together(capsys):
+    argv = [
+        "--output_dir",
+        "o",
+        "--batch_size",
+        "0",
+        "--epochs",
+        "two",
+        "--lr",
+        "-1",
+        "--lorar",
+        "3",
+        "--mixed_precision",
+        "fp8",
+        "--seed",
+    ]
+    error = main_error(argv, capsys)
+    for part in (
+        "unknown argument '--lorar'",
+        "--batch_size 0: must be at least 1",
+        "--epochs two: expected int",
+        "--lr -1.0: must be a finite number",
+        "--mixed_precision fp8: choose from bf16, no",
+        "--seed needs a value",
+        "--train_manifest is required",
+    ):
+        assert part in error
+    with pytest.raises(train.ConfigError, match="--codebook_weights 1,x: expected comma-separated numbers"):
+        train.parse_config(["--train_manifest", "m", "--output_dir", "o", "--codebook_weights", "1,x"])
+
+
+def test_every_alias_works():
+    argv = "--input_data m --output_dir o --learning_rate 1e-3 --gradient_accumulation_steps 3 --dataloader_num_workers 5"
+    cfg = train.parse_config([*argv.split(), "--use_gradient_checkpointing", "selective", "--dry_run"])
+    assert (cfg.train_manifest, cfg.lr, cfg.grad_accum, cfg.num_workers) == ("m", 1e-3, 3, 5)
+    assert (cfg.activation_checkpointing, cfg.dry_run, cfg.resume) == ("selective", True, "none")
+    assert train.parse_config(["--train_data", "m", "--output_dir", "o"]).peak_lr == 2e-4
+    assert train.parse_config(["--train_data", "m", "--output_dir", "o", "--lora_r", "0"]).peak_lr == 2e-5
+
+
+@pytest.fixture()
+def bad(toys, tmp_path, capsys):
+    """Run with one setting changed; returns the error."""
+
+    def check(**changes) -> str:
+        return main_error(settings(toys, tmp_path / "o", **changes), capsys)
+
+    return check
+
+
+def turns(audio: dict) -> dict:
+    return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": audio}]}
+
+
+def test_bad_data(bad, tmp_path):
+    assert "missing.jsonl: no such manifest" in bad(train_manifest=tmp_path / "missing.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"messages": [}')
+    assert "broken.jsonl line 1: broken JSON" in bad(train_manifest=tmp_path / "broken.jsonl")
+    manifest = tmp_path / "m.jsonl"
+    assert "messages: expected" in bad(train_manifest=write_manifest(manifest, [{"text": "hi"}]))
+    record = {"messages": [{"role": "robot", "content": "x"}]}
+    assert 'role: "robot" is not one of' in bad(train_manifest=write_manifest(manifest, [record]))
+    missing = turns({"type": "audio", "audio_url": "no.npy"})
+    assert "no.npy does not exist" in bad(train_manifest=write_manifest(manifest, [missing]))
+    np.save(tmp_path / "wrong.npy", np.zeros((3, 5), np.int64))
+    wrong = write_manifest(manifest, [turns({"type": "audio", "audio_url": "wrong.npy"})])
+    assert "wrong.npy holds int64 [3, 5]" in bad(train_manifest=wrong)
+    np.save(tmp_path / "wrong.npy", np.full((8, 5), 1024))
+    for workers in (0, 1):
+        assert "holds codes 1024 to 1024" in bad(train_manifest=wrong, num_workers=workers)
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 24000)
+    waves = write_manifest(manifest, [turns({"type": "audio", "audio_url": "a.wav"})])
+    assert "--audio_tokenizer" in bad(train_manifest=waves, audio_tokenizer=tmp_path)
+
+
+def test_bad_checkpoint(bad, toys, tmp_path):
+    assert "no config.json" in bad(base_ckpt=tmp_path)
+    assert "neither a folder nor a Hub repository" in bad(base_ckpt=tmp_path / "nowhere" / "deep")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "model_type is 'llama'" in bad(base_ckpt=tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "higgs_audio_v2"}')
+    assert "--base_revision 1084" in bad(base_ckpt=tmp_path)
+    whole = toys / "checkpoint"
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    assert "no *.safetensors" in bad(base_ckpt=tmp_path)
+    weights = (whole / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:1000])
+    assert "tokenizer" in bad(base_ckpt=tmp_path)
+    demo.make_tokenizer().save_pretrained(tmp_path)
+    assert "model.safetensors: damaged" in bad(base_ckpt=tmp_path)
+
+
+def test_bad_settings(bad, tmp_path):
+    assert "pattern 'qproj' matches nothing" in bad(lora_targets="q_proj,qproj")
+    assert "pattern 'vision' matches nothing" in bad(freeze="vision", lora_r=0)
+    assert "has 2 values, the checkpoint 8 codebooks" in bad(codebook_weights="1,2")
+    assert "--replicate 2 does not divide 1 ranks" in bad(replicate=2)
+    assert "not a whole training checkpoint" in bad(resume=tmp_path)
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "metrics.jsonl").touch()
+    assert "holds a run already" in bad()
