@@ -29,6 +29,7 @@ import json
 import math
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,49 +253,51 @@ def load_codec(name_or_path: str, device: str | torch.device):
 
     raises: DataError if its dependencies or files are missing
     """
+    module = import_codec()
     try:
-        prepare_codec_imports()
-        from boson_multimodal.audio_processing import higgs_audio_tokenizer as module
-    except ImportError as error:
-        raise DataError(
-            f"the audio codec needs a package that is missing ({error}): pip install -r requirements-codec.txt"
-        ) from None
+        return module.load_higgs_audio_tokenizer(str(name_or_path), device=str(device))
+    except (OSError, json.JSONDecodeError, TypeError, ValueError) as error:
+        raise DataError(f"--audio_tokenizer {name_or_path}: cannot load the codec: {error}") from None
+
+
+def import_codec():
+    """Upstream's codec module, made safe and importable.
+
+    It asks for its HuBERT with `trust_remote_code=True`, though that is a plain HuBERT: here no code from the Hub is run.
+    It uses one function of torchaudio, which cannot be imported beside every torch: there `_resample` takes its place.
+    """
     from transformers import HubertModel
 
-    class SafeHubert:
-        """Stands in for `AutoModel` there: the same plain HuBERT, but no code from the Hub is run."""
-
+    class PlainHubert:
         @staticmethod
         def from_pretrained(name: str, trust_remote_code: bool = False, **kwargs):
             return HubertModel.from_pretrained(name, **kwargs)
 
-    module.AutoModel = SafeHubert
-    try:
-        return module.load_higgs_audio_tokenizer(str(name_or_path), device=str(device))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise DataError(f"--audio_tokenizer {name_or_path}: cannot load the codec: {error}") from None
-
-
-def prepare_codec_imports() -> None:
-    """The codec uses one function of torchaudio, which cannot be imported beside every torch. julius is where torchaudio
-    took that function from: with torchaudio's window and padding it differs by 0.05 % on white noise."""
     try:
         import torchaudio
     except (ImportError, OSError):
-        import types
-
-        import julius
-
-        def resample(waveform: Tensor, orig_freq: int, new_freq: int) -> Tensor:
-            shared = math.gcd(orig_freq, new_freq)
-            old, new, margin = orig_freq // shared, new_freq // shared, 20
-            padded = torch.nn.functional.pad(waveform, (margin * old, margin * old))
-            length = math.ceil(waveform.shape[-1] * new / old)
-            return julius.resample_frac(padded, old, new, zeros=6, rolloff=0.99)[..., margin * new :][..., :length]
-
         torchaudio, functional = types.ModuleType("torchaudio"), types.ModuleType("torchaudio.functional")
-        torchaudio.functional, functional.resample = functional, resample
+        torchaudio.functional, functional.resample = functional, _resample
         sys.modules |= {"torchaudio": torchaudio, "torchaudio.functional": functional}
+    try:
+        from boson_multimodal.audio_processing import higgs_audio_tokenizer as module
+    except ImportError as error:
+        raise DataError(
+            f"the audio codec needs a package that is missing: {error}. pip install -r requirements-codec.txt"
+        ) from None
+    module.AutoModel = PlainHubert
+    return module
+
+
+def _resample(waveform: Tensor, orig_freq: int, new_freq: int) -> Tensor:
+    """torchaudio's function, by the package it was taken from: with its window and padding 0.05 % apart on white noise."""
+    import julius
+
+    shared = math.gcd(orig_freq, new_freq)
+    old, new, margin = orig_freq // shared, new_freq // shared, 20
+    padded = torch.nn.functional.pad(waveform, (margin * old, margin * old))
+    length = math.ceil(waveform.shape[-1] * new / old)
+    return julius.resample_frac(padded, old, new, zeros=6, rolloff=0.99)[..., margin * new :][..., :length]
 
 
 def read_codes(path: Path, num_codebooks: int, codebook_size: int, source: str) -> Tensor:

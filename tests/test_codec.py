@@ -43,11 +43,8 @@ def codec_dir(tmp_path_factory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     with small_hubert(folder):
-        data.prepare_codec_imports()
-        from boson_multimodal.audio_processing.higgs_audio_tokenizer import HiggsAudioTokenizer
-
         torch.manual_seed(0)
-        codec = HiggsAudioTokenizer(**config, device="cpu")
+        codec = data.import_codec().HiggsAudioTokenizer(**config, device="cpu")
         for name, buffer in codec.named_buffers():  # an untrained codebook is initialised from its first batch
             if name.endswith("inited"):
                 buffer.fill_(1)
