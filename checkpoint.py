@@ -36,6 +36,7 @@ BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 
 MAX_FILE_BYTES = 5_000_000_000
 STATE_FILE = "state.json"
+DCP_PIECES = "DCP_SHARDING_INFO"  # where DCP notes which rows of a tensor a safetensors file holds
 
 
 class CheckpointError(ValueError):
@@ -102,30 +103,47 @@ def is_lora(name: str) -> bool:
     return ".lora_" in name
 
 
-def load_base(model: nn.Module, folder: Path) -> list[str]:
-    """Stream the base weights into a sharded model; each rank reads its own rows only.
+def check_base(model: nn.Module, folder: Path) -> list[str]:
+    """Whether the folder has every tensor of the model, in its shape; opens the files' headers only.
 
     returns: names of tensors in the checkpoint that the model has no use for
-    raises:  CheckpointError for missing tensors or other shapes
+    raises:  CheckpointError
     """
-    targets = {base_name(name): p.data for name, p in model.named_parameters() if not is_lora(name)}
-    stored = _stored_shapes(folder)
+    targets, stored = _base_tensors(model), _stored_shapes(folder)
     missing = sorted(targets.keys() - stored.keys())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} of {len(targets)} tensors are missing, first {missing[0]}")
-    for name, tensor in targets.items():
-        if tuple(tensor.shape) != stored[name]:
-            raise CheckpointError(f"{folder}: {name} has shape {stored[name]}, the model wants {tuple(tensor.shape)}")
-    dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    _check_shapes(folder, targets, stored)
     return sorted(stored.keys() - targets.keys())
 
 
+def load_base(model: nn.Module, folder: Path) -> None:
+    """Stream the base weights into a sharded model; each rank reads its own rows only. Collective; `check_base` first."""
+    dcp.load(_base_tensors(model), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {base_name(name): p.data for name, p in model.named_parameters() if not is_lora(name)}
+
+
+def _check_shapes(folder: Path, targets: dict[str, Tensor], stored: dict[str, tuple[int, ...]]) -> None:
+    for name, tensor in targets.items():
+        if tuple(tensor.shape) != stored[name]:
+            raise CheckpointError(f"{folder}: {name} has shape {stored[name]}, the model wants {tuple(tensor.shape)}")
+
+
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    """The shape of every tensor in the folder, put together from its pieces where ranks wrote their own rows."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                pieces = json.loads((file.metadata() or {}).get(DCP_PIECES, "{}"))
+                for name in file.keys():  # noqa: SIM118
+                    shape = file.get_slice(name).get_shape()
+                    offsets = pieces[name]["saved_offsets"] if name in pieces else [0] * len(shape)
+                    ends = [offset + size for offset, size in zip(offsets, shape)]
+                    shapes[name] = tuple(map(max, ends, shapes.get(name, ends)))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged: {error}") from None
     return shapes
@@ -158,18 +176,29 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     dist.barrier()
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore what `save_state` wrote, on any number of ranks; returns its `state`. Collective."""
+def check_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> dict:
+    """Whether `folder` continues this very run: whole, of the same settings `run`, with the same tensors.
+
+    returns: the `state` it was saved with
+    raises:  CheckpointError
+    """
     state = read_state(folder)
-    tensors = _training_tensors(model, optimizer)
-    missing = sorted(tensors.keys() - _stored_shapes(folder).keys())
-    if missing:
-        raise CheckpointError(
-            f"--resume {folder}: {len(missing)} tensors are missing, first {missing[0]}; resume with the settings (full or "
-            "LoRA, targets, freezing) of the run that wrote it"
-        )
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    saved = state.get("run", {})
+    other = {name: saved.get(name) for name, value in run.items() if saved.get(name) != value}
+    if other:
+        found = ", ".join(f"{name} was {value!r} and is {run[name]!r}" for name, value in other.items())
+        raise CheckpointError(f"--resume {folder}: this is not the same run: {found}")
+    targets, stored = _training_tensors(model, optimizer), _stored_shapes(folder)
+    different = sorted(targets.keys() ^ stored.keys())
+    if different:
+        raise CheckpointError(f"--resume {folder}: {len(different)} tensors are not the same, first {different[0]}")
+    _check_shapes(folder, targets, stored)
     return state
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore what `save_state` wrote, on any number of ranks. Collective; `check_state` first."""
+    dcp.load(_training_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
 def read_state(folder: Path) -> dict:
@@ -232,8 +261,11 @@ def export(
     config: HiggsAudioConfig,
     tokenizer: PreTrainedTokenizerBase,
     lora: LoraConfig | None,
+    base: Path,
 ) -> None:
     """Write the finished model to `folder`, under a temporary name first. Collective.
+
+    base: the folder of the base checkpoint, whose generation settings a full model keeps
 
     Without `lora` a Hugging Face folder in the base checkpoint's dtype, else a PEFT adapter in float32. Tensors are
     gathered one at a time, so rank 0 holds one output file's worth, never the whole model.
@@ -256,6 +288,8 @@ def export(
             dataclasses.replace(lora, inference_mode=True).save_pretrained(temporary)
         else:
             config.save_pretrained(temporary)
+            if (base / "generation_config.json").is_file():
+                shutil.copy(base / "generation_config.json", temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     dist.barrier()

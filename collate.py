@@ -238,10 +238,10 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
             input_ids=torch.cat(inputs),
             label_ids=None if sample.label_ids is None else torch.cat([*labels, sample.label_ids[done:]]),
             audio_ids_concat=torch.cat(kept, dim=1) if kept else sample.audio_ids_concat,
-            audio_ids_start=_starts(kept),
+            audio_ids_start=starts(kept),
             audio_label_ids_concat=torch.cat(kept_labels, dim=1) if kept_labels else None,
             audio_waveforms_concat=torch.cat(waveforms) if waveforms else sample.audio_waveforms_concat,
-            audio_waveforms_start=_starts(waveforms),
+            audio_waveforms_start=starts(waveforms),
             audio_sample_rate=torch.full((len(waveforms),), float(rate)),
         )
 
@@ -295,7 +295,7 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def _starts(pieces: list[Tensor]) -> Tensor:
+def starts(pieces: list[Tensor]) -> Tensor:
     """Where each piece begins in their concatenation along the last dimension, int64."""
     lengths = torch.tensor([0] + [piece.shape[-1] for piece in pieces], dtype=torch.long)
     return lengths.cumsum(0)[:-1]

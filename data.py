@@ -44,19 +44,14 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from collate import CollateError, ExtendedHiggsAudioBatchInput, ExtendedHiggsAudioSampleCollator
+from collate import IGNORE_INDEX, CollateError, ExtendedHiggsAudioBatchInput, ExtendedHiggsAudioSampleCollator, starts
 
-IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant")
 CODE_SUFFIXES = (".npy", ".safetensors")
 
 
 class DataError(ValueError):
     """A problem with the user's data; the message names file, record, field and remedy."""
-
-
-class SampleError(DataError):
-    """A sample that could not be read in the middle of a run, on one rank."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +108,8 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         for index, value in enumerate(_parse_json(text, f"{path}", line=1)):
             yield f"{path} record {index}", value
         return
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # Not splitlines(): JSON strings may hold U+2028 and the like, which are no line ends here.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for index, (number, line) in enumerate(lines):
         yield f"{path} record {index} (line {number})", _parse_json(line, f"{path}", line=number)
 
@@ -156,6 +152,8 @@ def parse_record(value: Any, folder: Path, source: str) -> Record:
             fail("start_index", f"expected a whole number of turns, found {_shown(start)}")
         if not 0 <= start < len(turns):
             fail("start_index", f"{start} leaves no turn to train; the record has {len(turns)} turns (0 to {len(turns) - 1})")
+    if not any(turn.role == "assistant" for turn in turns[int(start or 0) :]):
+        fail("messages", "no assistant turn from start_index on, so there is nothing to train")
     speaker, misc = _absent_if_nan(value.get("speaker")), _absent_if_nan(value.get("misc"))
     if speaker is not None and not isinstance(speaker, str):
         fail("speaker", f"expected text, found {_shown(speaker)}")
@@ -246,6 +244,21 @@ def _shown(value: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Audio -> codes
+
+
+FRAME_RATE_HZ = 25.0  # of the published codec: 24,000 samples per second, 960 per frame
+
+
+def codec_frame_rate_hz(name_or_path: str) -> float:
+    """Frames per second, from the codec's config where it is a folder, else the published codec's."""
+    path = Path(name_or_path) / "config.json"
+    if not path.is_file():
+        return FRAME_RATE_HZ
+    try:
+        config = json.loads(path.read_text())
+        return config["sample_rate"] / math.prod(config["ratios"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--audio_tokenizer {name_or_path}: config.json is not the codec's: {error!r}") from None
 
 
 def load_codec(name_or_path: str, device: str | torch.device):
@@ -394,6 +407,10 @@ class AudioStore:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         for part, source in clips:
             samples, rate = read_waveform(part, source)
+            if len(samples) < rate / self.frame_rate_hz:
+                raise DataError(
+                    f"{source}: {part.field}: {len(samples) / rate:.3f} s of audio is less than one frame ({1 / self.frame_rate_hz} s)"
+                )
             codes = codec.encode(samples, rate)[: self.num_codebooks].cpu().numpy().astype(np.int16)
             path = self._cached(part)
             temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
@@ -453,10 +470,10 @@ class ChatMLDataset(Dataset):
             input_ids=torch.tensor(input_ids, dtype=torch.long),
             label_ids=torch.tensor(label_ids, dtype=torch.long),
             audio_ids_concat=torch.cat(codes, dim=1) if codes else torch.zeros((K, 0), dtype=torch.long),
-            audio_ids_start=_starts([c.shape[1] for c in codes]),
+            audio_ids_start=starts(codes),
             audio_label_ids_concat=labels,
             audio_waveforms_concat=torch.cat(waveforms) if waveforms else torch.zeros(0),
-            audio_waveforms_start=_starts([len(w) for w in waveforms]),
+            audio_waveforms_start=starts(waveforms),
             audio_sample_rate=torch.tensor(rates, dtype=torch.float32),
             audio_speaker_indices=torch.zeros(0, dtype=torch.long),
             source=record.source,
@@ -493,12 +510,15 @@ class ChatMLDataset(Dataset):
         return waveforms, rates
 
 
-def _starts(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0)[:-1]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples -> micro-batches
+
+
+def hold_out(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
+    num_held = min(len(records) - 1, max(1, round(share * len(records))))
+    held = set(epoch_order(len(records), seed, epoch=-1)[:num_held])
+    return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
 
 
 class Position(NamedTuple):
@@ -543,7 +563,7 @@ class _MicroBatches(Dataset):
         try:
             return self.collator([self._sample(index) for index in indices])
         except (DataError, CollateError) as error:
-            return SampleError(str(error))
+            return DataError(str(error))
 
     def _sample(self, index: int) -> Sample:
         if index >= 0:
@@ -639,7 +659,7 @@ def open_demo_or_manifest(argv: Sequence[str]) -> tuple[ChatMLDataset, Any]:
     else:
         raise SystemExit("usage: MANIFEST BASE_CKPT, or nothing for the demo's data")
     config = HiggsAudioConfig.from_pretrained(checkpoint)
-    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, Path("runs/codes"))
+    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, Path("runs/codes"))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     return ChatMLDataset(read_manifest(manifest), tokenizer, store, config.encode_whisper_embed), config
 

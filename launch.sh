@@ -2,15 +2,15 @@
 # One entry to everything. Sets up .venv when needed, then:
 #
 #   bash launch.sh                 the offline demo: train a tiny model on toy voices, then listen to it
-#   bash launch.sh ARGS...         torchrun train.py ARGS... on every GPU of this node
+#   bash launch.sh ARGS...         torchrun train.py ARGS... on every GPU of this node (or NPROC=2 ... on two CPU ranks)
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
 #   bash launch.sh test [ARGS...]  pytest tests/ ARGS...
 #   bash launch.sh setup           only set up
-#   bash launch.sh demo [ARGS...]  the demo with other settings (python -m tools.demo --help)
+#   bash launch.sh demo [ARGS...]  the demo with other settings (bash launch.sh demo --help)
 #
-# Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set.
+# Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set, and a folder they share for the output.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # ---- settings: edit here, or give them as environment variables; arguments win over both ------------------------------
 # Any of these flags of train.py may be set by its name in capitals: TRAIN_MANIFEST, OUTPUT_DIR, BATCH_SIZE, LORA_R ...
@@ -23,44 +23,54 @@ SETTINGS="train_manifest val_manifest output_dir base_ckpt audio_tokenizer batch
 #: "${MIXED_PRECISION:=bf16}" "${ACTIVATION_CHECKPOINTING:=full}"
 
 PYTHON=${PYTHON:-python3}
-VENV=${VENV:-.venv}
+VENV=${VENV:-$ROOT/.venv}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
 
 # ---- environment ------------------------------------------------------------------------------------------------------
-num_gpus() { { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'; } || true; }
-
 setup() {
-    # The stamp names what was installed; nothing is done, and no network used, while it fits.
-    local wanted stamp="$VENV/.installed" with_codec=$1
-    wanted=$(cat requirements.txt requirements-codec.txt | cksum)
-    local have=""
-    [ -f "$stamp" ] && have=$(cat "$stamp")
-    case "$have" in "$wanted codec" | "$wanted $with_codec") return ;; esac
+    # The stamp names what was installed: while it fits, nothing is done and no network is used.
+    local wanted
+    wanted=$(cat "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt" | cksum)
+    [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ] && return
+    mkdir -p "$(dirname "$VENV")"
+    exec 9>"$VENV.lock" # nodes may share this folder
+    ! command -v flock >/dev/null || flock 9
+    [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ] && return
     echo "setting up $VENV" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     local install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" -r requirements.txt
+    "${install[@]}" -r "$ROOT/requirements.txt"
     "${install[@]}" --no-deps boson-multimodal==0.1.1
-    [ "$with_codec" = codec ] && "${install[@]}" -r requirements-codec.txt
-    echo "$wanted $with_codec" >"$stamp"
+    "${install[@]}" -r "$ROOT/requirements-codec.txt"
+    echo "$wanted" >"$VENV/.installed"
+    exec 9>&-
 }
 
-GPUS=$(num_gpus)
-GPUS=${GPUS:-0}
-if [ "$GPUS" -gt 0 ] || [ "${1:-}" = test ]; then setup codec; else setup base; fi
+num_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    else
+        echo 0
+    fi
+}
+
+setup
 PY="$VENV/bin/python"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
 case "${1:-}" in
 setup) exit 0 ;;
-test) shift; exec "$PY" -m pytest tests/ "$@" ;;
+test) shift; cd "$ROOT"; exec "$PY" -m pytest tests/ "$@" ;;
 demo) shift; exec "$PY" -m tools.demo "$@" ;;
 esac
-
 [ $# -gt 0 ] || [ -n "${TRAIN_MANIFEST:-}" ] || exec "$PY" -m tools.demo
+
 ARGS=()
 for name in $SETTINGS; do
     variable=$(tr '[:lower:]' '[:upper:]' <<<"$name")
@@ -68,11 +78,14 @@ for name in $SETTINGS; do
 done
 ARGS+=("$@")
 
-NPROC=${NPROC:-$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 1)}
-CORES=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+GPUS=$(num_gpus)
+NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NPROC > 0 ? CORES / NPROC : 1))}
 export NCCL_IB_DISABLE=${NCCL_IB_DISABLE:-0} NCCL_P2P_DISABLE=${NCCL_P2P_DISABLE:-0}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+if [ -z "${PYTORCH_ALLOC_CONF:-}" ]; then
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+fi
 
 if [ "$NNODES" = 1 ]; then
     RENDEZVOUS=(--standalone)
@@ -80,4 +93,4 @@ else
     RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="higgs-$MASTER_PORT"
         --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
 fi
-exec "$PY" -m tools.launch --nnodes="$NNODES" --nproc_per_node="$NPROC" "${RENDEZVOUS[@]}" train.py "${ARGS[@]}"
+exec "$PY" -m tools.launch --nnodes="$NNODES" --nproc_per_node="$NPROC" "${RENDEZVOUS[@]}" "$ROOT/train.py" "${ARGS[@]}"

@@ -369,10 +369,19 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
 
 
 def main() -> None:
-    """Print the patches and the parameter counts of the published model, built without weights."""
+    """What is patched, and what an adapter with the default targets trains, on the demo's tiny model."""
+    from tools.demo import make_tokenizer, tiny_config  # an offline example; only this command needs it
+
     check_upstream()
     for function, digest in UPSTREAM_SOURCES.items():
-        print(f"{function.__qualname__:50} {digest}")
+        print(f"{function.__qualname__:50} source {digest}: as expected")
+    model = patch_for_training(build_on_meta(tiny_config(make_tokenizer())))
+    total = sum(p.numel() for p in model.parameters())
+    add_lora(model, r=16, alpha=32, dropout=0.0)
+    adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
+    print(
+        f"{type(model).__name__}: {total:,} parameters; LoRA r=16 adds {sum(p.numel() for p in adapters):,} in {len(adapters)} tensors"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,7 +84,7 @@ class Config:
     )
     output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
     base_ckpt: str = _setting(checkpoint.BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
-    base_revision: str = _setting(checkpoint.BASE_REVISION, "revision of a Hub checkpoint")
+    base_revision: str = _setting("", "revision of a Hub checkpoint; default: the original layout of the published one")
     audio_tokenizer: str = _setting(
         "bosonai/higgs-audio-v2-tokenizer", "audio codec, used when the manifest names waveforms: a folder, or on the Hub"
     )
@@ -136,6 +136,10 @@ class Config:
     @property
     def peak_lr(self) -> float:
         return self.lr if self.lr is not None else (2e-4 if self.lora_r else 2e-5)
+
+    @property
+    def revision(self) -> str | None:
+        return self.base_revision or (checkpoint.BASE_REVISION if self.base_ckpt == checkpoint.BASE_CKPT else None)
 
     @property
     def codebook_weight_list(self) -> list[float]:
@@ -198,6 +202,8 @@ def _find_problems(cfg: Config) -> list[str]:
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
+    if cfg.seed >= 2**31:
+        problems.append(f"--seed {cfg.seed}: must be below 2147483648")
     if cfg.lr == 0:
         problems.append("--lr 0: nothing would be learned")
     if cfg.val_share >= 1:
@@ -255,10 +261,23 @@ class Dist:
             result = function()
         except USER_ERRORS as caught:
             error = caught
-        errors = [e for e in self.gather(error) if e is not None]
-        if errors:
-            raise errors[0]
+        if self.sum(torch.tensor(float(error is not None), device=self.device)) > 0:
+            first = next(e for e in self.gather(error) if e is not None)
+            first.is_shared = True
+            raise first
         return result
+
+    def iterate(self, iterable: Iterable[T]) -> Iterator[T]:
+        """The items of equally long iterables; an item that one rank cannot read is an error on all. Collective."""
+        iterator = iter(iterable)
+        while (item := self.together(lambda: next(iterator, None))) is not None:
+            yield item
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank. Collective."""
+        values = [value]
+        torch_dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def main_first(self, function: Callable[[], T]) -> T:
         """Like `together`, but the first rank of each node goes ahead: it downloads, the others find the files."""
@@ -271,19 +290,22 @@ def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
 
     raises: ConfigError if the ranks cannot be divided into `replicate` equal groups
     """
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, num_local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world_size % replicate:
         raise ConfigError(f"--replicate {replicate} does not divide {world_size} ranks")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"{local_rank + 1} or more ranks on a node with {torch.cuda.device_count()} GPUs")
+    if on_gpu and num_local > torch.cuda.device_count():
+        raise ConfigError(
+            f"{num_local} ranks on a node with {torch.cuda.device_count()} GPU(s); start as many as there are GPUs"
+        )
     if on_gpu:
         torch.cuda.set_device(local_rank)
     here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not torch_dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": torch_dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        timeout = datetime.timedelta(minutes=30)
+        timeout = datetime.timedelta(hours=1)  # the others wait while one rank downloads
         torch_dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
     if replicate > 1:
         shape, names = (replicate, world_size // replicate), ("replicate", "shard")
@@ -291,9 +313,6 @@ def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
         shape, names = (world_size,), ("shard",)
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
     return Dist(rank, local_rank, world_size, here, mesh)
-
-
-_RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +323,11 @@ def build_loaders(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer) 
     """The training loader and, with --val_manifest, the evaluation loader; encodes waveforms that need it first."""
     cache = Path(cfg.output_dir) / "codes"
     store = data.AudioStore(
-        config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, cache, codec_id=cfg.audio_tokenizer
+        config.audio_num_codebooks,
+        config.audio_codebook_size,
+        data.codec_frame_rate_hz(cfg.audio_tokenizer),
+        cache,
+        codec_id=cfg.audio_tokenizer,
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True))
 
@@ -326,26 +349,16 @@ def build_loaders(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer) 
     records = dist.together(lambda: data.read_manifest(cfg.train_manifest))
     val_records = dist.together(lambda: data.read_manifest(cfg.val_manifest)) if cfg.val_manifest else []
     if cfg.val_steps and not cfg.val_manifest and cfg.val_share and len(records) > 1:
-        records, val_records = hold_out(records, cfg.val_share, cfg.seed)
+        records, val_records = data.hold_out(records, cfg.val_share, cfg.seed)
         log(dist, f"no --val_manifest: {len(val_records)} training records are held out to evaluate on, {len(records)} train")
     val_loader = build(val_records, grad_accum=1, shuffle=False) if val_records else None
     return build(records, cfg.grad_accum, shuffle=True), val_loader
 
 
-def hold_out(records: Sequence[data.Record], share: float, seed: int) -> tuple[list[data.Record], list[data.Record]]:
-    """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
-    num_held = min(len(records) - 1, max(1, round(share * len(records))))
-    held = set(data.epoch_order(len(records), seed, epoch=-1)[:num_held])
-    return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
-
-
-FRAME_RATE_HZ = 25.0  # the published codec: 24,000 samples per second, 960 per frame
-
-
 def encode_missing(cfg: Config, dist: Dist, store: data.AudioStore, records: Sequence[data.Record]) -> None:
     """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
-    clips = store.missing(records)
-    if not any(dist.gather(len(clips))):
+    clips = dist.from_main(store.missing(records))  # one list for all: files appear while ranks look
+    if not clips:
         return
     log(dist, f"encoding {len(clips)} audio clips with {cfg.audio_tokenizer}")
     codec = dist.main_first(lambda: data.load_codec(cfg.audio_tokenizer, dist.device))
@@ -369,14 +382,15 @@ def build_model(
     if cfg.lora_r:
         targets = _split(cfg.lora_targets)
         lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
-        lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.base_revision
+        lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
         model_patch.freeze(model, _split(cfg.freeze))
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
     model_patch.shard(model, dist.mesh, param_dtype=compute_dtype)
     model_patch.materialize(model, dist.device)
-    unused = dist.together(lambda: checkpoint.load_base(model, folder))
+    unused = dist.together(lambda: checkpoint.check_base(model, folder))
+    checkpoint.load_base(model, folder)
     if unused:
         log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
     model_patch.init_lora(model, cfg.seed)
@@ -520,7 +534,7 @@ def train_step(
 
 
 def _micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
-    return (seed * 1_000_003 + step) * 100_003 + micro_batch
+    return ((seed * 1_000_003 + step) * 100_003 + micro_batch) % 2**63
 
 
 def check_first_batch(
@@ -578,7 +592,7 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
     """Teacher-forced losses on the whole validation set, from sums and counts over all ranks. Collective."""
     total, copies = None, torch.zeros(2, device=dist.device)
     with evaluating(model):
-        for (batch,), _ in loader.epoch(data.Position(0, 0)):
+        for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
             scored, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
             copies += loss.copy_counts(scored)
             total = part if total is None else total + part
@@ -609,7 +623,9 @@ def loss_metrics(sums: loss.LossSums, objective: Objective) -> dict:
     }
 
 
-def step_metrics(total: Totals, objective: Objective, step_time_sec: float, flops_per_token: float, dist: Dist) -> dict:
+def step_metrics(
+    total: Totals, objective: Objective, step_time_sec: float, flops_per_token: float, frame_rate_hz: float, dist: Dist
+) -> dict:
     """One line of metrics.jsonl, from global totals."""
     tokens = total.num_tokens.item()
     peak = _peak_flops(dist.device)
@@ -618,7 +634,7 @@ def step_metrics(total: Totals, objective: Objective, step_time_sec: float, flop
         "tokens": int(tokens),
         "padding_ratio": 1 - tokens / total.num_positions.item(),
         "tokens_per_sec": tokens / step_time_sec,
-        "audio_sec_per_sec": total.num_frames.item() / FRAME_RATE_HZ / step_time_sec,
+        "audio_sec_per_sec": total.num_frames.item() / frame_rate_hz / step_time_sec,
         "mfu": tokens * flops_per_token / step_time_sec / (peak * dist.world_size) if peak else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
         "step_time_sec": step_time_sec,
@@ -654,7 +670,7 @@ class MetricsFile:
         self.path = path
         self.enabled = dist.is_main
         if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
-            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= steps_done]
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= steps_done]
             path.write_text("".join(f"{line}\n" for line in lines))
 
     def write(self, **values: Any) -> None:
@@ -663,9 +679,18 @@ class MetricsFile:
                 file.write(json.dumps(values) + "\n")
 
 
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:  # the last line of a run that was cut off
+        return math.inf
+
+
 def log(dist: Dist, message: str) -> None:
-    if dist.is_main:
-        tqdm.write(message, file=sys.stderr)
+    if dist.is_main and sys.stderr.isatty():
+        tqdm.write(message, file=sys.stderr)  # above the bar
+    elif dist.is_main:
+        print(message, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -676,7 +701,9 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
     output_dir = Path(cfg.output_dir)
     resume_from = dist.together(lambda: find_resume(cfg))
-    folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.base_revision))
+    if len(set(dist.gather(resume_from))) > 1:
+        raise ConfigError(f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder")
+    folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
     objective = Objective(cfg, dist, config)
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer)
@@ -695,25 +722,27 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
         return model
     step, position = 0, data.Position(0, 0)
     if resume_from:
-        state = dist.together(lambda: checkpoint.load_state(resume_from, model, optimizer))
+        state = dist.together(lambda: checkpoint.check_state(resume_from, model, optimizer, same_run(cfg, loader)))
+        checkpoint.load_state(resume_from, model, optimizer)
         step, position = state["step"], data.Position(*state["position"])
         log(dist, f"resumed from {resume_from}: {step} steps done")
     if dist.is_main:
         write_run_config(output_dir, cfg, dist)
     metrics = MetricsFile(output_dir / "metrics.jsonl", dist, steps_done=step)
     flops_per_token = train_flops_per_token(model)
+    frame_rate_hz = data.codec_frame_rate_hz(cfg.audio_tokenizer)
     seconds = 0.5 if sys.stderr.isatty() else 10  # between two lines, where each is a new one
     progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step", mininterval=seconds)
 
     model.train()
-    steps = iter_steps(loader, position)
+    steps = dist.iterate(iter_steps(loader, position))
     alignment = None
-    evaluated = saved = None  # the step at which each was last done
+    evaluated = saved = step  # the step at which each was last done
     while True:
         done = step >= total_steps
         if val_loader and step != evaluated and (done or (cfg.val_steps and step and step % cfg.val_steps == 0)):
             if alignment is None:
-                (first, *_), _ = next(val_loader.epoch(data.Position(0, 0)))
+                (first, *_), _ = next(dist.iterate(val_loader.epoch(data.Position(0, 0))))
                 alignment = check_first_batch(model, first, objective, ids, dist)
             values = evaluate(model, val_loader, objective, ids, alignment, dist)
             evaluated = step
@@ -724,7 +753,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
             )
 
         if step and step != saved and cfg.save_steps and (step % cfg.save_steps == 0 or done):
-            save(output_dir, step, position, model, optimizer, cfg, dist)
+            save(output_dir, step, position, model, optimizer, same_run(cfg, loader), cfg, dist)
             saved = step
 
         if done:
@@ -742,7 +771,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
         )
         total = total.sum_over(dist)
         grad_norm = grad_norm.item()  # waits for the device, so the time below is the whole step's
-        values = step_metrics(total, objective, time.perf_counter() - started, flops_per_token, dist)
+        values = step_metrics(total, objective, time.perf_counter() - started, flops_per_token, frame_rate_hz, dist)
         step += 1
 
         metrics.write(split="train", step=step, epoch=epoch, lr=lr, grad_norm=grad_norm, **values)
@@ -751,7 +780,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
         progress.update()
 
     progress.close()
-    checkpoint.export(output_dir / "final", model, config, tokenizer, lora)
+    checkpoint.export(output_dir / "final", model, config, tokenizer, lora, base=folder)
     log(dist, f"finished: {output_dir / 'final'}")
     return model
 
@@ -783,10 +812,16 @@ def find_resume(cfg: Config) -> Path | None:
     return None
 
 
-def save(output_dir: Path, step: int, position: data.Position, model, optimizer, cfg: Config, dist: Dist) -> None:
+def same_run(cfg: Config, loader: data.Loader) -> dict:
+    """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
+    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze")
+    return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
+
+
+def save(output_dir: Path, step: int, position: data.Position, model, optimizer, run: dict, cfg: Config, dist: Dist) -> None:
     """A resumable checkpoint; older ones beyond --keep_last are removed. Collective."""
     folder = output_dir / "checkpoints" / f"step_{step}"
-    state = {"step": step, "position": list(position), "world_size": dist.world_size, "config": dataclasses.asdict(cfg)}
+    state = {"step": step, "position": list(position), "world_size": dist.world_size, "run": run}
     checkpoint.save_state(folder, model, optimizer, state)
     if dist.is_main and cfg.keep_last:
         for old in checkpoint.list_states(folder.parent)[: -cfg.keep_last]:
@@ -820,16 +855,15 @@ def main(argv: Sequence[str]) -> int:
     except USER_ERRORS as error:
         report(error)
         return 2
-    finally:
-        if torch_dist.is_initialized():
-            torch_dist.destroy_process_group()
+    torch_dist.destroy_process_group()  # after success only: with a rank gone it could wait for ever
     return 0
 
 
 def report(error: Exception) -> None:
-    """Say it once. Start-up errors are the same on every rank: rank 0 speaks, the others wait for the launcher to end
-    them, so that rank 0 is not cut off by a faster rank's exit. An unreadable sample is known to its rank alone."""
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, data.SampleError):
+    """Say it once. What all ranks know, rank 0 says, and the others wait for the launcher to end them, so that rank 0 is
+    not cut off by a faster rank's exit; what one rank alone knows, it says itself."""
+    is_shared = getattr(error, "is_shared", not torch_dist.is_initialized())
+    if os.environ.get("RANK", "0") == "0" or not is_shared:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(10)

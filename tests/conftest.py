@@ -26,6 +26,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks that tests start
 torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_left():
+    """Each test ends without the process group that a run in this process made."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory) -> Path:
     """A demo folder with few records: train.jsonl, val.jsonl, test.jsonl, checkpoint/."""
@@ -60,9 +68,7 @@ def make_model(config: HiggsAudioConfig, seed: int = 0) -> HiggsAudioModel:
     return model.eval()
 
 
-def make_sample(
-    tokenizer, *turns, config=None, start_index: int | None = None, frames: int = 7, seed: int = 0
-) -> ChatMLDatasetSample:
+def make_sample(tokenizer, *turns, start_index: int | None = None, seed: int = 0) -> ChatMLDatasetSample:
     """A sample from ("user", "text"), ("assistant", T) turns, where a number is a clip of so many random frames."""
     from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
     from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample

@@ -120,6 +120,9 @@ def test_codes_are_the_codecs(codec_dir, tmp_path):
     store.encode(codec, store.missing([record]))
     assert store.missing([record]) == []
     assert torch.equal(store.codes(part, "record 0"), codec.encode(str(tmp_path / "a.wav")).long())
+    write_wav(tmp_path / "b.wav", 0.03)
+    with pytest.raises(data.DataError, match=r"0\.030 s of audio is less than one frame"):
+        store.encode(codec, [(data.AudioPart(tmp_path / "b.wav", None, None, True, "here"), "record 0")])
     write_wav(tmp_path / "a.wav", 0.4, seed=2)
     assert len(store.missing([record])) == 1, "a changed file has to be encoded again"
 

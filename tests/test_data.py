@@ -137,6 +137,11 @@ def broken(path, value):
         (clone(start_index=5), "start_index: 5 leaves no turn to train"),
         (clone(start_index="3"), "start_index: expected a whole number"),
         (clone(speaker=3), "speaker: expected text"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages: no assistant turn from start_index on"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}], "start_index": 1},
+            "no assistant turn",
+        ),
         (clone(extra=3), r"unknown keys \['extra'\]"),
     ],
 )
@@ -155,6 +160,9 @@ def test_mistakes_of_the_file(folder):
     (folder / "m.json").write_text('[\n{"messages": []},\n{"messages" []}\n]')
     with pytest.raises(DataError, match=r"m\.json line 3: broken JSON"):
         data.read_manifest(folder / "m.json")
+    separator = {"messages": [{"role": "assistant", "content": "one\u2028line \x85 still"}]}
+    (folder / "m.jsonl").write_text(json.dumps(separator, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert len(data.read_manifest(folder / "m.jsonl")) == 1
     (folder / "m.jsonl").write_text("")
     with pytest.raises(DataError, match="empty"):
         data.read_manifest(folder / "m.jsonl")
@@ -281,7 +289,7 @@ def test_a_bad_sample_is_reported_from_a_worker_without_its_traceback(folder, co
     np.save(folder / "a.npy", np.full((8, 5), 99))
     dataset = open_dataset(write_manifest(folder / "m.jsonl", [clone()]), config, tokenizer)
     loader = data.Loader(dataset, create_collator(config), batch_size=1, num_workers=1)
-    with pytest.raises(data.SampleError, match=r"^.*record 0 .*codes 99 to 99[^\n]*$"):
+    with pytest.raises(DataError, match=r"^.*record 0 .*codes 99 to 99[^\n]*$"):
         next(loader.epoch(Position(0, 0)))
 
 
@@ -290,5 +298,5 @@ def test_special_tokens_in_text_are_an_error(folder, config, tokenizer):
     record["messages"][1]["content"] = "say <|AUDIO_OUT|> aloud"
     dataset = open_dataset(write_manifest(folder / "m.jsonl", [record]), config, tokenizer)
     loader = data.Loader(dataset, create_collator(config, strict=True), batch_size=1)
-    with pytest.raises(data.SampleError, match=r"record 0 .*4 audio placeholders but 3 clip.*literally"):
+    with pytest.raises(DataError, match=r"record 0 .*4 audio placeholders but 3 clip.*literally"):
         next(loader.epoch(Position(0, 0)))

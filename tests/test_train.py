@@ -29,7 +29,7 @@ from tools.generate import as_prompt, speak
 
 def run_shell(command: str, timeout_sec: int = 180) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment |= {"VENV": str(Path(sys.executable).parent.parent), "NPROC": "2"}
+    environment |= {"VENV": sys.prefix, "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_sec, check=False
     )
@@ -80,6 +80,7 @@ def test_validation_and_checkpoints_command(toys, tmp_path):
     assert json.loads((output / "config.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.skipif(not (Path(sys.prefix) / ".installed").is_file(), reason="this environment was not set up by launch.sh")
 def test_launch_command(toys, tmp_path):
     manifest, output, base = toys / "train.jsonl", tmp_path / "o", toys / "checkpoint"
     done = run_shell(
@@ -107,20 +108,15 @@ def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
         "num_workers": 0,
         "max_steps": 2,
         "lr": 5e-3,
+        "device": "cpu",
     }
     return [item for name, value in (values | extra).items() for item in (f"--{name}", str(value))]
 
 
-@pytest.fixture()
-def run_here():
-    """Runs a whole training in this process, without torchrun, and returns the trained model."""
-
-    def run(argv: list[str]):
-        cfg = train.parse_config(argv)
-        return train.train(cfg, train.setup_distributed(cfg.device, cfg.replicate))
-
-    yield run
-    torch.distributed.destroy_process_group()
+def run_here(argv: list[str]):
+    """The whole run in this process, without torchrun; returns the trained model."""
+    cfg = train.parse_config(argv)
+    return train.train(cfg, train.setup_distributed(cfg.device, cfg.replicate))
 
 
 def first_prompt(toys: Path, tokenizer):
@@ -131,7 +127,7 @@ def first_prompt(toys: Path, tokenizer):
 
 
 @pytest.mark.parametrize(("lora_r", "precision"), [(0, "no"), (0, "bf16"), (8, "no")])
-def test_final_generates_what_the_trained_model_generates(lora_r, precision, toys, tmp_path, run_here):
+def test_final_generates_what_the_trained_model_generates(lora_r, precision, toys, tmp_path):
     """The sharded model in memory and the folder it leaves, loaded by upstream's own classes, say the same."""
     trained = run_here(settings(toys, tmp_path / "o", lora_r=lora_r, mixed_precision=precision, max_steps=6)).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o" / "final")
@@ -156,7 +152,7 @@ def test_final_generates_what_the_trained_model_generates(lora_r, precision, toy
     assert torch.equal(said.delayed[0], expected.delayed[0]) and said.token_ids == expected.token_ids
 
 
-def test_training_learns_and_evaluation_does_not_disturb(toys, tmp_path, run_here):
+def test_training_learns_and_evaluation_does_not_disturb(toys, tmp_path):
     """Loss falls; evaluating and saving in between changes no bit of the result."""
     quiet = run_here(settings(toys, tmp_path / "a", lora_r=0, mixed_precision="no", max_steps=12))
     extra = {"val_manifest": toys / "val.jsonl", "val_steps": 3, "save_steps": 4}
@@ -167,6 +163,18 @@ def test_training_learns_and_evaluation_does_not_disturb(toys, tmp_path, run_her
     assert [line["step"] for line in metrics(tmp_path / "b", "val")] == [3, 6, 9, 12]
     assert [p.name for p in checkpoint.list_states(tmp_path / "b" / "checkpoints")] == ["step_8", "step_12"]
     assert metrics(tmp_path / "b", "val")[-1]["copy_share"] < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_training_on_a_gpu(toys, tmp_path):
+    """LoRA in bf16 with recomputation, workers, pinned batches, evaluation, saving and resuming."""
+    extra = {"device": "cuda", "num_workers": 2, "activation_checkpointing": "selective", "save_steps": 2, "val_steps": 2}
+    run_here(settings(toys, tmp_path / "o", max_steps=4, **extra))
+    run_here(settings(toys, tmp_path / "o", max_steps=6, **extra, resume="auto"))
+    lines = metrics(tmp_path / "o", "train")
+    assert [line["step"] for line in lines] == list(range(1, 7)) and lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["peak_memory_bytes"] > 0
 
 
 def test_lr_schedule():
@@ -265,6 +273,8 @@ def test_bad_data(bad, tmp_path):
     assert "broken.jsonl line 1: broken JSON" in bad(train_manifest=tmp_path / "broken.jsonl")
     manifest = tmp_path / "m.jsonl"
     assert "messages: expected" in bad(train_manifest=write_manifest(manifest, [{"text": "hi"}]))
+    untrained = {"messages": [{"role": "user", "content": "x"}]}
+    assert "nothing to train" in bad(train_manifest=write_manifest(manifest, [untrained]))
     record = {"messages": [{"role": "robot", "content": "x"}]}
     assert 'role: "robot" is not one of' in bad(train_manifest=write_manifest(manifest, [record]))
     missing = turns({"type": "audio", "audio_url": "no.npy"})
@@ -277,7 +287,9 @@ def test_bad_data(bad, tmp_path):
         assert "holds codes 1024 to 1024" in bad(train_manifest=wrong, num_workers=workers)
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 24000)
     waves = write_manifest(manifest, [turns({"type": "audio", "audio_url": "a.wav"})])
-    assert "--audio_tokenizer" in bad(train_manifest=waves, audio_tokenizer=tmp_path)
+    assert "cannot load the codec" in bad(train_manifest=waves, audio_tokenizer=tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "config.json is not the codec's" in bad(train_manifest=waves, audio_tokenizer=tmp_path)
 
 
 def test_bad_checkpoint(bad, toys, tmp_path):
@@ -286,7 +298,7 @@ def test_bad_checkpoint(bad, toys, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "model_type is 'llama'" in bad(base_ckpt=tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "higgs_audio_v2"}')
-    assert "--base_revision 1084" in bad(base_ckpt=tmp_path)
+    assert "the original one, --base_revision 1084" in bad(base_ckpt=tmp_path)
     whole = toys / "checkpoint"
     (tmp_path / "config.json").write_text((whole / "config.json").read_text())
     assert "no *.safetensors" in bad(base_ckpt=tmp_path)
@@ -295,6 +307,24 @@ def test_bad_checkpoint(bad, toys, tmp_path):
     assert "tokenizer" in bad(base_ckpt=tmp_path)
     demo.make_tokenizer().save_pretrained(tmp_path)
     assert "model.safetensors: damaged" in bad(base_ckpt=tmp_path)
+
+
+def test_a_bad_sample_of_another_rank_is_heard(toys, tmp_path):
+    """Rank 1 alone meets an unreadable sample: its message appears, the status is 2, nobody hangs."""
+    np.save(tmp_path / "good.npy", np.zeros((8, 5), np.int64))
+    np.save(tmp_path / "bad.npy", np.full((8, 5), 1024))
+    names = ["good.npy", "bad.npy"] if data.epoch_order(2, 0, 0) == [0, 1] else ["bad.npy", "good.npy"]
+    records = [turns({"type": "audio", "audio_url": name}) for name in names]
+    manifest = write_manifest(tmp_path / "m.jsonl", records)
+    command = f"python -m tools.launch --standalone --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {tmp_path / 'o'}"
+    done = run_shell(f"{command} --base_ckpt {toys / 'checkpoint'} --batch_size 1 --num_workers 1")
+    assert done.returncode == 2
+    assert "error: " in done.stderr and "bad.npy holds codes 1024 to 1024" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_large_seed_works(toys, tmp_path):
+    run_here(settings(toys, tmp_path / "o", seed=2**31 - 1, max_steps=1))
 
 
 def test_bad_settings(bad, tmp_path):

@@ -33,6 +33,9 @@ from transformers import PreTrainedTokenizerFast
 import data
 from tools.generate import as_prompt, speak
 
+ROOT = Path(__file__).resolve().parent.parent
+MARKER = ".made-by-demo"
+
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -273,7 +276,7 @@ def make_demo(folder: Path, seed: int = 0, num_speakers: int = NUM_TRAIN_SPEAKER
 
     Speakers and texts of the validation and test manifests are in no other manifest.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    start_afresh(folder)
     toys = Toybox(folder, seed)
     manifests = {
         "train": toys.records(num_speakers, "train"),
@@ -284,6 +287,15 @@ def make_demo(folder: Path, seed: int = 0, num_speakers: int = NUM_TRAIN_SPEAKER
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(lines)
     return folder / "train.jsonl", make_checkpoint(folder / "checkpoint", seed)
+
+
+def start_afresh(folder: Path) -> None:
+    """Empty a folder of an earlier demo, or make it; a folder of anything else is left alone."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise SystemExit(f"error: {folder} holds something that is not the demo's; choose another folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,9 +325,12 @@ class Score:
     def __add__(self, other: Score) -> Score:
         return Score(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
 
+    @property
+    def share(self) -> float:
+        return self.matching / max(1, self.compared)
+
     def __str__(self) -> str:
-        share = self.matching / max(1, self.compared)
-        return f"codes {share:6.1%}   exact clips {self.exact:2d}/{self.num_clips}   correct stops {self.stopped:2d}/{self.num_clips}"
+        return f"codes {self.share:6.1%}   exact clips {self.exact:2d}/{self.num_clips}   correct stops {self.stopped:2d}/{self.num_clips}"
 
 
 def listen(checkpoint: Path, manifest: Path, force_audio: bool = False) -> dict[str, Score]:
@@ -326,7 +341,9 @@ def listen(checkpoint: Path, manifest: Path, force_audio: bool = False) -> dict[
     model = HiggsAudioModel.from_pretrained(checkpoint).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     config = model.config
-    store = data.AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, manifest.parent / "codes")
+    store = data.AudioStore(
+        config.audio_num_codebooks, config.audio_codebook_size, data.FRAME_RATE_HZ, manifest.parent / "codes"
+    )
     scores: dict[str, Score] = {}
     for record in data.read_manifest(manifest):
         target = store.codes(record.audio[-1], record.source)
@@ -339,12 +356,14 @@ def listen(checkpoint: Path, manifest: Path, force_audio: bool = False) -> dict[
     return scores
 
 
-def print_scores(title: str, scores: dict[str, Score]) -> None:
+def print_scores(title: str, scores: dict[str, Score]) -> Score:
+    """Print a table and return the score of the zero-shot clones."""
     print(f"\n{title}")
     for kind, score in scores.items():
         print(f"  {kind:36} {score}")
     clones = sum((score for kind, score in scores.items() if kind.startswith("clone")), Score())
     print(f"  {'zero-shot clones, together':36} {clones}", flush=True)
+    return clones
 
 
 def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int) -> None:
@@ -365,12 +384,13 @@ def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int) -> 
         "save_steps": max(1, steps // 2),
         "num_workers": 1,
         "seed": seed,
+        "device": "cpu",  # the same figures everywhere
     }
-    command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={nproc}", "--standalone", "train.py"]
+    command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={nproc}", "--standalone", str(ROOT / "train.py")]
     command += [item for name, value in settings.items() for item in (f"--{name}", str(value))]
     threads = max(1, (os.cpu_count() or 1) // nproc)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    print(" ".join(command[3:]), flush=True)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": str(ROOT)}
+    print("torchrun", " ".join(command[3:]), flush=True)
     subprocess.run(command, check=True, env=environment)
 
 
@@ -380,10 +400,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--nproc", type=int, default=2, help="ranks")
+    parser.add_argument("--min_match", type=float, default=0.0, help="fail if clones match less than this share of codes")
     args = parser.parse_args()
 
     folder = args.output_dir / "data"
-    shutil.rmtree(args.output_dir, ignore_errors=True)
+    start_afresh(args.output_dir)
     make_demo(folder, args.seed)
     started = time.perf_counter()
     train(folder, args.output_dir / "run", args.seed, args.steps, args.nproc)
@@ -391,8 +412,10 @@ def main() -> None:
     untrained = listen(folder / "checkpoint", folder / "test.jsonl", force_audio=True)
     print_scores("untrained model, official generate():", untrained)
     scores = listen(args.output_dir / "run" / "final", folder / "test.jsonl")
-    print_scores(f"trained for {args.steps} steps, held-out speakers and texts, official generate():", scores)
+    clones = print_scores(f"trained for {args.steps} steps, held-out speakers and texts, official generate():", scores)
     print(f"\ntraining {trained - started:.0f} s, generation {time.perf_counter() - trained:.0f} s")
+    if clones.share < args.min_match:
+        raise SystemExit(f"error: clones match {clones.share:.1%} of the codes, expected {args.min_match:.1%}")
 
 
 if __name__ == "__main__":
