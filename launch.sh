@@ -42,9 +42,8 @@ setup() {
     echo "setting up $VENV" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     local install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" -r "$ROOT/requirements.txt"
+    "${install[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/requirements-codec.txt"
     "${install[@]}" --no-deps boson-multimodal==0.1.1
-    "${install[@]}" -r "$ROOT/requirements-codec.txt"
     echo "$wanted" >"$VENV/.installed"
     exec 9>&-
 }

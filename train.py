@@ -262,9 +262,7 @@ class Dist:
         except USER_ERRORS as caught:
             error = caught
         if self.sum(torch.tensor(float(error is not None), device=self.device)) > 0:
-            first = next(e for e in self.gather(error) if e is not None)
-            first.is_shared = True
-            raise first
+            raise next(e for e in self.gather(error) if e is not None)
         return result
 
     def iterate(self, iterable: Iterable[T]) -> Iterator[T]:
@@ -282,7 +280,7 @@ class Dist:
     def main_first(self, function: Callable[[], T]) -> T:
         """Like `together`, but the first rank of each node goes ahead: it downloads, the others find the files."""
         ahead = self.together(lambda: function() if self.local_rank == 0 else None)
-        return ahead if self.local_rank == 0 else function()
+        return self.together(lambda: ahead if self.local_rank == 0 else function())
 
 
 def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
@@ -319,20 +317,38 @@ def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
 # Data
 
 
-def build_loaders(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer) -> tuple[data.Loader, data.Loader | None]:
-    """The training loader and, with --val_manifest, the evaluation loader; encodes waveforms that need it first."""
-    cache = Path(cfg.output_dir) / "codes"
+def read_records(cfg: Config, dist: Dist) -> tuple[list[data.Record], list[data.Record]]:
+    """The records to train on and those to evaluate on (perhaps none)."""
+    records = dist.together(lambda: data.read_manifest(cfg.train_manifest))
+    if cfg.val_manifest:
+        return records, dist.together(lambda: data.read_manifest(cfg.val_manifest))
+    if not cfg.val_steps or not cfg.val_share or len(records) == 1:
+        return records, []
+    records, held_out = data.hold_out(records, cfg.val_share, cfg.seed)
+    log(dist, f"no --val_manifest: {len(held_out)} training records are held out to evaluate on, {len(records)} train")
+    return records, held_out
+
+
+def build_loaders(
+    cfg: Config,
+    dist: Dist,
+    config: HiggsAudioConfig,
+    tokenizer,
+    records: Sequence[data.Record],
+    val_records: Sequence[data.Record],
+) -> tuple[data.Loader, data.Loader | None]:
+    """The training loader and the evaluation loader, if any; encodes waveforms that need it first. Collective."""
     store = data.AudioStore(
         config.audio_num_codebooks,
         config.audio_codebook_size,
         data.codec_frame_rate_hz(cfg.audio_tokenizer),
-        cache,
+        cache_dir=Path(cfg.output_dir) / "codes",
         codec_id=cfg.audio_tokenizer,
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True))
+    encode_missing(cfg, dist, store, [*records, *val_records])
 
-    def build(records: list[data.Record], grad_accum: int, shuffle: bool) -> data.Loader:
-        encode_missing(cfg, dist, store, records)
+    def build(records: Sequence[data.Record], grad_accum: int, shuffle: bool) -> data.Loader:
         return data.Loader(
             data.ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None),
             collator,
@@ -346,11 +362,6 @@ def build_loaders(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer) 
             pin_memory=dist.device.type == "cuda",
         )
 
-    records = dist.together(lambda: data.read_manifest(cfg.train_manifest))
-    val_records = dist.together(lambda: data.read_manifest(cfg.val_manifest)) if cfg.val_manifest else []
-    if cfg.val_steps and not cfg.val_manifest and cfg.val_share and len(records) > 1:
-        records, val_records = data.hold_out(records, cfg.val_share, cfg.seed)
-        log(dist, f"no --val_manifest: {len(val_records)} training records are held out to evaluate on, {len(records)} train")
     val_loader = build(val_records, grad_accum=1, shuffle=False) if val_records else None
     return build(records, cfg.grad_accum, shuffle=True), val_loader
 
@@ -703,12 +714,13 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     resume_from = dist.together(lambda: find_resume(cfg))
     if len(set(dist.gather(resume_from))) > 1:
         raise ConfigError(f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder")
+    records, val_records = read_records(cfg, dist)
     folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
-    objective = Objective(cfg, dist, config)
-    loader, val_loader = build_loaders(cfg, dist, config, tokenizer)
+    objective = dist.together(lambda: Objective(cfg, dist, config))
+    loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     ids = loss.AudioIds.of(config)
-    model, lora = build_model(cfg, dist, config, folder)
+    model, lora = dist.together(lambda: build_model(cfg, dist, config, folder))
     optimizer = build_optimizer(model, cfg)
 
     total_steps = cfg.max_steps or cfg.epochs * loader.steps_in_epoch()
@@ -860,10 +872,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(error: Exception) -> None:
-    """Say it once. What all ranks know, rank 0 says, and the others wait for the launcher to end them, so that rank 0 is
-    not cut off by a faster rank's exit; what one rank alone knows, it says itself."""
-    is_shared = getattr(error, "is_shared", not torch_dist.is_initialized())
-    if os.environ.get("RANK", "0") == "0" or not is_shared:
+    """Say it once: errors of the user's making reach all ranks, or stop each node before the ranks have met. The others
+    wait for the launcher to end them, so that the speaker is not cut off by a faster rank's exit."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    if rank == 0 or (local_rank == 0 and not torch_dist.is_initialized()):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(10)
