@@ -11,6 +11,7 @@ python checkpoint.py FOLDER      # what a folder holds
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the layout of transformers >= 5.3; this one is the original layout.
@@ -158,22 +162,85 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
     Collective: every rank calls it and writes its own rows. Random numbers need no saving: train.py derives them from
     (seed, step, micro-batch).
+
+    raises: CheckpointError if the disk is too small or fails; earlier checkpoints are untouched then
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    tensors = _training_tensors(model, optimizer)
+    _start_writing(temporary, sum(_local(tensor).nbytes for tensor in tensors.values()))
+    rank = dist.get_rank()
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+        own = sorted(temporary.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+        files = _gather({path.name: _describe(path) for path in own})
+        if rank == 0:
+            state = state | {"files": {name: value for part in files for name, value in part.items()}}
+            (temporary / STATE_FILE).write_text(json.dumps(state, indent=2))
+            _fsync(temporary / STATE_FILE)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            _fsync(folder.parent)
+    except (OSError, dcp.api.CheckpointException) as error:  # DCP tells all ranks when one of them fails
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"{folder}: cannot be written ({reason}); earlier checkpoints are untouched") from error
     dist.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    dcp.save(_training_tensors(model, optimizer), storage_writer=writer)
+
+
+def _start_writing(temporary: Path, num_bytes: int) -> None:
+    """Make an empty folder, if the disk has room for every rank's `num_bytes`. Collective."""
+    total = sum(_gather(num_bytes))
+    error = None
     if dist.get_rank() == 0:
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2))
-        for path in temporary.iterdir():
-            _fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        _fsync(folder.parent)
-    dist.barrier()
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(temporary).free
+            if free < total:
+                temporary.rmdir()
+                error = f"{total / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
+        except OSError as caught:
+            error = str(caught)
+    error = _gather(error)[0]
+    if error:
+        raise CheckpointError(f"{temporary.parent}: no checkpoint can be written: {error}; earlier ones are untouched")
+
+
+def _gather(value: T) -> list[T]:
+    """Every rank's value. Collective."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _describe(path: Path) -> dict:
+    """A file's size and sha256, once it is on the disk."""
+    _fsync(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def find_damage(folder: Path, part: slice = slice(None)) -> str | None:
+    """What is wrong with a checkpoint's files, or None; `part` of them, so that ranks can share the reading."""
+    files = read_state(folder).get("files", {})
+    for name, expected in list(files.items())[part]:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _describe(path)["sha256"] != expected["sha256"]:
+            return f"{name} has changed (its sha256 differs)"
+    return None if files else "it lists no files"
 
 
 def check_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> dict:

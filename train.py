@@ -17,10 +17,13 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,9 +58,14 @@ class ConfigError(ValueError):
     """Settings that cannot work; all problems in one message."""
 
 
+class DivergenceError(RuntimeError):
+    """Training whose losses or gradients are no longer finite."""
+
+
 # What the user can cause and mend: one clear message and exit status 2. Anything else keeps its traceback.
 USER_ERRORS = (
     ConfigError,
+    DivergenceError,
     data.DataError,
     collate.CollateError,
     checkpoint.CheckpointError,
@@ -129,6 +137,7 @@ class Config:
     resume: str = _setting(
         "none", "'auto': continue from the newest checkpoint in output_dir; or a checkpoint's path", const="auto"
     )
+    max_bad_steps: int = _setting(10, "stop after so many steps in a row whose loss or gradient is not finite")
     seed: int = _setting(0, "order of the data, dropout and adapter initialisation")
     device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
@@ -261,7 +270,7 @@ class Dist:
             result = function()
         except USER_ERRORS as caught:
             error = caught
-        if self.sum(torch.tensor(float(error is not None), device=self.device)) > 0:
+        if self.any(error is not None):
             raise next(e for e in self.gather(error) if e is not None)
         return result
 
@@ -270,6 +279,10 @@ class Dist:
         iterator = iter(iterable)
         while (item := self.together(lambda: next(iterator, None))) is not None:
             yield item
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Collective."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank. Collective."""
@@ -311,6 +324,29 @@ def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
         shape, names = (world_size,), ("shard",)
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
     return Dist(rank, local_rank, world_size, here, mesh)
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 (schedulers announce preemption so) and SIGINT ask a run to save and end after its current step; a
+    second SIGINT ends it at once."""
+
+    WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in self.WATCHED}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,8 +549,11 @@ def train_step(
     grad_clip: float,
     seed: int,
     step: int,
-) -> tuple[Totals, Tensor]:
-    """One optimizer step over this rank's micro-batches; returns its part of the totals, and the global gradient norm.
+) -> tuple[Totals, float, list[str]]:
+    """One optimizer step over this rank's micro-batches.
+
+    returns: this rank's part of the totals; the global gradient norm; the samples that made it not finite (on any rank,
+             normally none), in which case nothing was updated on any rank.
 
     Targets are counted over all micro-batches and ranks first. Each micro-batch then contributes its share of the one
     global loss, so its gradients are just summed: over micro-batches by accumulation, over ranks by FSDP, whose average
@@ -525,23 +564,31 @@ def train_step(
     counts = dist.sum(torch.stack(counts).sum(0).to(dist.device)).float()
     num_text, num_audio = counts[0], counts[1:]
 
-    total = None
+    total, values = None, []
     for index, batch in enumerate(batches):
         batch = batch.to(dist.device, non_blocking=True)
         model.set_requires_gradient_sync(index == len(batches) - 1)
         torch.manual_seed(_micro_batch_seed(seed, step, index * dist.world_size + dist.rank))
         _, part = forward(model, batch, ids, alignment)
-        (objective(part.losses, num_text, num_audio) * dist.world_size).backward()
+        value = objective(part.losses, num_text, num_audio) * dist.world_size
+        value.backward()
+        values.append(value.detach())
         part.losses = part.losses.detach()
         total = part if total is None else total + part
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
+    culprits: list[str] = []
+    if math.isfinite(grad_norm):  # the same number on every rank, so all of them step or none does
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    else:
+        bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
+        culprits = [source for part in dist.gather(bad) for source in part] or ["(every loss is finite, the gradient is not)"]
     optimizer.zero_grad()
-    return total, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    return total, grad_norm, culprits
 
 
 def _micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -687,7 +734,16 @@ class MetricsFile:
     def write(self, **values: Any) -> None:
         if self.enabled:
             with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(_json_safe(values), allow_nan=False) + "\n")
+
+
+def _json_safe(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: _json_safe(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:
@@ -710,10 +766,15 @@ def log(dist: Dist, message: str) -> None:
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
+    with Signals() as signals:
+        return run(cfg, dist, signals)
+
+
+def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggsAudioModel:
+    """Build everything, then the loop: evaluate, save, stop, step, log, always in that order."""
     output_dir = Path(cfg.output_dir)
-    resume_from = dist.together(lambda: find_resume(cfg))
-    if len(set(dist.gather(resume_from))) > 1:
-        raise ConfigError(f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder")
+    resume_from = find_resume(cfg, dist)
+    _lock = dist.together(lambda: lock(output_dir) if dist.is_main else None)  # held until this returns
     records, val_records = read_records(cfg, dist)
     folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
@@ -750,6 +811,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     steps = dist.iterate(iter_steps(loader, position))
     alignment = None
     evaluated = saved = step  # the step at which each was last done
+    bad_steps = bad_in_a_row = 0
     while True:
         done = step >= total_steps
         if val_loader and step != evaluated and (done or (cfg.val_steps and step and step % cfg.val_steps == 0)):
@@ -764,10 +826,18 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
                 f"step {step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})",
             )
 
-        if step and step != saved and cfg.save_steps and (step % cfg.save_steps == 0 or done):
+        stop = stop_reason(signals, bad_in_a_row, cfg, dist)
+        due = cfg.save_steps and (step % cfg.save_steps == 0 or done)
+        if step != saved and (due or stop):
             save(output_dir, step, position, model, optimizer, same_run(cfg, loader), cfg, dist)
             saved = step
 
+        if stop:
+            progress.close()
+            if bad_in_a_row:
+                raise DivergenceError(f"{stop}. Saved at step {step}; look at the samples named above, or lower --lr")
+            log(dist, f"{stop}: stopped after step {step}; continue with --resume auto")
+            return model
         if done:
             break
 
@@ -778,15 +848,18 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
             alignment = check_first_batch(model, batches[0], objective, ids, dist)
         started = time.perf_counter()
         lr = lr_at(step, total_steps, cfg)
-        total, grad_norm = train_step(
+        total, grad_norm, culprits = train_step(
             model, optimizer, batches, objective, ids, alignment, dist, lr=lr, grad_clip=cfg.grad_clip, seed=cfg.seed, step=step
         )
         total = total.sum_over(dist)
-        grad_norm = grad_norm.item()  # waits for the device, so the time below is the whole step's
         values = step_metrics(total, objective, time.perf_counter() - started, flops_per_token, frame_rate_hz, dist)
         step += 1
+        bad_steps += bool(culprits)
+        bad_in_a_row = bad_in_a_row + 1 if culprits else 0
 
-        metrics.write(split="train", step=step, epoch=epoch, lr=lr, grad_norm=grad_norm, **values)
+        metrics.write(split="train", step=step, epoch=epoch, lr=lr, grad_norm=grad_norm, bad_steps=bad_steps, **values)
+        if culprits:
+            log(dist, f"step {step}: not finite, skipped; samples: {', '.join(culprits)}")
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
         progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
         progress.update()
@@ -795,6 +868,15 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     checkpoint.export(output_dir / "final", model, config, tokenizer, lora, base=folder)
     log(dist, f"finished: {output_dir / 'final'}")
     return model
+
+
+def stop_reason(signals: Signals, bad_in_a_row: int, cfg: Config, dist: Dist) -> str | None:
+    """Why to save and stop now, or None. Collective, since a signal may reach one rank alone."""
+    if cfg.max_bad_steps and bad_in_a_row >= cfg.max_bad_steps:
+        return f"{bad_in_a_row} steps in a row were not finite"
+    if dist.any(signals.received is not None):
+        return "received " + next(s.name for s in dist.gather(signals.received) if s)
+    return None
 
 
 def iter_steps(loader: data.Loader, position: data.Position):
@@ -806,22 +888,59 @@ def iter_steps(loader: data.Loader, position: data.Position):
         position = data.Position(position.epoch + 1, 0)
 
 
-def find_resume(cfg: Config) -> Path | None:
-    """The checkpoint to continue from; ConfigError for an output_dir that holds another run."""
+def find_resume(cfg: Config, dist: Dist) -> Path | None:
+    """The checkpoint to continue from: the one named, or the newest whole one. Collective.
+
+    raises: ConfigError for an output_dir that holds another run, CheckpointError for a damaged checkpoint given by name
+    """
     output_dir = Path(cfg.output_dir)
-    if cfg.resume not in ("none", "auto"):
-        checkpoint.read_state(Path(cfg.resume))
-        return Path(cfg.resume)
-    if cfg.resume == "auto":
-        states = checkpoint.list_states(output_dir / "checkpoints")
-        return states[-1] if states else None
+    if cfg.resume == "none":
+        dist.together(lambda: _refuse_used(output_dir))
+        return None
+    named = cfg.resume != "auto"
+    candidates = [Path(cfg.resume)] if named else checkpoint.list_states(output_dir / "checkpoints")[::-1]
+    if len(set(map(tuple, dist.gather(candidates)))) > 1:
+        raise ConfigError(f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder")
+    share = slice(dist.rank, None, dist.world_size)
+    for folder in candidates:
+        damage = dist.together(lambda folder=folder: checkpoint.find_damage(folder, share))
+        damage = next((d for d in dist.gather(damage) if d), None)
+        if not damage:
+            return folder
+        if named:
+            raise checkpoint.CheckpointError(f"--resume {folder}: damaged: {damage}")
+        log(dist, f"skipping {folder}: {damage}")
+    return None
+
+
+def _refuse_used(output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output_dir {output_dir}: this is a file")
     if any((output_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
         raise ConfigError(
             f"--output_dir {output_dir}: holds a run already; choose another folder, or continue it with --resume auto"
         )
-    return None
+
+
+def lock(output_dir: Path) -> Any:
+    """Keep other runs out of the folder while the returned file is open; the lock goes with the process.
+
+    raises: ConfigError if another run holds it
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = open(output_dir / ".lock", "a+")
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir}: cannot be written: {error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise ConfigError(f"--output_dir {output_dir}: in use by another run ({file.read().strip() or 'unknown'})") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def same_run(cfg: Config, loader: data.Loader) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,12 @@ def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int,
     loader = data.Loader(dataset, create_collator(config), 2, dist.rank, dist.world_size, grad_accum)
     losses, norms = [], []
     for step, (batches, _) in zip(range(3), loader.epoch(data.Position(0, 0))):
-        total, norm = train.train_step(
+        total, norm, culprits = train.train_step(
             model, optimizer, batches, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=1.0, seed=0, step=step
         )
+        assert not culprits
         losses.append(train.loss_metrics(total.sum_over(dist).losses, objective)["loss"])
-        norms.append(norm.item())
+        norms.append(norm)
     return losses, norms, {n: full(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -98,10 +100,10 @@ def uneven_step(dist, kinds: list[str], tower: bool):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with train.evaluating(model):  # there as well every rank has to enter every sharded module
         train.forward(model, mine[0], ids, train.Alignment())
-    total, norm = train.train_step(
+    total, norm, _ = train.train_step(
         model, optimizer, mine, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=0.0, seed=0, step=0
     )
-    return train.loss_metrics(total.sum_over(dist).losses, objective)["loss"], norm.item()
+    return train.loss_metrics(total.sum_over(dist).losses, objective)["loss"], norm
 
 
 @pytest.mark.parametrize(
@@ -141,3 +143,41 @@ def raise_on_one(dist):
 
 def test_an_error_on_one_rank_reaches_all():
     assert run_ranks(raise_on_one, 2) == ["only rank 1 cannot read this"] * 2
+
+
+def poisoned_run(dist, checkpoint_dir: str, manifest: str, output_dir: str, poison: str):
+    """A run in which the loss of some samples is NaN; returns what it logged, and whether every parameter is finite."""
+    forward, messages = train.forward, []
+
+    def poisoned(model, batch, *args):
+        scored, total = forward(model, batch, *args)
+        if any(poison in source for source in batch.sources) and torch.is_grad_enabled():
+            total.losses.audio = total.losses.audio * float("nan")
+        return scored, total
+
+    train.forward, train.log = poisoned, lambda dist, message: messages.append(message)
+    argv = f"--train_manifest {manifest} --base_ckpt {checkpoint_dir} --output_dir {output_dir} --device cpu --num_workers 0"
+    model = train.train(
+        train.parse_config([*argv.split(), "--batch_size", "2", "--save_steps", "3", "--max_bad_steps", "2"]), dist
+    )
+    return messages, all(full(p).isfinite().all().item() for p in model.parameters())
+
+
+def test_a_poisoned_sample_is_skipped_on_all_ranks_and_named(toys, checkpoint_dir, tmp_path):
+    args = str(checkpoint_dir), str(toys / "train.jsonl"), str(tmp_path / "o"), "record 7 "
+    for messages, is_finite in run_ranks(poisoned_run, 2, *args):
+        assert is_finite
+        (named,) = [message for message in messages if "not finite, skipped" in message]
+        assert "record 7 " in named
+    lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if line["loss"] is None]
+    assert len(skipped) == 1 and skipped[0]["grad_norm"] is None and named.startswith(f"step {skipped[0]['step']}:")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and lines[-1]["bad_steps"] == 1
+
+
+def test_too_many_bad_steps_stop_the_run_with_a_checkpoint(toys, checkpoint_dir, tmp_path):
+    args = str(checkpoint_dir), str(toys / "train.jsonl"), str(tmp_path / "o"), "record "
+    with pytest.raises(AssertionError, match=r"2 steps in a row were not finite\. Saved at step 2"):
+        run_ranks(poisoned_run, 2, *args)
+    assert (tmp_path / "o" / "checkpoints" / "step_2" / "state.json").is_file()
+    assert not (tmp_path / "o" / "final").exists()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import ROOT, run_ranks
 from safetensors.torch import load_file
 from test_distributed import full
+from torch.distributed.fsdp import fully_shard
 
 import checkpoint
 import train
@@ -99,45 +106,121 @@ def test_files_hold_no_pickle(toys, tmp_path):
     run_ranks(run, 2, settings(toys, tmp_path / "o", 4, max_steps=2, save_steps=1))
     states = checkpoint.list_states(tmp_path / "o" / "checkpoints")
     assert [p.name for p in states] == ["step_1", "step_2"]
-    files = [p for p in (tmp_path / "o").rglob("*") if p.is_file() and "codes" not in p.parts]
+    files = [p for p in (tmp_path / "o").rglob("*") if p.is_file() and p.name != ".lock"]
     assert {p.suffix for p in files} == {".json", ".jsonl", ".safetensors"}
     names = {name for path in states[0].glob("*.safetensors") for name in load_file(path)}
     assert any(name.endswith(".exp_avg_sq") for name in names) and not any("base_layer" in name for name in names)
 
 
-def save_with_failure(dist, folder: str):
-    """A save that fails on the way leaves nothing under the final name, and the old checkpoint untouched."""
-    model = torch.nn.Linear(4, 4)
-    from torch.distributed.fsdp import fully_shard
-
+def small_model(dist):
+    model = torch.nn.Linear(64, 64)
     fully_shard(model, mesh=dist.mesh)
-    optimizer = torch.optim.AdamW(model.parameters())
-    target = Path(folder) / "step_1"
-    checkpoint.save_state(target, model, optimizer, {"step": 1})
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def save_on_a_full_disk(dist, folder: str):
+    """Saving to a disk that is full leaves nothing behind, says so on all ranks, and the old checkpoint still loads."""
+    model, optimizer = small_model(dist)
+    checkpoint.save_state(Path(folder) / "step_1", model, optimizer, {"step": 1, "run": {}})
     before = full(model.weight)
     with torch.no_grad():
         model.weight.add_(1)
-    original = checkpoint.dcp.save
-
-    def fail(*args, **kwargs):
-        original(*args, **kwargs)
-        raise OSError("disk full")
-
-    checkpoint.dcp.save = fail
-    try:
-        checkpoint.save_state(Path(folder) / "step_2", model, optimizer, {"step": 2})
-    except OSError:
-        pass
-    finally:
-        checkpoint.dcp.save = original
-    names = [p.name for p in checkpoint.list_states(Path(folder))]
-    checkpoint.check_state(target, model, optimizer, {})
-    checkpoint.load_state(target, model, optimizer)
-    return names, torch.equal(full(model.weight), before)
+    messages = []
+    for room in (0, 10**12):  # noticed beforehand; then a disk that fills up while it is written
+        checkpoint.shutil.disk_usage = lambda path, room=room: SimpleNamespace(free=room)
+        try:
+            checkpoint.save_state(Path(folder) / "step_2", model, optimizer, {"step": 2, "run": {}})
+        except checkpoint.CheckpointError as error:
+            messages.append(str(error))
+    left = sorted(p.name for p in Path(folder).iterdir())
+    checkpoint.check_state(Path(folder) / "step_1", model, optimizer, {})
+    checkpoint.load_state(Path(folder) / "step_1", model, optimizer)
+    return messages, left, torch.equal(full(model.weight), before)
 
 
-def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path):
-    assert run_ranks(save_with_failure, 2, str(tmp_path)) == [(["step_1"], True)] * 2
+@pytest.fixture()
+def small_disk(tmp_path):
+    """A file system of 100 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(small_disk):
+    for messages, left, equal in run_ranks(save_on_a_full_disk, 2, str(small_disk)):
+        assert len(messages) == 2 and all("untouched" in message for message in messages)
+        assert "GB needed" in messages[0] and "cannot be written" in messages[1]
+        assert left == ["step_1"] and equal
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(toys, tmp_path, capsys):
+    """Truncated, or one byte flipped: `--resume auto` takes the one before, a path by name is an error."""
+    dist = train.setup_distributed("cpu")
+    argv = settings(toys, tmp_path / "o", 4, max_steps=2, save_steps=1)
+    expected = run(dist, argv)
+    newest = tmp_path / "o" / "checkpoints" / "step_2"
+    (file,) = newest.glob("*.safetensors")
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content, message in ((whole[:-10], "bytes instead of"), (bytes(flipped), "sha256 differs")):
+        file.write_bytes(content)
+        assert train.main([*argv, "--resume", str(newest)]) == 2
+        assert message in capsys.readouterr().err
+    resumed = run(dist, [*argv, "--resume", "auto"])
+    assert "skipping" in capsys.readouterr().err
+    assert all(torch.equal(resumed[n], p) for n, p in expected.items())
+    assert checkpoint.find_damage(newest) is None, "step 2 was saved anew"
+
+
+def test_two_runs_cannot_share_a_folder(toys, tmp_path, capsys):
+    held = train.lock(tmp_path / "o")
+    assert train.main(settings(toys, tmp_path / "o", 4, max_steps=1)) == 2
+    assert "in use by another run (process" in capsys.readouterr().err
+    held.close()
+    assert train.main(settings(toys, tmp_path / "o", 4, max_steps=1)) == 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toys, tmp_path_factory):
+    """A whole run: its settings beyond the usual, its folder, its parameters."""
+    whole, extra = tmp_path_factory.mktemp("runs") / "whole", {"epochs": 6, "save_steps": 1000}
+    return extra, whole, run_ranks(run, 2, settings(toys, whole, 4, **extra))[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_exactly(number, uninterrupted, toys, tmp_path):
+    """Sent to the launcher, as a scheduler or a shell does: exit status 0, a line that says how to go on, nothing lost."""
+    extra, whole, expected = uninterrupted
+    parts = tmp_path / "parts"
+    argv = [
+        sys.executable,
+        "-m",
+        "tools.launch",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        *settings(toys, parts, 4, **extra),
+    ]
+    process = subprocess.Popen(
+        argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.time() + 60
+    while not (parts / "metrics.jsonl").exists() or not (parts / "metrics.jsonl").read_text().count("train") >= 3:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert f"received {number.name}: stopped after step " in error and "--resume auto" in error
+    assert not (parts / "final").exists()
+    resumed = run_ranks(run, 2, settings(toys, parts, 4, **extra, resume="auto"))[0]
+    assert all(torch.equal(resumed[n], p) for n, p in expected.items())
+    assert logged(parts) == logged(whole)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,40 @@
-"""torchrun, except that it ends with the failing rank's exit status and, where that is 2, without a traceback.
+"""torchrun for train.py: its exit status, no traceback for the user's own mistakes, and signals that let it save.
 
     python -m tools.launch --nproc_per_node=2 train.py ...      # arguments as for torchrun
 
 train.py exits with 2 after a clear message about the user's input; torchrun itself would turn that into its own traceback
-and status 1.
+and status 1. On SIGTERM, SIGUSR1 and SIGINT train.py finishes its step, saves and exits with 0; torchrun would kill it
+after 30 seconds, so here the signals are only passed on.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
+import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 USER_ERROR = 2
 
 
+def pass_on(number: int, frame) -> None:
+    """Hand a signal to the ranks. They may have got it already, from a terminal: train.py takes one twice as one, except
+    SIGINT, which a terminal gives to all processes."""
+    if number == signal.SIGINT and sys.stdin.isatty():
+        return
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
 def main() -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, pass_on)
     try:
-        run(parse_args(sys.argv[1:]))
+        run(parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *sys.argv[1:]]))
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         if first.exitcode != USER_ERROR:
