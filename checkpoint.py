@@ -11,15 +11,18 @@ python checkpoint.py FOLDER      # what a folder holds
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -231,7 +234,10 @@ def _describe(path: Path) -> dict:
 
 def find_damage(folder: Path, part: slice = slice(None)) -> str | None:
     """What is wrong with a checkpoint's files, or None; `part` of them, so that ranks can share the reading."""
-    files = read_state(folder).get("files", {})
+    try:
+        files = read_state(folder).get("files", {})
+    except CheckpointError as error:
+        return str(error)
     for name, expected in list(files.items())[part]:
         path = folder / name
         if not path.is_file():
@@ -272,7 +278,7 @@ def read_state(folder: Path) -> dict:
     try:
         return json.loads((folder / STATE_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"--resume {folder}: not a whole training checkpoint: {error}") from None
+        raise CheckpointError(f"{folder} is not a whole training checkpoint: {error}") from None
 
 
 def list_states(folder: Path) -> list[Path]:
@@ -316,6 +322,97 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def lock(output_dir: Path) -> IO:
+    """Keep other runs out of the folder while the returned file is open; the lock goes with the process.
+
+    raises: CheckpointError if another run holds it, or it cannot be written
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = open(output_dir / ".lock", "a+")
+    except OSError as error:
+        raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise CheckpointError(f"--output_dir {output_dir}: in use by another run ({file.read() or 'unknown'})") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def refuse_used(output_dir: Path) -> None:
+    """CheckpointError for a folder that holds a run already."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CheckpointError(f"--output_dir {output_dir}: this is a file")
+    if any((output_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
+        raise CheckpointError(
+            f"--output_dir {output_dir}: holds a run already; choose another folder, or continue it with --resume auto"
+        )
+
+
+def find_resume(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from: the one named, or with "auto" the newest whole one. Collective.
+
+    returns: the checkpoint, if any, and what is wrong with newer ones that were passed over
+    raises:  CheckpointError, on all ranks, if the checkpoint named is damaged or ranks see different folders
+    """
+    named = resume != "auto"
+    candidates = [Path(resume)] if named else list_states(output_dir / "checkpoints")[::-1]
+    if len(set(map(tuple, _gather(candidates)))) > 1:
+        raise CheckpointError(
+            f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
+        )
+    passed_over = []
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    for folder in candidates:
+        damage = next((found for found in _gather(find_damage(folder, share)) if found), None)
+        if damage and named:
+            raise CheckpointError(f"--resume {folder}: {damage}")
+        if not damage:
+            return folder, passed_over
+        passed_over.append(f"{folder}: {damage}")
+    return None, passed_over
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
+
+    def __init__(self, path: Path, steps_done: int):
+        self.path = path
+        self.enabled = dist.get_rank() == 0
+        if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= steps_done]
+            path.write_text("".join(f"{line}\n" for line in lines))
+
+    def write(self, **values: Any) -> None:
+        if self.enabled:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(_json_safe(values), allow_nan=False) + "\n")
+
+
+def _json_safe(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: _json_safe(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:  # the last line of a run that was cut off
+        return math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -181,6 +181,37 @@ def combine(
     return text_weight * text + audio_weight * audio
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The scalar that trains, from sums and global counts: `combine` with its weights."""
+
+    text_weight: float = 1.0
+    audio_weight: float = 1.0
+    codebook_weights: tuple[float, ...] | None = None  # one per codebook; None: equal
+
+    def __call__(self, sums: LossSums, num_text: Tensor, num_audio: Tensor) -> Tensor:
+        weights = None if self.codebook_weights is None else sums.audio.new_tensor(self.codebook_weights)
+        return combine(sums, num_text, num_audio, self.text_weight, self.audio_weight, weights)
+
+    def metrics(self, sums: LossSums) -> dict:
+        """Losses in nats per target, from global sums; None where nothing was supervised."""
+
+        def ratio(total: Tensor, count: Tensor) -> float | None:
+            return (total / count).item() if count > 0 else None
+
+        codebooks = [ratio(s, n) for s, n in zip(sums.audio, sums.num_audio)]
+        supervised = [value for value in codebooks if value is not None]
+        return {
+            "loss": self(sums, sums.num_text, sums.num_audio).item(),
+            "text_loss": ratio(sums.text, sums.num_text) or 0.0,
+            "audio_loss": sum(supervised) / len(supervised) if supervised else 0.0,
+            "codebook_losses": codebooks,
+            "eos_loss": ratio(sums.eos, sums.num_eos),
+            "text_targets": int(sums.num_text.item()),
+            "audio_targets": int(sums.num_audio.sum().item()),
+        }
+
+
 def find_alignment(labels: Tensor, inputs: Tensor, what: str) -> Alignment | None:
     """Where the labels stand relative to the inputs they were made from.
 

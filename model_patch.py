@@ -368,6 +368,19 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def train_flops_per_token(model: nn.Module) -> float:
+    """Floating-point operations per real token of a training step, without attention scores and recomputation.
+
+    Two per weight for the forward pass, two for the gradient of the input, two more for that of the weight where it
+    trains. A token passes one of a layer's two FFNs, which are equally large.
+    """
+    flops = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name and ".audio_mlp." not in name and not name.startswith("audio_tower."):
+            flops += parameter.numel() * (6 if parameter.requires_grad else 4)
+    return flops
+
+
 def main() -> None:
     """What is patched, and what an adapter with the default targets trains, on the demo's tiny model."""
     from tools.demo import make_tokenizer, tiny_config  # an offline example; only this command needs it

@@ -13,22 +13,19 @@ Two nodes of eight (the same line on both, NODE_RANK 0 and 1):
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,15 +44,10 @@ import data
 import loss
 import model_patch
 from collate import ExtendedHiggsAudioBatchInput
+from config import Config, ConfigError, parse_config
+from loss import Objective
 
 T = TypeVar("T")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Config
-
-
-class ConfigError(ValueError):
-    """Settings that cannot work; all problems in one message."""
 
 
 class DivergenceError(RuntimeError):
@@ -73,166 +65,6 @@ USER_ERRORS = (
     loss.AlignmentError,
     loss.CopyCollapseError,
 )
-
-
-def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices: Sequence[str] | None = None) -> Any:
-    """A Config field: its default, meaning and unit, other flag names, and its value when the flag stands alone."""
-    metadata = {"help": help, "aliases": aliases, "const": const, "choices": choices}
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of a run; the command line is made from these fields."""
-
-    train_manifest: str = _setting("", "JSON or JSONL manifest to train on", "train_data", "input_data")
-    val_manifest: str = _setting("", "manifest to evaluate on")
-    val_share: float = _setting(
-        0.02, "part of the training manifest held out to evaluate on, with --val_steps but no --val_manifest"
-    )
-    output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
-    base_ckpt: str = _setting(checkpoint.BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
-    base_revision: str = _setting("", "revision of a Hub checkpoint; default: the original layout of the published one")
-    audio_tokenizer: str = _setting(
-        "bosonai/higgs-audio-v2-tokenizer", "audio codec, used when the manifest names waveforms: a folder, or on the Hub"
-    )
-
-    batch_size: int = _setting(4, "samples per micro-batch and rank")
-    grad_accum: int = _setting(1, "micro-batches per optimizer step", "gradient_accumulation_steps")
-    epochs: int = _setting(1, "passes over the training manifest")
-    max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")
-    lr: float | None = _setting(None, "peak learning rate; default 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
-    warmup_steps: int = _setting(0, "steps of linear warm-up before the cosine decay")
-    min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
-    weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
-    beta2: float = _setting(0.95, "AdamW beta2")
-    grad_clip: float = _setting(1.0, "largest global gradient norm; 0: no clipping")
-
-    lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
-    lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
-    lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
-    lora_targets: str = _setting(
-        ",".join(model_patch.LORA_DEFAULT_TARGETS), "comma-separated patterns of module names that get an adapter"
-    )
-    freeze: str = _setting("", "comma-separated patterns of parameter names that do not train")
-
-    text_loss_weight: float = _setting(1.0, "weight of the text loss")
-    audio_loss_weight: float = _setting(1.0, "weight of the audio loss")
-    codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default equal")
-
-    mixed_precision: str = _setting("bf16", "compute dtype; masters stay float32", const="bf16", choices=("bf16", "no"))
-    activation_checkpointing: str = _setting(
-        "none",
-        "what layers recompute in the backward pass",
-        "use_gradient_checkpointing",
-        const="full",
-        choices=model_patch.CHECKPOINTING_MODES,
-    )
-    replicate: int = _setting(1, "HSDP: number of replicas the ranks are divided into, each sharded by itself")
-    num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
-
-    val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
-    save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
-    keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
-    resume: str = _setting(
-        "none", "'auto': continue from the newest checkpoint in output_dir; or a checkpoint's path", const="auto"
-    )
-    max_bad_steps: int = _setting(10, "stop after so many steps in a row whose loss or gradient is not finite")
-    seed: int = _setting(0, "order of the data, dropout and adapter initialisation")
-    device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
-
-    @property
-    def peak_lr(self) -> float:
-        return self.lr if self.lr is not None else (2e-4 if self.lora_r else 2e-5)
-
-    @property
-    def revision(self) -> str | None:
-        return self.base_revision or (checkpoint.BASE_REVISION if self.base_ckpt == checkpoint.BASE_CKPT else None)
-
-    @property
-    def codebook_weight_list(self) -> list[float]:
-        return [float(w) for w in self.codebook_weights.split(",")] if self.codebook_weights else []
-
-
-_NO_VALUE = object()
-
-
-def parse_config(argv: Sequence[str]) -> Config:
-    """The command line as a Config; ConfigError with every problem at once."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    fields = dataclasses.fields(Config)
-    for f in fields:
-        flags = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
-        const = f.metadata["const"] if f.metadata["const"] is not None else _NO_VALUE
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(*flags, dest=f.name, nargs="?", const=const, default=None, metavar="X", help=text)
-    given, unknown = parser.parse_known_args(list(argv))
-    problems = [f"unknown argument {argument!r}" for argument in unknown]
-    values = {}
-    for f in fields:
-        value = getattr(given, f.name)
-        if value is _NO_VALUE:
-            problems.append(f"--{f.name} needs a value: {f.metadata['help']}")
-        elif value is not None:
-            try:
-                values[f.name] = _convert(value, str(f.type))
-            except ValueError:
-                problems.append(f"--{f.name} {value}: expected {str(f.type).split(' ')[0]}")
-            choices = f.metadata["choices"]
-            if choices and value not in choices:
-                problems.append(f"--{f.name} {value}: choose from {', '.join(choices)}")
-    cfg = Config(**values)
-    problems += _find_problems(cfg)
-    if problems:
-        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems]))
-    return cfg
-
-
-def _convert(value: Any, type_name: str) -> Any:
-    if isinstance(value, bool):
-        return value
-    if type_name == "bool":
-        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise ValueError(value)
-        return value.lower() in ("true", "1", "yes")
-    return {"str": str, "int": int, "float": float, "float | None": float}[type_name](value)
-
-
-def _find_problems(cfg: Config) -> list[str]:
-    """What is impossible about the settings by themselves, before any file is opened."""
-    problems = [f"--{name} is required" for name in ("train_manifest", "output_dir") if not getattr(cfg, name)]
-    for name in ("batch_size", "grad_accum", "epochs", "replicate"):
-        if getattr(cfg, name) < 1:
-            problems.append(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
-            problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
-    if cfg.seed >= 2**31:
-        problems.append(f"--seed {cfg.seed}: must be below 2147483648")
-    if cfg.lr == 0:
-        problems.append("--lr 0: nothing would be learned")
-    if cfg.val_share >= 1:
-        problems.append(f"--val_share {cfg.val_share}: must be below 1")
-    if cfg.lora_dropout >= 1:
-        problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
-    if cfg.lora_r and cfg.lora_alpha == 0:
-        problems.append("--lora_alpha 0: the adapter would have no effect")
-    if cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0:
-        problems.append("--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned")
-    try:
-        weights = cfg.codebook_weight_list
-        if weights and (min(weights) < 0 or sum(weights) <= 0):
-            problems.append(f"--codebook_weights {cfg.codebook_weights}: weights are 0 or more, and not all 0")
-    except ValueError:
-        problems.append(f"--codebook_weights {cfg.codebook_weights}: expected comma-separated numbers")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        problems.append("--device cuda: this PyTorch sees no GPU")
-    return problems
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distributed
@@ -519,21 +351,13 @@ def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alig
     )
 
 
-class Objective:
-    """The scalar that trains, from sums and global counts."""
-
-    def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
-        weights = cfg.codebook_weight_list
-        if weights and len(weights) != config.audio_num_codebooks:
-            raise ConfigError(
-                f"--codebook_weights has {len(weights)} values, the checkpoint {config.audio_num_codebooks} codebooks"
-            )
-        self.codebook_weights = torch.tensor(weights, device=dist.device) if weights else None
-        self.text_weight = cfg.text_loss_weight
-        self.audio_weight = cfg.audio_loss_weight
-
-    def __call__(self, sums: loss.LossSums, num_text: Tensor, num_audio: Tensor) -> Tensor:
-        return loss.combine(sums, num_text, num_audio, self.text_weight, self.audio_weight, self.codebook_weights)
+def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
+    weights = cfg.codebook_weight_list
+    if weights and len(weights) != config.audio_num_codebooks:
+        raise ConfigError(
+            f"--codebook_weights has {len(weights)} values, the checkpoint {config.audio_num_codebooks} codebooks"
+        )
+    return Objective(cfg.text_loss_weight, cfg.audio_loss_weight, tuple(weights) or None)
 
 
 def train_step(
@@ -619,7 +443,7 @@ def check_first_batch(
         scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
         sums = loss.LossSums.unpack(dist.sum(loss.loss_sums(scored, ids.stream_eos).pack()))
         copies = loss.copy_share(dist.sum(loss.copy_counts(scored)))
-    values = loss_metrics(sums, objective)
+    values = objective.metrics(sums)
     log(
         dist,
         f"  labels: text {alignment.text}, audio {alignment.audio}; text loss {values['text_loss']:.4f} over "
@@ -654,31 +478,12 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
             scored, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
             copies += loss.copy_counts(scored)
             total = part if total is None else total + part
-    metrics = loss_metrics(total.sum_over(dist).losses, objective)
+    metrics = objective.metrics(total.sum_over(dist).losses)
     return metrics | {"copy_share": loss.copy_share(dist.sum(copies))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
-
-
-def loss_metrics(sums: loss.LossSums, objective: Objective) -> dict:
-    """Losses in nats per target, from global sums; None where nothing was supervised."""
-
-    def ratio(total: Tensor, count: Tensor) -> float | None:
-        return (total / count).item() if count > 0 else None
-
-    codebooks = [ratio(s, n) for s, n in zip(sums.audio, sums.num_audio)]
-    supervised = [value for value in codebooks if value is not None]
-    return {
-        "loss": objective(sums, sums.num_text, sums.num_audio).item(),
-        "text_loss": ratio(sums.text, sums.num_text) or 0.0,
-        "audio_loss": sum(supervised) / len(supervised) if supervised else 0.0,
-        "codebook_losses": codebooks,
-        "eos_loss": ratio(sums.eos, sums.num_eos),
-        "text_targets": int(sums.num_text.item()),
-        "audio_targets": int(sums.num_audio.sum().item()),
-    }
 
 
 def step_metrics(
@@ -688,7 +493,7 @@ def step_metrics(
     tokens = total.num_tokens.item()
     peak = _peak_flops(dist.device)
     on_gpu = dist.device.type == "cuda"
-    return loss_metrics(total.losses, objective) | {
+    return objective.metrics(total.losses) | {
         "tokens": int(tokens),
         "padding_ratio": 1 - tokens / total.num_positions.item(),
         "tokens_per_sec": tokens / step_time_sec,
@@ -699,19 +504,6 @@ def step_metrics(
     }
 
 
-def train_flops_per_token(model: nn.Module) -> float:
-    """Floating-point operations per real token of a training step, without attention scores and recomputation.
-
-    Two per weight for the forward pass, two for the gradient of the input, two more for that of the weight where it
-    trains. A token passes one of a layer's two FFNs, which are equally large.
-    """
-    flops = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed" not in name and ".audio_mlp." not in name and not name.startswith("audio_tower."):
-            flops += parameter.numel() * (6 if parameter.requires_grad else 4)
-    return flops
-
-
 def _peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak from the vendor's data sheets, or None."""
     if device.type != "cuda":
@@ -719,38 +511,6 @@ def _peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
     peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
     return next((value for key, value in peaks.items() if key in name), None)
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
-
-    def __init__(self, path: Path, dist: Dist, steps_done: int):
-        self.path = path
-        self.enabled = dist.is_main
-        if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= steps_done]
-            path.write_text("".join(f"{line}\n" for line in lines))
-
-    def write(self, **values: Any) -> None:
-        if self.enabled:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(_json_safe(values), allow_nan=False) + "\n")
-
-
-def _json_safe(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, dict):
-        return {name: _json_safe(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_json_safe(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:  # the last line of a run that was cut off
-        return math.inf
 
 
 def log(dist: Dist, message: str) -> None:
@@ -766,19 +526,25 @@ def log(dist: Dist, message: str) -> None:
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
-    with Signals() as signals:
+    held = dist.together(lambda: checkpoint.lock(Path(cfg.output_dir)) if dist.is_main else None)
+    with Signals() as signals, held or contextlib.nullcontext():
         return run(cfg, dist, signals)
 
 
 def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggsAudioModel:
     """Build everything, then the loop: evaluate, save, stop, step, log, always in that order."""
     output_dir = Path(cfg.output_dir)
-    resume_from = find_resume(cfg, dist)
-    _lock = dist.together(lambda: lock(output_dir) if dist.is_main else None)  # held until this returns
+    resume_from = None
+    if cfg.resume == "none":
+        dist.together(lambda: checkpoint.refuse_used(output_dir))
+    else:
+        resume_from, passed_over = checkpoint.find_resume(output_dir, cfg.resume)
+        for damage in passed_over:
+            log(dist, f"passed over {damage}")
     records, val_records = read_records(cfg, dist)
     folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
-    objective = dist.together(lambda: Objective(cfg, dist, config))
+    objective = dist.together(lambda: build_objective(cfg, config))
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     ids = loss.AudioIds.of(config)
     model, lora = dist.together(lambda: build_model(cfg, dist, config, folder))
@@ -801,8 +567,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         log(dist, f"resumed from {resume_from}: {step} steps done")
     if dist.is_main:
         write_run_config(output_dir, cfg, dist)
-    metrics = MetricsFile(output_dir / "metrics.jsonl", dist, steps_done=step)
-    flops_per_token = train_flops_per_token(model)
+    metrics = checkpoint.MetricsFile(output_dir / "metrics.jsonl", steps_done=step)
+    flops_per_token = model_patch.train_flops_per_token(model)
     frame_rate_hz = data.codec_frame_rate_hz(cfg.audio_tokenizer)
     seconds = 0.5 if sys.stderr.isatty() else 10  # between two lines, where each is a new one
     progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step", mininterval=seconds)
@@ -888,61 +654,6 @@ def iter_steps(loader: data.Loader, position: data.Position):
         position = data.Position(position.epoch + 1, 0)
 
 
-def find_resume(cfg: Config, dist: Dist) -> Path | None:
-    """The checkpoint to continue from: the one named, or the newest whole one. Collective.
-
-    raises: ConfigError for an output_dir that holds another run, CheckpointError for a damaged checkpoint given by name
-    """
-    output_dir = Path(cfg.output_dir)
-    if cfg.resume == "none":
-        dist.together(lambda: _refuse_used(output_dir))
-        return None
-    named = cfg.resume != "auto"
-    candidates = [Path(cfg.resume)] if named else checkpoint.list_states(output_dir / "checkpoints")[::-1]
-    if len(set(map(tuple, dist.gather(candidates)))) > 1:
-        raise ConfigError(f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder")
-    share = slice(dist.rank, None, dist.world_size)
-    for folder in candidates:
-        damage = dist.together(lambda folder=folder: checkpoint.find_damage(folder, share))
-        damage = next((d for d in dist.gather(damage) if d), None)
-        if not damage:
-            return folder
-        if named:
-            raise checkpoint.CheckpointError(f"--resume {folder}: damaged: {damage}")
-        log(dist, f"skipping {folder}: {damage}")
-    return None
-
-
-def _refuse_used(output_dir: Path) -> None:
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"--output_dir {output_dir}: this is a file")
-    if any((output_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
-        raise ConfigError(
-            f"--output_dir {output_dir}: holds a run already; choose another folder, or continue it with --resume auto"
-        )
-
-
-def lock(output_dir: Path) -> Any:
-    """Keep other runs out of the folder while the returned file is open; the lock goes with the process.
-
-    raises: ConfigError if another run holds it
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = open(output_dir / ".lock", "a+")
-    except OSError as error:
-        raise ConfigError(f"--output_dir {output_dir}: cannot be written: {error}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise ConfigError(f"--output_dir {output_dir}: in use by another run ({file.read().strip() or 'unknown'})") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
 def same_run(cfg: Config, loader: data.Loader) -> dict:
     """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
     names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze")
@@ -980,7 +691,7 @@ def write_run_config(output_dir: Path, cfg: Config, dist: Dist) -> None:
 
 def main(argv: Sequence[str]) -> int:
     try:
-        cfg = parse_config(argv)
+        cfg = parse_config(argv, description=__doc__)
         dist = setup_distributed(cfg.device, cfg.replicate)
         train(cfg, dist)
     except USER_ERRORS as error:

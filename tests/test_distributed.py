@@ -33,7 +33,7 @@ def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int,
     model, _ = train.build_model(cfg, dist, config, folder)
     model.train()
     optimizer = train.build_optimizer(model, cfg)
-    objective, ids = train.Objective(cfg, dist, config), loss.AudioIds.of(config)
+    objective, ids = train.build_objective(cfg, config), loss.AudioIds.of(config)
     dataset = open_dataset(Path(manifest), config, tokenizer)
     loader = data.Loader(dataset, create_collator(config), 2, dist.rank, dist.world_size, grad_accum)
     losses, norms = [], []
@@ -42,7 +42,7 @@ def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int,
             model, optimizer, batches, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=1.0, seed=0, step=step
         )
         assert not culprits
-        losses.append(train.loss_metrics(total.sum_over(dist).losses, objective)["loss"])
+        losses.append(objective.metrics(total.sum_over(dist).losses)["loss"])
         norms.append(norm)
     return losses, norms, {n: full(p) for n, p in model.named_parameters() if p.requires_grad}
 
@@ -92,7 +92,7 @@ def uneven_step(dist, kinds: list[str], tower: bool):
 
         samples["heard"] = with_waveforms(samples["heard"], 0.2)
     cfg = train.parse_config(["--train_manifest", "m", "--output_dir", "o"])
-    objective, ids = train.Objective(cfg, dist, config), loss.AudioIds.of(config)
+    objective, ids = train.build_objective(cfg, config), loss.AudioIds.of(config)
     collator = create_collator(config)
     mine = [collator([samples[kind]]) for kind in kinds[dist.rank :: dist.world_size]]
     if dist.world_size == 1:
@@ -103,7 +103,7 @@ def uneven_step(dist, kinds: list[str], tower: bool):
     total, norm, _ = train.train_step(
         model, optimizer, mine, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=0.0, seed=0, step=0
     )
-    return train.loss_metrics(total.sum_over(dist).losses, objective)["loss"], norm
+    return objective.metrics(total.sum_over(dist).losses)["loss"], norm
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import checkpoint
 import train
 
 
-def settings(toys: Path, output_dir: Path, lora_r: int, **extra) -> list[str]:
+def settings(toys: Path, output_dir: Path, lora_r: int = 4, **extra) -> list[str]:
     values = {
         "train_manifest": toys / "train.jsonl",
         "val_manifest": toys / "val.jsonl",
@@ -172,13 +172,13 @@ def test_a_damaged_checkpoint_is_named_and_skipped(toys, tmp_path, capsys):
         assert train.main([*argv, "--resume", str(newest)]) == 2
         assert message in capsys.readouterr().err
     resumed = run(dist, [*argv, "--resume", "auto"])
-    assert "skipping" in capsys.readouterr().err
+    assert "passed over" in capsys.readouterr().err
     assert all(torch.equal(resumed[n], p) for n, p in expected.items())
     assert checkpoint.find_damage(newest) is None, "step 2 was saved anew"
 
 
 def test_two_runs_cannot_share_a_folder(toys, tmp_path, capsys):
-    held = train.lock(tmp_path / "o")
+    held = checkpoint.lock(tmp_path / "o")
     assert train.main(settings(toys, tmp_path / "o", 4, max_steps=1)) == 2
     assert "in use by another run (process" in capsys.readouterr().err
     held.close()

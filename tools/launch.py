@@ -21,10 +21,8 @@ USER_ERROR = 2
 
 
 def pass_on(number: int, frame) -> None:
-    """Hand a signal to the ranks. They may have got it already, from a terminal: train.py takes one twice as one, except
-    SIGINT, which a terminal gives to all processes."""
-    if number == signal.SIGINT and sys.stdin.isatty():
-        return
+    """Hand a signal to the ranks; torchrun starts each in a session of its own, so that not even a terminal's Ctrl-C
+    reaches them otherwise."""
     for child in psutil.Process().children():
         child.send_signal(number)
 

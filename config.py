@@ -1,0 +1,181 @@
+"""Every setting of a run, and the command line made from them; all its problems are reported together.
+
+It is a module of its own so that train.py stays a file one can read in a sitting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import checkpoint
+import model_patch
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work; all problems in one message."""
+
+
+def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices: Sequence[str] | None = None) -> Any:
+    """A Config field: its default, meaning and unit, other flag names, and its value when the flag stands alone."""
+    metadata = {"help": help, "aliases": aliases, "const": const, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; the command line is made from these fields."""
+
+    train_manifest: str = _setting("", "JSON or JSONL manifest to train on", "train_data", "input_data")
+    val_manifest: str = _setting("", "manifest to evaluate on")
+    val_share: float = _setting(
+        0.02, "part of the training manifest held out to evaluate on, with --val_steps but no --val_manifest"
+    )
+    output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
+    base_ckpt: str = _setting(checkpoint.BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
+    base_revision: str = _setting("", "revision of a Hub checkpoint; default: the original layout of the published one")
+    audio_tokenizer: str = _setting(
+        "bosonai/higgs-audio-v2-tokenizer", "audio codec, used when the manifest names waveforms: a folder, or on the Hub"
+    )
+
+    batch_size: int = _setting(4, "samples per micro-batch and rank")
+    grad_accum: int = _setting(1, "micro-batches per optimizer step", "gradient_accumulation_steps")
+    epochs: int = _setting(1, "passes over the training manifest")
+    max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")
+    lr: float | None = _setting(None, "peak learning rate; default 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
+    warmup_steps: int = _setting(0, "steps of linear warm-up before the cosine decay")
+    min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
+    weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
+    beta2: float = _setting(0.95, "AdamW beta2")
+    grad_clip: float = _setting(1.0, "largest global gradient norm; 0: no clipping")
+
+    lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
+    lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
+    lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
+    lora_targets: str = _setting(
+        ",".join(model_patch.LORA_DEFAULT_TARGETS), "comma-separated patterns of module names that get an adapter"
+    )
+    freeze: str = _setting("", "comma-separated patterns of parameter names that do not train")
+
+    text_loss_weight: float = _setting(1.0, "weight of the text loss")
+    audio_loss_weight: float = _setting(1.0, "weight of the audio loss")
+    codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default equal")
+
+    mixed_precision: str = _setting("bf16", "compute dtype; masters stay float32", const="bf16", choices=("bf16", "no"))
+    activation_checkpointing: str = _setting(
+        "none",
+        "what layers recompute in the backward pass",
+        "use_gradient_checkpointing",
+        const="full",
+        choices=model_patch.CHECKPOINTING_MODES,
+    )
+    replicate: int = _setting(1, "HSDP: number of replicas the ranks are divided into, each sharded by itself")
+    num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
+
+    val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
+    save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
+    keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
+    resume: str = _setting(
+        "none", "'auto': continue from the newest checkpoint in output_dir; or a checkpoint's path", const="auto"
+    )
+    max_bad_steps: int = _setting(10, "stop after so many steps in a row whose loss or gradient is not finite")
+    seed: int = _setting(0, "order of the data, dropout and adapter initialisation")
+    device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr if self.lr is not None else (2e-4 if self.lora_r else 2e-5)
+
+    @property
+    def revision(self) -> str | None:
+        return self.base_revision or (checkpoint.BASE_REVISION if self.base_ckpt == checkpoint.BASE_CKPT else None)
+
+    @property
+    def codebook_weight_list(self) -> list[float]:
+        return [float(w) for w in self.codebook_weights.split(",")] if self.codebook_weights else []
+
+
+_NO_VALUE = object()
+
+
+def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
+    """The command line as a Config; ConfigError with every problem at once."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        flags = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
+        const = f.metadata["const"] if f.metadata["const"] is not None else _NO_VALUE
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(*flags, dest=f.name, nargs="?", const=const, default=None, metavar="X", help=text)
+    given, unknown = parser.parse_known_args(list(argv))
+    problems = [f"unknown argument {argument!r}" for argument in unknown]
+    values = {}
+    for f in fields:
+        value = getattr(given, f.name)
+        if value is _NO_VALUE:
+            problems.append(f"--{f.name} needs a value: {f.metadata['help']}")
+        elif value is not None:
+            try:
+                values[f.name] = _convert(value, str(f.type))
+            except ValueError:
+                problems.append(f"--{f.name} {value}: expected {str(f.type).split(' ')[0]}")
+            choices = f.metadata["choices"]
+            if choices and value not in choices:
+                problems.append(f"--{f.name} {value}: choose from {', '.join(choices)}")
+    cfg = Config(**values)
+    problems += _find_problems(cfg)
+    if problems:
+        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems]))
+    return cfg
+
+
+def _convert(value: Any, type_name: str) -> Any:
+    if isinstance(value, bool):
+        return value
+    if type_name == "bool":
+        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError(value)
+        return value.lower() in ("true", "1", "yes")
+    return {"str": str, "int": int, "float": float, "float | None": float}[type_name](value)
+
+
+def _find_problems(cfg: Config) -> list[str]:
+    """What is impossible about the settings by themselves, before any file is opened."""
+    problems = [f"--{name} is required" for name in ("train_manifest", "output_dir") if not getattr(cfg, name)]
+    for name in ("batch_size", "grad_accum", "epochs", "replicate"):
+        if getattr(cfg, name) < 1:
+            problems.append(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
+            problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
+    if cfg.seed >= 2**31:
+        problems.append(f"--seed {cfg.seed}: must be below 2147483648")
+    if cfg.lr == 0:
+        problems.append("--lr 0: nothing would be learned")
+    if cfg.val_share >= 1:
+        problems.append(f"--val_share {cfg.val_share}: must be below 1")
+    if cfg.lora_dropout >= 1:
+        problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
+    if cfg.lora_r and cfg.lora_alpha == 0:
+        problems.append("--lora_alpha 0: the adapter would have no effect")
+    if cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0:
+        problems.append("--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned")
+    try:
+        weights = cfg.codebook_weight_list
+        if weights and (min(weights) < 0 or sum(weights) <= 0):
+            problems.append(f"--codebook_weights {cfg.codebook_weights}: weights are 0 or more, and not all 0")
+    except ValueError:
+        problems.append(f"--codebook_weights {cfg.codebook_weights}: expected comma-separated numbers")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda: this PyTorch sees no GPU")
+    return problems
