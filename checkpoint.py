@@ -339,7 +339,7 @@ def lock(output_dir: Path) -> IO:
     except OSError as error:
         raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's workers would inherit that
     except OSError:
         file.seek(0)
         raise CheckpointError(f"--output_dir {output_dir}: in use by another run ({file.read() or 'unknown'})") from None

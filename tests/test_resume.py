@@ -178,11 +178,15 @@ def test_a_damaged_checkpoint_is_named_and_skipped(toys, tmp_path, capsys):
 
 
 def test_two_runs_cannot_share_a_folder(toys, tmp_path, capsys):
-    held = checkpoint.lock(tmp_path / "o")
-    assert train.main(settings(toys, tmp_path / "o", 4, max_steps=1)) == 2
-    assert "in use by another run (process" in capsys.readouterr().err
-    held.close()
-    assert train.main(settings(toys, tmp_path / "o", 4, max_steps=1)) == 0
+    argv = settings(toys, tmp_path / "o", 4, max_steps=1)
+    hold = f"import checkpoint, pathlib; held = checkpoint.lock(pathlib.Path({str(tmp_path / 'o')!r})); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert train.main(argv) == 2
+    assert f"in use by another run (process {other.pid} on" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    assert train.main(argv) == 0
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -27,10 +28,8 @@ def kill(process: subprocess.Popen) -> None:
     """The launcher, the ranks and their workers, at once."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-        except psutil.NoSuchProcess:
-            pass
     process.wait()
     psutil.wait_procs(family[1:], timeout=10)
 

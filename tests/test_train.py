@@ -333,6 +333,5 @@ def test_bad_settings(bad, tmp_path):
     assert "has 2 values, the checkpoint 8 codebooks" in bad(codebook_weights="1,2")
     assert "--replicate 2 does not divide 1 ranks" in bad(replicate=2)
     assert "not a whole training checkpoint" in bad(resume=tmp_path)
-    (tmp_path / "o").mkdir()
     (tmp_path / "o" / "metrics.jsonl").touch()
     assert "holds a run already" in bad()
