@@ -559,11 +559,11 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     )
     if cfg.dry_run:
         return model
-    step, position = 0, data.Position(0, 0)
+    step, position, bad_steps = 0, data.Position(0, 0), 0
     if resume_from:
         state = dist.together(lambda: checkpoint.check_state(resume_from, model, optimizer, same_run(cfg, loader)))
         checkpoint.load_state(resume_from, model, optimizer)
-        step, position = state["step"], data.Position(*state["position"])
+        step, position, bad_steps = state["step"], data.Position(*state["position"]), state["bad_steps"]
         log(dist, f"resumed from {resume_from}: {step} steps done")
     if dist.is_main:
         write_run_config(output_dir, cfg, dist)
@@ -577,7 +577,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     steps = dist.iterate(iter_steps(loader, position))
     alignment = None
     evaluated = saved = step  # the step at which each was last done
-    bad_steps = bad_in_a_row = 0
+    bad_in_a_row = 0
     while True:
         done = step >= total_steps
         if val_loader and step != evaluated and (done or (cfg.val_steps and step and step % cfg.val_steps == 0)):
@@ -592,20 +592,25 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
                 f"step {step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})",
             )
 
-        stop = stop_reason(signals, bad_in_a_row, cfg, dist)
+        diverged = 0 < cfg.max_bad_steps <= bad_in_a_row
+        stop = dist.any(signals.received is not None)  # a signal may reach one rank alone
         due = cfg.save_steps and (step % cfg.save_steps == 0 or done)
-        if step != saved and (due or stop):
-            save(output_dir, step, position, model, optimizer, same_run(cfg, loader), cfg, dist)
+        if step != saved and (due or stop or diverged):
+            state = {"step": step, "position": list(position), "bad_steps": bad_steps, "run": same_run(cfg, loader)}
+            save(output_dir, state, model, optimizer, cfg.keep_last, dist)
             saved = step
 
-        if stop:
-            progress.close()
-            if bad_in_a_row:
-                raise DivergenceError(f"{stop}. Saved at step {step}; look at the samples named above, or lower --lr")
-            log(dist, f"{stop}: stopped after step {step}; continue with --resume auto")
-            return model
+        if diverged:
+            raise DivergenceError(
+                f"{bad_in_a_row} steps in a row were not finite. Saved at step {step}; look at the samples named above, or lower --lr"
+            )
         if done:
             break
+        if stop:
+            progress.close()
+            received = next(s.name for s in dist.gather(signals.received) if s)
+            log(dist, f"received {received}: stopped after step {step}; continue with --resume auto")
+            return model
 
         epoch = position.epoch
         batches, position = next(steps)
@@ -636,15 +641,6 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     return model
 
 
-def stop_reason(signals: Signals, bad_in_a_row: int, cfg: Config, dist: Dist) -> str | None:
-    """Why to save and stop now, or None. Collective, since a signal may reach one rank alone."""
-    if cfg.max_bad_steps and bad_in_a_row >= cfg.max_bad_steps:
-        return f"{bad_in_a_row} steps in a row were not finite"
-    if dist.any(signals.received is not None):
-        return "received " + next(s.name for s in dist.gather(signals.received) if s)
-    return None
-
-
 def iter_steps(loader: data.Loader, position: data.Position):
     """The optimizer steps from `position` on, epoch after epoch, without end."""
     while True:
@@ -660,13 +656,12 @@ def same_run(cfg: Config, loader: data.Loader) -> dict:
     return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
 
 
-def save(output_dir: Path, step: int, position: data.Position, model, optimizer, run: dict, cfg: Config, dist: Dist) -> None:
-    """A resumable checkpoint; older ones beyond --keep_last are removed. Collective."""
-    folder = output_dir / "checkpoints" / f"step_{step}"
-    state = {"step": step, "position": list(position), "world_size": dist.world_size, "run": run}
+def save(output_dir: Path, state: dict, model, optimizer, keep_last: int, dist: Dist) -> None:
+    """A resumable checkpoint; older ones beyond `keep_last` are removed. Collective."""
+    folder = output_dir / "checkpoints" / f"step_{state['step']}"
     checkpoint.save_state(folder, model, optimizer, state)
-    if dist.is_main and cfg.keep_last:
-        for old in checkpoint.list_states(folder.parent)[: -cfg.keep_last]:
+    if dist.is_main and keep_last:
+        for old in checkpoint.list_states(folder.parent)[:-keep_last]:
             shutil.rmtree(old)
 
 
