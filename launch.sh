@@ -4,7 +4,7 @@
 #   bash launch.sh                 the offline demo: train a tiny model on toy voices, then listen to it
 #   bash launch.sh ARGS...         torchrun train.py ARGS... on every GPU of this node (or NPROC=2 ... on two CPU ranks)
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
-#   bash launch.sh test [ARGS...]  pytest tests/ ARGS...
+#   bash launch.sh test [ARGS...]  pytest tests/, or pytest ARGS...
 #   bash launch.sh setup           only set up
 #   bash launch.sh demo [ARGS...]  the demo with other settings (bash launch.sh demo --help)
 #
@@ -65,7 +65,7 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # ---- what to run ------------------------------------------------------------------------------------------------------
 case "${1:-}" in
 setup) exit 0 ;;
-test) shift; cd "$ROOT"; exec "$PY" -m pytest tests/ "$@" ;;
+test) shift; cd "$ROOT"; exec "$PY" -m pytest "${@:-tests/}" ;;
 demo) shift; exec "$PY" -m tools.demo "$@" ;;
 esac
 [ $# -gt 0 ] || [ -n "${TRAIN_MANIFEST:-}" ] || exec "$PY" -m tools.demo

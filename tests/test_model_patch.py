@@ -9,11 +9,13 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from conftest import CASES, case_samples, make_model
 from peft import LoraConfig, PeftModelForCausalLM
+from test_collate import TOWER
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
 import model_patch
 from collate import create_collator
+from tools.demo import tiny_config
 
 
 def run(model, batch, ids):
@@ -225,6 +227,17 @@ def test_lora_targets(targets, expected, config):
     model = make_model(config)
     model_patch.add_lora(model, r=4, alpha=8, dropout=0.0, targets=targets)
     assert lora_names(model) == expected
+
+
+def test_lora_leaves_the_audio_tower_alone_unless_named(tokenizer):
+    """The tower's layers have a q_proj too."""
+    tower = {"audio_encoder_config": dict(TOWER), "skip_audio_tower": False, "encode_whisper_embed": True}
+    model = make_model(tiny_config(tokenizer, **tower))
+    model_patch.add_lora(model, r=4, alpha=8, dropout=0.0, targets=["q_proj"])
+    assert lora_names(model) == {f"layers.{i}.self_attn.q_proj" for i in range(3)}
+    model = make_model(tiny_config(tokenizer, **tower))
+    model_patch.add_lora(model, r=4, alpha=8, dropout=0.0, targets=[r"audio_tower\.layers\.0\.self_attn\.q_proj"])
+    assert lora_names(model) == {"audio_tower.layers.0.self_attn.q_proj"}
 
 
 @pytest.mark.parametrize("pattern", ["qproj", "lp", "("])
