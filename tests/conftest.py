@@ -134,7 +134,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["train", "tools.demo"])
 
 
-def run_ranks(function, world_size: int, *args, timeout_sec: int = 60) -> list:
+def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:
     """Run `function(dist, *args)` on gloo ranks, each its own process, and return what each returned.
 
     `function` and `args` are pickled by reference and value. A rank that fails shows its traceback here.
