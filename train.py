@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -195,6 +196,22 @@ def read_records(cfg: Config, dist: Dist) -> tuple[list[data.Record], list[data.
     records, held_out = data.hold_out(records, cfg.val_share, cfg.seed)
     log(dist, f"no --val_manifest: {len(held_out)} training records are held out to evaluate on, {len(records)} train")
     return records, held_out
+
+
+def check_agreement(cfg: Config, dist: Dist) -> None:
+    """ConfigError, on all ranks, unless all of them have the same settings, manifests and code. Collective."""
+
+    def digest(paths: Iterable[Path]) -> str:
+        return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+    mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()}
+    mine |= {f"the content of {name}": digest([Path(name)]) for name in (cfg.train_manifest, cfg.val_manifest) if name}
+    mine["the training code"] = digest(sorted(Path(__file__).parent.glob("*.py")))
+    first, *others = dist.gather(mine)
+    for rank, other in enumerate(others, start=1):
+        different = [name for name, value in first.items() if other.get(name) != value]
+        if different:
+            raise ConfigError(f"rank {rank} disagrees with rank 0 about {', '.join(different)}; start all nodes alike")
 
 
 def build_loaders(
@@ -542,6 +559,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         for damage in passed_over:
             log(dist, f"passed over {damage}")
     records, val_records = read_records(cfg, dist)
+    check_agreement(cfg, dist)
     folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
     objective = dist.together(lambda: build_objective(cfg, config))

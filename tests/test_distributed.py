@@ -145,6 +145,20 @@ def test_an_error_on_one_rank_reaches_all():
     assert run_ranks(raise_on_one, 2) == ["only rank 1 cannot read this"] * 2
 
 
+def disagree(dist, manifest: str):
+    argv = ["--train_manifest", manifest, "--output_dir", "o", "--seed", str(dist.rank // 2)]
+    try:
+        train.check_agreement(train.parse_config(argv), dist)
+    except train.ConfigError as error:
+        return str(error)
+
+
+def test_ranks_that_disagree_do_not_start(toys):
+    manifest = str(toys / "val.jsonl")
+    assert run_ranks(disagree, 2, manifest) == [None, None]
+    assert run_ranks(disagree, 3, manifest) == ["rank 2 disagrees with rank 0 about --seed; start all nodes alike"] * 3
+
+
 def poisoned_run(dist, checkpoint_dir: str, manifest: str, output_dir: str, poison: str):
     """A run in which the loss of some samples is NaN; returns what it logged, and whether every parameter is finite."""
     forward, messages = train.forward, []
