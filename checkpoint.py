@@ -171,25 +171,30 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     temporary = folder.with_name(f".{folder.name}.tmp")
     tensors = _training_tensors(model, optimizer)
     _start_writing(temporary, sum(_local(tensor).nbytes for tensor in tensors.values()))
-    rank = dist.get_rank()
+    rank, error, own = dist.get_rank(), None, {}
     try:
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
-        own = sorted(temporary.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-        files = _gather({path.name: _describe(path) for path in own})
-        if rank == 0:
-            state = state | {"files": {name: value for part in files for name, value in part.items()}}
-            (temporary / STATE_FILE).write_text(json.dumps(state, indent=2))
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        own = {path.name: _describe(path) for path in sorted(temporary.glob(f"shard-{rank + 1:05d}-*.safetensors"))}
+    except (OSError, dcp.api.CheckpointException) as caught:  # DCP tells all ranks when one of them fails
+        error = str(caught).strip().splitlines()[-1]
+    errors, parts = zip(*_gather((error, own)))
+    error = next(filter(None, errors), None)
+    if rank == 0 and not error:
+        try:
+            files = {name: description for part in parts for name, description in part.items()}
+            (temporary / STATE_FILE).write_text(json.dumps(state | {"files": files}, indent=2))
             _fsync(temporary / STATE_FILE)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
             _fsync(folder.parent)
-    except (OSError, dcp.api.CheckpointException) as error:  # DCP tells all ranks when one of them fails
+        except OSError as caught:
+            error = str(caught)
+    error = _gather(error)[0]
+    if error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(f"{folder}: cannot be written ({reason}); earlier checkpoints are untouched") from error
-    dist.barrier()
+        dist.barrier()
+        raise CheckpointError(f"{folder}: cannot be written ({error}); earlier checkpoints are untouched")
 
 
 def _start_writing(temporary: Path, num_bytes: int) -> None:

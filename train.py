@@ -711,7 +711,6 @@ def main(argv: Sequence[str]) -> int:
     except USER_ERRORS as error:
         report(error)
         return 2
-    torch_dist.destroy_process_group()  # after success only: with a rank gone it could wait for ever
     return 0
 
 
@@ -733,5 +732,4 @@ if __name__ == "__main__":
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
-        os._exit(status)  # with ranks gone, leaving in good order can hang (NCCL) or abort (gloo's threads)
+    os._exit(status)  # the work is done or lost: taking process groups down in good order can hang (NCCL) or abort (gloo)
