@@ -74,6 +74,13 @@ class AudioPart:
     def holds_codes(self) -> bool:
         return self.path is not None and self.path.suffix in CODE_SUFFIXES
 
+    @property
+    def label(self) -> AudioPart | None:
+        """The label audio beside this clip, as a clip of its own."""
+        if self.label_path is None:
+            return None
+        return AudioPart(self.label_path, self.offset_sec, self.duration_sec, True, f"{self.field} (audio_label_url)")
+
 
 @dataclass
 class Record:
@@ -382,22 +389,12 @@ class AudioStore:
             raise DataError(f"{source}: {part.field}: no frames left of {codes.shape[1]} after offset and duration")
         return codes[:, start:stop]
 
-    def label_codes(self, part: AudioPart, source: str) -> Tensor:
-        """[K, T] int64 of the part's label audio."""
-        label = AudioPart(part.label_path, part.offset_sec, part.duration_sec, True, f"{part.field} (audio_label_url)")
-        return self.codes(label, source)
-
     def missing(self, records: Sequence[Record]) -> list[tuple[AudioPart, str]]:
         """The waveforms of the records that still have to be encoded, each once."""
         found: dict[Path, tuple[AudioPart, str]] = {}
         for record in records:
             for part in record.audio:
-                labels = (
-                    [AudioPart(part.label_path, part.offset_sec, part.duration_sec, True, part.field)]
-                    if part.label_path
-                    else []
-                )
-                for clip in (part, *labels):
+                for clip in filter(None, (part, part.label)):
                     if not clip.holds_codes:
                         found.setdefault(self._cached(clip), (clip, record.source))
         return [clip for path, clip in found.items() if not path.is_file()]
@@ -485,7 +482,7 @@ class ChatMLDataset(Dataset):
             return None
         labels = []
         for part, own in zip(record.audio, codes):
-            label = self.store.label_codes(part, record.source) if part.label_path else own
+            label = self.store.codes(part.label, record.source) if part.label else own
             if label.shape != own.shape:
                 raise DataError(
                     f"{record.source}: {part.field}: audio_label_url has {label.shape[1]} frames, audio_url {own.shape[1]}; "
