@@ -45,9 +45,11 @@ import collate
 import data
 import loss
 import model_patch
+from audio import AudioStore, codec_frame_rate_hz, load_codec
 from collate import ExtendedHiggsAudioBatchInput
 from config import Config, ConfigError, parse_config
 from loss import Objective
+from manifest import DataError, Record, read_manifest
 
 T = TypeVar("T")
 
@@ -60,7 +62,7 @@ class DivergenceError(RuntimeError):
 USER_ERRORS = (
     ConfigError,
     DivergenceError,
-    data.DataError,
+    DataError,
     collate.CollateError,
     checkpoint.CheckpointError,
     model_patch.PatchError,
@@ -187,11 +189,11 @@ class Signals:
 # Data
 
 
-def read_records(cfg: Config, dist: Dist) -> tuple[list[data.Record], list[data.Record]]:
+def read_records(cfg: Config, dist: Dist) -> tuple[list[Record], list[Record]]:
     """The records to train on and those to evaluate on (perhaps none)."""
-    records = dist.together(lambda: data.read_manifest(cfg.train_manifest))
+    records = dist.together(lambda: read_manifest(cfg.train_manifest))
     if cfg.val_manifest:
-        return records, dist.together(lambda: data.read_manifest(cfg.val_manifest))
+        return records, dist.together(lambda: read_manifest(cfg.val_manifest))
     if not cfg.val_steps or not cfg.val_share or len(records) == 1:
         return records, []
     records, held_out = data.hold_out(records, cfg.val_share, cfg.seed)
@@ -220,21 +222,21 @@ def build_loaders(
     dist: Dist,
     config: HiggsAudioConfig,
     tokenizer,
-    records: Sequence[data.Record],
-    val_records: Sequence[data.Record],
+    records: Sequence[Record],
+    val_records: Sequence[Record],
 ) -> tuple[data.Loader, data.Loader | None]:
     """The training loader and the evaluation loader, if any; encodes waveforms that need it first. Collective."""
-    store = data.AudioStore(
+    store = AudioStore(
         config.audio_num_codebooks,
         config.audio_codebook_size,
-        data.codec_frame_rate_hz(cfg.audio_tokenizer),
+        codec_frame_rate_hz(cfg.audio_tokenizer),
         cache_dir=Path(cfg.output_dir) / "codes",
         codec_id=cfg.audio_tokenizer,
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True))
     encode_missing(cfg, dist, store, [*records, *val_records])
 
-    def build(records: Sequence[data.Record], grad_accum: int, shuffle: bool) -> data.Loader:
+    def build(records: Sequence[Record], grad_accum: int, shuffle: bool) -> data.Loader:
         return data.Loader(
             data.ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None),
             collator,
@@ -252,13 +254,13 @@ def build_loaders(
     return build(records, cfg.grad_accum, shuffle=True), val_loader
 
 
-def encode_missing(cfg: Config, dist: Dist, store: data.AudioStore, records: Sequence[data.Record]) -> None:
+def encode_missing(cfg: Config, dist: Dist, store: AudioStore, records: Sequence[Record]) -> None:
     """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
     clips = dist.from_main(store.missing(records))  # one list for all: files appear while ranks look
     if not clips:
         return
     log(dist, f"encoding {len(clips)} audio clips with {cfg.audio_tokenizer}")
-    codec = dist.main_first(lambda: data.load_codec(cfg.audio_tokenizer, dist.device))
+    codec = dist.main_first(lambda: load_codec(cfg.audio_tokenizer, dist.device))
     dist.together(lambda: store.encode(codec, clips[dist.rank :: dist.world_size]))
 
 
@@ -588,7 +590,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         write_run_config(output_dir, cfg, dist)
     metrics = checkpoint.MetricsFile(output_dir / "metrics.jsonl", steps_done=step)
     flops_per_token = model_patch.train_flops_per_token(model)
-    frame_rate_hz = data.codec_frame_rate_hz(cfg.audio_tokenizer)
+    frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
     seconds = 0.5 if sys.stderr.isatty() else 10  # between two lines, where each is a new one
     progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step", mininterval=seconds)
 

@@ -19,6 +19,8 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 
 import data
+from audio import AudioStore
+from manifest import read_manifest
 from tools import demo
 
 ROOT = Path(__file__).parent.parent
@@ -123,8 +125,8 @@ def write_manifest(path: Path, records: list[dict]) -> Path:
 
 
 def open_dataset(manifest: Path, config: HiggsAudioConfig, tokenizer) -> data.ChatMLDataset:
-    store = data.AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, manifest.parent / "codes")
-    return data.ChatMLDataset(data.read_manifest(manifest), tokenizer, store)
+    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, manifest.parent / "codes")
+    return data.ChatMLDataset(read_manifest(manifest), tokenizer, store)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

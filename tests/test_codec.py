@@ -12,8 +12,9 @@ import torch
 from conftest import write_manifest
 from transformers import HubertConfig, HubertModel
 
-import data
 import train
+from audio import AudioStore, import_codec, load_codec
+from manifest import AudioPart, DataError, Record
 from tools import demo
 
 pytest.importorskip("vector_quantize_pytorch", reason="needs requirements-codec.txt")
@@ -44,7 +45,7 @@ def codec_dir(tmp_path_factory) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     with small_hubert(folder):
         torch.manual_seed(0)
-        codec = data.import_codec().HiggsAudioTokenizer(**config, device="cpu")
+        codec = import_codec().HiggsAudioTokenizer(**config, device="cpu")
         for name, buffer in codec.named_buffers():  # an untrained codebook is initialised from its first batch
             if name.endswith("inited"):
                 buffer.fill_(1)
@@ -112,17 +113,17 @@ def test_codes_are_the_codecs(codec_dir, tmp_path):
     """What the store hands out is what the official class says for the same file."""
     write_wav(tmp_path / "a.wav", 0.4)
     with small_hubert(codec_dir):
-        codec = data.load_codec(str(codec_dir), "cpu")
-    store = data.AudioStore(8, 64, 25.0, tmp_path / "codes", "codec")
-    part = data.AudioPart(tmp_path / "a.wav", None, None, True, "here")
-    record = data.Record(None, [part], "record 0")
+        codec = load_codec(str(codec_dir), "cpu")
+    store = AudioStore(8, 64, 25.0, tmp_path / "codes", "codec")
+    part = AudioPart(tmp_path / "a.wav", None, None, True, "here")
+    record = Record(None, [part], "record 0")
     assert len(store.missing([record, record])) == 1
     store.encode(codec, store.missing([record]))
     assert store.missing([record]) == []
     assert torch.equal(store.codes(part, "record 0"), codec.encode(str(tmp_path / "a.wav")).long())
     write_wav(tmp_path / "b.wav", 0.03)
-    with pytest.raises(data.DataError, match=r"0\.030 s of audio is less than one frame"):
-        store.encode(codec, [(data.AudioPart(tmp_path / "b.wav", None, None, True, "here"), "record 0")])
+    with pytest.raises(DataError, match=r"0\.030 s of audio is less than one frame"):
+        store.encode(codec, [(AudioPart(tmp_path / "b.wav", None, None, True, "here"), "record 0")])
     write_wav(tmp_path / "a.wav", 0.4, seed=2)
     assert len(store.missing([record])) == 1, "a changed file has to be encoded again"
 

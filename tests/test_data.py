@@ -16,8 +16,10 @@ from conftest import open_dataset, write_manifest
 from safetensors.numpy import save_file
 
 import data
+from audio import read_waveform
 from collate import create_collator
-from data import DataError, Position
+from data import Position
+from manifest import AudioPart, DataError, parse_record, read_manifest
 
 
 @pytest.fixture()
@@ -148,27 +150,27 @@ def broken(path, value):
 def test_mistakes_name_record_and_field(record, message, folder):
     manifest = write_manifest(folder / "m.jsonl", [clone(), record])
     with pytest.raises(DataError, match=r"m\.jsonl record 1 \(line 2\): .*" + message):
-        data.read_manifest(manifest)
+        read_manifest(manifest)
 
 
 def test_mistakes_of_the_file(folder):
     with pytest.raises(DataError, match=r"none\.jsonl: no such manifest"):
-        data.read_manifest(folder / "none.jsonl")
+        read_manifest(folder / "none.jsonl")
     (folder / "m.jsonl").write_text(json.dumps(clone()) + '\n\n{"messages": [}\n')
     with pytest.raises(DataError, match=r"m\.jsonl line 3: broken JSON .* column 15"):
-        data.read_manifest(folder / "m.jsonl")
+        read_manifest(folder / "m.jsonl")
     (folder / "m.json").write_text('[\n{"messages": []},\n{"messages" []}\n]')
     with pytest.raises(DataError, match=r"m\.json line 3: broken JSON"):
-        data.read_manifest(folder / "m.json")
+        read_manifest(folder / "m.json")
     separator = {"messages": [{"role": "assistant", "content": "one\u2028line \x85 still"}]}
     (folder / "m.jsonl").write_text(json.dumps(separator, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert len(data.read_manifest(folder / "m.jsonl")) == 1
+    assert len(read_manifest(folder / "m.jsonl")) == 1
     (folder / "m.jsonl").write_text("")
     with pytest.raises(DataError, match="empty"):
-        data.read_manifest(folder / "m.jsonl")
+        read_manifest(folder / "m.jsonl")
     (folder / "m.jsonl").write_bytes(b"\xff\xfe{\x00")
     with pytest.raises(DataError, match="UTF-8"):
-        data.read_manifest(folder / "m.jsonl")
+        read_manifest(folder / "m.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -200,20 +202,20 @@ def test_waveforms(folder):
     rng = np.random.default_rng(0)
     stereo = rng.uniform(-0.5, 0.5, (3200, 2)).astype(np.float32)
     soundfile.write(folder / "a.wav", stereo, 16000, subtype="FLOAT")
-    part = data.AudioPart(folder / "a.wav", 0.05, 0.1, True, "here")
-    samples, rate = data.read_waveform(part, "record 0")
+    part = AudioPart(folder / "a.wav", 0.05, 0.1, True, "here")
+    samples, rate = read_waveform(part, "record 0")
     assert rate == 16000 and np.allclose(samples, stereo[800:2400].mean(axis=1))
     raw = io.BytesIO()
     soundfile.write(raw, stereo, 16000, format="WAV", subtype="FLOAT")
     encoded = base64.b64encode(raw.getvalue()).decode()
     record = {"messages": [{"role": "assistant", "content": {"type": "audio", "raw_audio": encoded}}]}
-    (part,) = data.parse_record(record, folder, "record 0").audio
-    assert len(data.read_waveform(part, "record 0")[0]) == 3200
+    (part,) = parse_record(record, folder, "record 0").audio
+    assert len(read_waveform(part, "record 0")[0]) == 3200
     (folder / "b.wav").write_text("this is text")
     with pytest.raises(DataError, match=r"b\.wav is not readable audio"):
-        data.read_waveform(data.AudioPart(folder / "b.wav", None, None, True, "here"), "record 0")
+        read_waveform(AudioPart(folder / "b.wav", None, None, True, "here"), "record 0")
     with pytest.raises(DataError, match="no audio left"):
-        data.read_waveform(data.AudioPart(folder / "a.wav", 9.0, None, True, "here"), "record 0")
+        read_waveform(AudioPart(folder / "a.wav", 9.0, None, True, "here"), "record 0")
 
 
 # ---- loader

@@ -16,6 +16,7 @@ import loss
 import model_patch
 import train
 from collate import create_collator
+from manifest import DataError
 from tools import demo
 
 
@@ -133,11 +134,11 @@ def test_replicas_equal_shards(toys, checkpoint_dir):
 def raise_on_one(dist):
     def check():
         if dist.rank == 1:
-            raise data.DataError("only rank 1 cannot read this")
+            raise DataError("only rank 1 cannot read this")
 
     try:
         dist.together(check)
-    except data.DataError as error:
+    except DataError as error:
         return str(error)
 
 

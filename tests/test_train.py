@@ -23,6 +23,8 @@ import checkpoint
 import data
 import model_patch
 import train
+from audio import AudioStore
+from manifest import read_manifest
 from tools import demo
 from tools.generate import as_prompt, speak
 
@@ -120,9 +122,9 @@ def run_here(argv: list[str]):
 
 
 def first_prompt(toys: Path, tokenizer):
-    record = data.read_manifest(toys / "test.jsonl")[0]
+    record = read_manifest(toys / "test.jsonl")[0]
     record.chatml.messages, record.audio = record.chatml.messages[:-1], record.audio[:-1]
-    store = data.AudioStore(8, 64, 25.0, toys / "codes")
+    store = AudioStore(8, 64, 25.0, toys / "codes")
     return as_prompt(data.ChatMLDataset([record], tokenizer, store)[0], tokenizer, force_audio=True)  # it has learned little
 
 

@@ -31,6 +31,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
+from audio import FRAME_RATE_HZ, AudioStore
+from manifest import read_manifest
 from tools.generate import as_prompt, speak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,11 +343,9 @@ def listen(checkpoint: Path, manifest: Path, force_audio: bool = False) -> dict[
     model = HiggsAudioModel.from_pretrained(checkpoint).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     config = model.config
-    store = data.AudioStore(
-        config.audio_num_codebooks, config.audio_codebook_size, data.FRAME_RATE_HZ, manifest.parent / "codes"
-    )
+    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, manifest.parent / "codes")
     scores: dict[str, Score] = {}
-    for record in data.read_manifest(manifest):
+    for record in read_manifest(manifest):
         target = store.codes(record.audio[-1], record.source)
         record.chatml.messages = record.chatml.messages[:-1]
         record.audio = record.audio[:-1]
