@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,11 @@ class AudioStore:
             raise DataError(f"{source}: {part.field}: no frames left of {codes.shape[1]} after offset and duration")
         return codes[:, start:stop]
 
-    def missing(self, records: Sequence[Record]) -> list[tuple[AudioPart, str]]:
+    def num_frames(self, part: AudioPart, source: str) -> int:
+        """Frames of a clip."""
+        return self.codes(part, source).shape[1]
+
+    def missing(self, records: Iterable[Record]) -> list[tuple[AudioPart, str]]:
         """The waveforms of the records that still have to be encoded, each once."""
         found: dict[Path, tuple[AudioPart, str]] = {}
         for record in records:

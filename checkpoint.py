@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -319,6 +319,15 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
     for state in optimizer.state.values():
         state["step"].zero_()
+
+
+def write_whole(path: Path, write: Callable[[IO], Any]) -> None:
+    """Let `write` fill a binary file that has its name only when it is whole; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
 
 
 def _fsync(path: Path) -> None:

@@ -139,6 +139,16 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         self._add_features(result, repaired)
         return result
 
+    def num_positions(self, num_ids: int, clips: Sequence[tuple[int, bool]]) -> int:
+        """Positions of a sample after expansion, from the number of its ids and its clips' (frames, whether audio-out).
+
+        raises: CollateError with Whisper, whose features depend on the waveforms
+        """
+        if self.feature_extractor:
+            raise CollateError("a checkpoint with Whisper: lengths are not known beforehand; use --batch_size")
+        extra = 1 + self.audio_num_codebooks if self.use_delay_pattern else 2  # stream ids and delay
+        return num_ids + sum(frames + extra - 1 for frames, is_out in clips if is_out or self.return_audio_in_tokens)
+
     def _copy(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
         """A copy on the CPU in which absent audio is an empty tensor."""
         K = self.audio_num_codebooks or 0

@@ -32,7 +32,9 @@ def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices:
 class Config:
     """Every setting of a run; the command line is made from these fields."""
 
-    train_manifest: str = _setting("", "JSON or JSONL manifest to train on", "train_data", "input_data")
+    train_manifest: str = _setting(
+        "", "JSON or JSONL manifest to train on; or several with weights, a.jsonl:2,b.jsonl:0.5", "train_data", "input_data"
+    )
     val_manifest: str = _setting("", "manifest to evaluate on")
     val_share: float = _setting(
         0.02, "part of the training manifest held out to evaluate on, with --val_steps but no --val_manifest"
@@ -44,7 +46,16 @@ class Config:
         "bosonai/higgs-audio-v2-tokenizer", "audio codec, used when the manifest names waveforms: a folder, or on the Hub"
     )
 
+    missing_audio: str = _setting(
+        "error", "what to do with records whose audio files do not exist; skip: they are listed", choices=("error", "skip")
+    )
     batch_size: int = _setting(4, "samples per micro-batch and rank")
+    max_tokens: int = _setting(
+        0, "positions (text, frames and delay columns, with padding) per micro-batch and rank, instead of --batch_size; 0: off"
+    )
+    long: str = _setting(
+        "error", "what to do with samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")
+    )
     grad_accum: int = _setting(1, "micro-batches per optimizer step", "gradient_accumulation_steps")
     epochs: int = _setting(1, "passes over the training manifest")
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")

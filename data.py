@@ -1,7 +1,9 @@
 """What training reads: records -> samples -> micro-batches.
 
+    open_records    one or more manifests, weighted
     ChatMLDataset   a record -> the official `prepare_chatml_sample` -> `ChatMLDatasetSample`
-    Loader          seeded, rank-sharded, epoch-aware micro-batches; its position is saved and restored
+    Loader          seeded, rank-sharded, epoch-aware micro-batches of a number of samples or of a token budget; its
+                    position is saved and restored
 
 manifest.py reads and checks the records, codes.py turns their clips into codes.
 
@@ -12,13 +14,17 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
 from torch import Tensor
@@ -26,7 +32,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from audio import FRAME_RATE_HZ, AudioStore, read_waveform
 from collate import IGNORE_INDEX, CollateError, ExtendedHiggsAudioBatchInput, ExtendedHiggsAudioSampleCollator, starts
-from manifest import DataError, Record, read_manifest
+from manifest import MAX_SHOWN, DataError, Mixture, Record, check, read_manifest, split_weights
+
+CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
+LENGTH_NOISE = 0.02  # samples whose lengths differ by less than this share may change places
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records -> samples
@@ -39,29 +48,30 @@ class Sample(ChatMLDatasetSample):
     source: str = ""
 
 
+@dataclass(eq=False)
 class ChatMLDataset(Dataset):
     """Map-style: `dataset[i]` is record i as the official `prepare_chatml_sample` reads it, with its codes.
 
     tokenizer:      of the checkpoint
     store:          where clips become codes
     with_waveforms: add the waveforms of input audio, for a checkpoint with Whisper
+    num_turns:      records of which only so many turns are used
     """
 
-    def __init__(self, records: Sequence[Record], tokenizer, store: AudioStore, with_waveforms: bool = False):
-        self.records = records
-        self.tokenizer = tokenizer
-        self.store = store
-        self.with_waveforms = with_waveforms
+    records: Sequence[Record]
+    tokenizer: Any
+    store: AudioStore
+    with_waveforms: bool = False
+    num_turns: dict[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        input_ids, label_ids, audio_contents, _ = prepare_chatml_sample(record.chatml, self.tokenizer)
-        if input_ids is None:
-            raise DataError(f"{record.source}: the official prepare_chatml_sample refuses this record")
-        assert len(audio_contents) == len(record.audio)
+        if index in self.num_turns:
+            record = record.cropped(self.num_turns[index])
+        input_ids, label_ids = self._ids(record)
         codes = [self.store.codes(part, record.source) for part in record.audio]
         labels = self._label_codes(record, codes)
         waveforms, rates = self._waveforms(record) if self.with_waveforms else ([], [])
@@ -78,6 +88,19 @@ class ChatMLDataset(Dataset):
             audio_speaker_indices=torch.zeros(0, dtype=torch.long),
             source=record.source,
         )
+
+    def length(self, record: Record, collator: ExtendedHiggsAudioSampleCollator) -> int:
+        """Positions the record takes in the model, without reading its codes."""
+        clips = [(self.store.num_frames(part, record.source), part.is_output) for part in record.audio]
+        return collator.num_positions(len(self._ids(record)[0]), clips)
+
+    def _ids(self, record: Record) -> tuple[list[int], list[int]]:
+        """(input_ids, label_ids) of the official `prepare_chatml_sample`."""
+        input_ids, label_ids, audio_contents, _ = prepare_chatml_sample(record.chatml, self.tokenizer)
+        if input_ids is None:
+            raise DataError(f"{record.source}: the official prepare_chatml_sample refuses this record")
+        assert len(audio_contents) == len(record.audio)
+        return input_ids, label_ids
 
     def _label_codes(self, record: Record, codes: list[Tensor]) -> Tensor | None:
         """Label audio [K, T] of all clips, their own codes where none is given; None where none is given at all."""
@@ -111,14 +134,142 @@ class ChatMLDataset(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samples -> micro-batches
+# Manifests -> records
 
 
-def hold_out(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str]]:
+    """The records of one or more manifests; see `manifest.split_weights` for the form of `spec`.
+
+    Manifests of up to CHECKED_AT_START records are read through here, longer ones as training goes.
+
+    returns: the records, and those left out with `skip_missing` because their audio does not exist
+    raises:  DataError
+    """
+    parts, weights, skipped = [], [], []
+    for path, weight in split_weights(spec):
+        part = read_manifest(path)
+        if skip_missing or len(part) <= CHECKED_AT_START:
+            part, missing = check(part, skip_missing)
+            skipped += missing
+        parts.append(part)
+        weights.append(weight)
+    return Mixture(parts, weights), skipped
+
+
+def hold_out(records: Mixture, share: float, seed: int) -> tuple[Mixture, Mixture]:
     """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
     num_held = min(len(records) - 1, max(1, round(share * len(records))))
-    held = set(epoch_order(len(records), seed, epoch=-1)[:num_held])
-    return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
+    held = np.zeros(len(records), bool)
+    held[_permutation(len(records), seed, "held out")[:num_held]] = True
+    return records.subset(~held), records.subset(held)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lengths
+
+
+class _Lengths(Dataset):
+    """The expanded lengths of a run of records, measured where a worker can; problems are returned as text."""
+
+    CHUNK = 256
+
+    def __init__(self, dataset: ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator):
+        self.dataset = dataset
+        self.collator = collator
+
+    def __getitem__(self, chunk: int) -> tuple[list[int], list[str]]:
+        lengths, problems = [], []
+        for index in range(chunk * self.CHUNK, min((chunk + 1) * self.CHUNK, len(self.dataset))):
+            try:
+                lengths.append(self.dataset.length(self.dataset.records[index], self.collator))
+            except DataError as error:
+                lengths.append(0)
+                problems.append(str(error))
+        return lengths, problems
+
+
+def measure_lengths(
+    dataset: ChatMLDataset,
+    collator: ExtendedHiggsAudioSampleCollator,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> tuple[np.ndarray, list[str]]:
+    """Positions each record takes in the model, text and audio columns, without reading codes.
+
+    returns: [records] int32, 0 for the other ranks' share of the records, and what is wrong with records
+    """
+    lengths, problems = np.zeros(len(dataset), np.int32), []
+    chunks = range(rank, math.ceil(len(dataset) / _Lengths.CHUNK), world_size)
+    loader = DataLoader(
+        _Lengths(dataset, collator),
+        sampler=chunks,
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # not the global one: this must not change the run
+    )
+    for chunk, (found, wrong) in zip(chunks, loader):
+        lengths[chunk * _Lengths.CHUNK :][: len(found)] = found
+        problems += wrong
+    return lengths, problems
+
+
+def fit_lengths(
+    dataset: ChatMLDataset,
+    collator: ExtendedHiggsAudioSampleCollator,
+    lengths: np.ndarray,
+    max_tokens: int,
+    long: str,
+) -> tuple[ChatMLDataset, np.ndarray, list[str]]:
+    """Do with the records that are longer than `max_tokens` what `long` says: "error", "skip" or "crop".
+
+    Cropping leaves out whole turns from the end, so that text and audio still belong together, and keeps at least one turn
+    that trains; a record for which that is not enough is left out.
+
+    returns: the dataset without the records left out, its lengths, and what was done to which record
+    raises:  DataError for "error", and where nothing is left
+    """
+    changes, num_turns, lengths = [], {}, lengths.copy()
+    kept = np.ones(len(lengths), bool)
+    for index in np.flatnonzero(lengths > max_tokens).tolist():
+        record = dataset.records[index]
+        place = f"{record.source} ({lengths[index]} tokens)"
+        cropped = _crop(dataset, collator, record, max_tokens) if long == "crop" else None
+        if cropped:
+            num_turns[index], lengths[index] = cropped
+            changes.append(f"{place}: cropped to its first {cropped[0]} turns, {cropped[1]} tokens")
+        else:
+            kept[index] = False
+            changes.append(f"{place}: left out")
+    if long == "error" and changes:
+        longest = "\n  ".join(change.removesuffix(": left out") for change in changes[:MAX_SHOWN])
+        raise DataError(
+            f"{len(changes)} records are longer than --max_tokens {max_tokens}; raise it, or choose --long skip or --long crop. "
+            f"First:\n  {longest}"
+        )
+    if not kept.any():
+        raise DataError(f"every record is longer than --max_tokens {max_tokens}")
+    renumbered = np.cumsum(kept) - 1
+    turns = {int(renumbered[index]): count for index, count in num_turns.items()}
+    fitted = dataclasses.replace(dataset, records=dataset.records.subset(kept) if changes else dataset.records, num_turns=turns)
+    return fitted, lengths[kept], changes
+
+
+def _crop(
+    dataset: ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator, record: Record, max_tokens: int
+) -> tuple[int, int] | None:
+    """(turns, length) of the longest beginning that fits and ends with a turn that trains, or None."""
+    turns = record.chatml.messages
+    for count in range(len(turns) - 1, record.chatml.start_index or 0, -1):
+        if turns[count - 1].role == "assistant":
+            length = dataset.length(record.cropped(count), collator)
+            if length <= max_tokens:
+                return count, length
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples -> micro-batches
 
 
 class Position(NamedTuple):
@@ -128,27 +279,100 @@ class Position(NamedTuple):
     samples_done: int
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-    """The order of an epoch: a function of (seed, epoch) alone."""
-    if not shuffle:
-        return list(range(num_samples))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_samples, generator=generator).tolist()
+@dataclass(frozen=True)
+class Batching:
+    """How an epoch is cut into micro-batches.
 
-
-def plan_steps(order: Sequence[int], batch_size: int, world_size: int, grad_accum: int) -> list[list[list[int]]]:
-    """Cut an epoch into optimizer steps of up to world_size * grad_accum micro-batches of sample indices.
-
-    Every sample appears exactly once. A short last step is filled up with micro-batches of one sample, written as
-    -1 - index, whose labels are masked: every rank takes part equally often, and nothing counts twice.
+    batch_size: samples of each; or, where `max_tokens` is set,
+    max_tokens: positions of each, padding included
+    lengths:    [records] int32, positions of each record, for `max_tokens`
+    packed:     samples stand one after the other in a row, so that there is no padding
     """
-    micro_batches = [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+
+    batch_size: int = 1
+    max_tokens: int = 0
+    lengths: np.ndarray | None = None
+    packed: bool = False
+
+
+def _permutation(size: int, *key: Any) -> np.ndarray:
+    """[size] int64: an order that is a function of the key alone."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") % 2**63
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The records an epoch uses, in order: a function of (seed, epoch) alone.
+
+    sizes, weights: of the manifests that are mixed. Each is gone through in shuffled passes, of which an epoch takes
+    `weight` of one: with weight 1 every record occurs exactly once.
+    """
+    if not shuffle:
+        return np.arange(sum(sizes))
+    pieces, offset = [], 0
+    for number, (size, weight) in enumerate(zip(sizes, weights)):
+        count = samples_per_epoch(size, weight)
+        first_pass, skip = divmod(epoch * count, size)
+        num_passes = math.ceil((skip + count) / size)
+        stream = np.concatenate([_permutation(size, seed, number, first_pass + i) for i in range(num_passes)])
+        pieces.append(stream[skip : skip + count] + offset)
+        offset += size
+    order = np.concatenate(pieces)
+    return order if len(pieces) == 1 else order[_permutation(len(order), seed, "mixture", epoch)]
+
+
+def samples_per_epoch(size: int, weight: float) -> int:
+    return max(1, round(size * weight))
+
+
+def plan_micro_batches(
+    order: np.ndarray, batching: Batching, key: tuple, shuffle: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """(order, bounds): micro-batch i is `order[bounds[i] : bounds[i + 1]]`; the order may have changed, by `key` alone.
+
+    Rows that are padded to the longest stand with others of about their length: sorted, with some noise so that epochs
+    differ, then cut by the budget, then shuffled as wholes. Filled to one budget, they cost the ranks about the same.
+    """
+    if not batching.max_tokens:
+        return order, np.append(np.arange(0, len(order), batching.batch_size), len(order))
+    lengths = batching.lengths[order]
+    if batching.packed:
+        return order, _cut(lengths, batching)
+    noise = _permutation(len(order), "noise", *key) / len(order) if shuffle else 0.0
+    by_length = np.argsort(lengths * (1 + LENGTH_NOISE * noise), kind="stable")
+    order, bounds = order[by_length], _cut(lengths[by_length], batching)
+    if not shuffle:
+        return order, bounds
+    pieces = np.split(order, bounds[1:-1])
+    pieces = [pieces[i] for i in _permutation(len(pieces), "micro-batches", *key)]
+    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
+
+
+def _cut(lengths: np.ndarray, batching: Batching) -> np.ndarray:
+    """Where a sequence of lengths has to be cut so that no piece exceeds the budget, from 0 to its end."""
+    bounds, total, longest = [0], 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        total, longest = total + length, max(longest, length)
+        cost = total if batching.packed else longest * (index + 1 - bounds[-1])
+        if cost > batching.max_tokens and index > bounds[-1]:
+            bounds.append(index)
+            total = longest = length
+    return np.array([*bounds, len(lengths)])
+
+
+def plan_steps(order: np.ndarray, bounds: np.ndarray, world_size: int, grad_accum: int) -> Iterator[list[list[int]]]:
+    """The optimizer steps of an epoch, each of up to world_size * grad_accum micro-batches of sample indices.
+
+    A short last step is filled up with micro-batches of one sample, written as -1 - index, whose labels are masked: every
+    rank takes part equally often, and nothing counts twice.
+    """
     per_step = world_size * grad_accum
-    steps = [micro_batches[i : i + per_step] for i in range(0, len(micro_batches), per_step)]
-    for step in steps:
+    for first in range(0, len(bounds) - 1, per_step):
+        limits = bounds[first : first + per_step + 1].tolist()
+        step = [order[start:stop].tolist() for start, stop in pairwise(limits)]
         while len(step) % world_size:
             step.append([-1 - step[0][0]])
-    return steps
+        yield step
 
 
 class _MicroBatches(Dataset):
@@ -177,27 +401,25 @@ class _EpochSampler(Sampler):
     """The index lists of this rank, set anew for each epoch so that workers outlive an epoch."""
 
     def __init__(self):
-        self.batches: list[list[int]] = []
+        self.steps: Iterable[list[list[int]]] = ()
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        return (indices for step in self.steps for indices in step)
 
 
 class Loader:
     """Micro-batches of this rank, grouped by optimizer step.
 
-    `for step in loader.epoch(position)` yields `(micro_batches, position_after)`; the order depends on (seed, epoch), the
-    grouping also on the world size, and every sample is used exactly once per epoch.
+    `for step in loader.epoch(position)` yields `(micro_batches, position_after)`. Which samples stand together depends on
+    (seed, epoch) and `batching`, how many micro-batches make a step on the world size; with weight 1 every sample is used
+    exactly once per epoch.
     """
 
     def __init__(
         self,
         dataset: ChatMLDataset,
         collator: ExtendedHiggsAudioSampleCollator,
-        batch_size: int,
+        batching: Batching,
         rank: int = 0,
         world_size: int = 1,
         grad_accum: int = 1,
@@ -206,8 +428,12 @@ class Loader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        self.num_samples = len(dataset)
-        self.batch_size = batch_size
+        records = dataset.records
+        self.sizes, self.weights = (
+            (records.sizes, records.weights) if isinstance(records, Mixture) and shuffle else ([len(records)], [1.0])
+        )
+        self.num_samples = sum(map(samples_per_epoch, self.sizes, self.weights))
+        self.batching = batching
         self.rank = rank
         self.world_size = world_size
         self.grad_accum = grad_accum
@@ -225,19 +451,34 @@ class Loader:
             generator=torch.Generator().manual_seed(seed),  # not the global one: workers must not change the run
         )
 
-    def steps_in_epoch(self) -> int:
-        return math.ceil(math.ceil(self.num_samples / self.batch_size) / (self.world_size * self.grad_accum))
+    def plan(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
+        """(order, bounds) of the micro-batches from `position` on; see `plan_micro_batches`.
+
+        raises: DataError for a position inside a micro-batch of a token budget
+        """
+        order = epoch_order(self.sizes, self.weights, self.seed, position.epoch, self.shuffle)
+        done = position.samples_done
+        if not self.batching.max_tokens:
+            return plan_micro_batches(order[done:], self.batching, ())
+        order, bounds = plan_micro_batches(order, self.batching, (self.seed, position.epoch), self.shuffle)
+        if done not in bounds:
+            raise DataError(f"{done} samples of the epoch are no whole number of micro-batches; --max_tokens must not change")
+        return order[done:], bounds[bounds >= done] - done
+
+    def steps_in_epoch(self, epoch: int = 0) -> int:
+        _, bounds = self.plan(Position(epoch, 0))
+        return math.ceil((len(bounds) - 1) / (self.world_size * self.grad_accum))
 
     def epoch(self, position: Position) -> Iterator[tuple[list[ExtendedHiggsAudioBatchInput], Position]]:
         """The optimizer steps of an epoch from `position` on; raises DataError for a sample that cannot be read."""
-        order = epoch_order(self.num_samples, self.seed, position.epoch, self.shuffle)[position.samples_done :]
-        steps = plan_steps(order, self.batch_size, self.world_size, self.grad_accum)
-        mine = [step[self.rank :: self.world_size] for step in steps]
-        self._sampler.batches = [indices for step in mine for indices in step]
+        order, bounds = self.plan(position)
+        rank, world_size = self.rank, self.world_size
+        # Planned twice, step by step: the workers are ahead of the training.
+        self._sampler.steps = (step[rank::world_size] for step in plan_steps(order, bounds, world_size, self.grad_accum))
         batches = iter(self._loader)
         done = position.samples_done
-        for step, own in zip(steps, mine):
-            micro_batches = [next(batches) for _ in own]
+        for step in plan_steps(order, bounds, world_size, self.grad_accum):
+            micro_batches = [next(batches) for _ in step[rank::world_size]]
             for micro_batch in micro_batches:
                 if isinstance(micro_batch, Exception):
                     raise micro_batch

@@ -16,25 +16,37 @@ beside it gives the label audio of an assistant turn where that differs from its
 from __future__ import annotations
 
 import base64
+import dataclasses
+import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
 
 ROLES = ("system", "user", "assistant")
 CODE_SUFFIXES = (".npy", ".safetensors")
 
 
+MAX_SHOWN = 20  # problems in one message
+
+
 class DataError(ValueError):
     """A problem with the user's data; the message names file, record, field and remedy."""
 
 
+class MissingAudioError(DataError):
+    """A record names an audio file that does not exist."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Manifest -> records
+# Records and their clips
 
 
 @dataclass
@@ -69,57 +81,227 @@ class Record:
     audio: list[AudioPart]
     source: str  # "manifest.jsonl record 3 (line 4)"
 
+    def cropped(self, num_turns: int) -> Record:
+        """The record's first turns alone, with their clips."""
+        turns = self.chatml.messages[:num_turns]
+        contents = [part for turn in turns for part in (turn.content if isinstance(turn.content, list) else [turn.content])]
+        num_clips = sum(isinstance(part, AudioContent) for part in contents)
+        return Record(dataclasses.replace(self.chatml, messages=turns), self.audio[:num_clips], self.source)
 
-def read_manifest(path: str | Path) -> list[Record]:
-    """Read and validate a manifest (a JSON list, or JSONL); audio files are looked for, not opened.
 
-    raises: DataError naming file, record, field and remedy
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of records
+
+
+class Manifest(Sequence[Record]):
+    """The records of one file, each parsed when it is asked for: memory holds where they are, however many there are.
+
+    path:   what messages name
+    folder: what relative audio paths start from
+    spans:  [records, 2] int64, where each record's JSON begins and ends: in the file at `path`, or in `blob`
+    places: [records, 2] int32, record and line number in the file (from 0 and 1); None where `blob` names the places
+    digest: of the content
+    blob:   JSON pairs [source, value], for records that do not lie in the file one to a line
+    """
+
+    def __init__(
+        self, path: Path, folder: Path, spans: np.ndarray, places: np.ndarray | None, digest: str, blob: bytes | None = None
+    ):
+        self.path, self.folder = path, folder
+        self.spans, self.places, self.digest = spans, places, digest
+        self._blob = blob
+
+    @classmethod
+    def of_lines(cls, path: Path) -> Manifest:
+        """An index of a JSONL file; blank lines do not count."""
+        ends, digest, size = [], hashlib.sha256(), 0
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+                ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size)
+                size += len(block)
+            stops = np.append(np.concatenate([*ends, np.zeros(0, np.int64)]), size)
+            starts = np.append(0, stops[:-1] + 1)
+            kept = np.ones(len(starts), bool)
+            for line in np.flatnonzero(stops - starts < len('{"messages":[]}')):
+                file.seek(starts[line])
+                kept[line] = bool(file.read(stops[line] - starts[line]).removeprefix(b"\xef\xbb\xbf").strip())
+        lines = np.flatnonzero(kept)
+        places = np.stack([np.arange(len(lines)), lines + 1], axis=1).astype(np.int32)
+        return cls(path, path.parent, np.stack([starts, stops], axis=1)[kept], places, digest.hexdigest())
+
+    @classmethod
+    def of_values(cls, path: Path, folder: Path, values: Iterable[tuple[str, Any]]) -> Manifest:
+        """Records given as (source, decoded JSON), where source is how messages call the record."""
+        lines = [json.dumps(pair, ensure_ascii=False).encode("utf-8", "surrogatepass") for pair in values]
+        stops = np.cumsum([0, *map(len, lines)], dtype=np.int64)
+        blob = b"".join(lines)
+        return cls(path, folder, np.stack([stops[:-1], stops[1:]], axis=1), None, hashlib.sha256(blob).hexdigest(), blob)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> Record:
+        """raises: DataError naming file, record, field and remedy"""
+        source, value = self.value(index)
+        return parse_record(value, self.folder, source)
+
+    def value(self, index: int) -> tuple[str, Any]:
+        """(source, decoded JSON) of a record, not validated."""
+        start, stop = self.spans[index].tolist()
+        if self._blob is not None:
+            return tuple(json.loads(self._blob[start:stop].decode("utf-8", "surrogatepass"), parse_constant=_reject_constant))
+        record, line = self.places[index].tolist()
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            text = _decode(file.read(stop - start), self.path)
+        return f"{self.path} record {record} (line {line})", _parse_json(text, self.path, line)
+
+    def subset(self, indices: np.ndarray) -> Manifest:
+        places = None if self.places is None else self.places[indices]
+        return Manifest(self.path, self.folder, self.spans[indices], places, self.digest, self._blob)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Open a manifest (a JSON list, or JSONL); see `check` for reading all of it.
+
+    raises: DataError naming the file and the remedy
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        if is_list:
+            values = _parse_json(_decode(path.read_bytes(), path), path, line=1)
+            manifest = Manifest.of_values(path, path.parent, ((f"{path} record {i}", v) for i, v in enumerate(values)))
+        else:
+            manifest = Manifest.of_lines(path)
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: no such manifest file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if not manifest:
+        raise DataError(f"{path}: the manifest is empty")
+    return manifest
+
+
+def check(manifest: Manifest, skip_missing: bool = False) -> tuple[Manifest, list[str]]:
+    """Read and validate every record; audio files are looked for, not opened.
+
+    skip_missing: leave out records whose audio files do not exist
+    returns: the manifest, perhaps without some records, and what is wrong with those
+    raises:  DataError with all problems
+    """
+    problems, skipped, kept = [], [], np.ones(len(manifest), bool)
+    for index in range(len(manifest)):
+        try:
+            manifest[index]
+        except DataError as error:
+            skip = skip_missing and isinstance(error, MissingAudioError)
+            (skipped if skip else problems).append(str(error))
+            kept[index] = False
+    if problems:
+        shown = problems[:MAX_SHOWN] + [f"... and {len(problems) - MAX_SHOWN} more"] * (len(problems) > MAX_SHOWN)
+        raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *shown]) if len(problems) > 1 else problems[0])
+    if skipped and not kept.any():
+        raise DataError(f"{manifest.path}: the audio of every record is missing, first {skipped[0]}")
+    return manifest.subset(kept) if skipped else manifest, skipped
+
+
+def _decode(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); save the manifest as UTF-8 JSON or JSONL") from None
-    records = [parse_record(value, path.parent, source) for source, value in _read_json(path, text)]
-    if not records:
-        raise DataError(f"{path}: the manifest is empty")
-    return records
 
 
-def _read_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(source, value) of each record, from a JSON list or from one JSON value per line."""
-    if text.lstrip("\ufeff \t\r\n").startswith("["):
-        for index, value in enumerate(_parse_json(text, f"{path}", line=1)):
-            yield f"{path} record {index}", value
-        return
-    # Not splitlines(): JSON strings may hold U+2028 and the like, which are no line ends here.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for index, (number, line) in enumerate(lines):
-        yield f"{path} record {index} (line {number})", _parse_json(line, f"{path}", line=number)
-
-
-def _parse_json(text: str, source: str, line: int) -> Any:
+def _parse_json(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text.lstrip("\ufeff"), parse_constant=_reject_constant)
+        return json.loads(text, parse_constant=_reject_constant)
     except json.JSONDecodeError as error:
         at = line + error.lineno - 1
         raise DataError(
-            f"{source} line {at}: broken JSON ({error.msg} at column {error.colno}). A manifest is one JSON list, or one "
+            f"{path} line {at}: broken JSON ({error.msg} at column {error.colno}). A manifest is one JSON list, or one "
             "complete JSON object per line"
         ) from None
+    except RecursionError:
+        raise DataError(f"{path} line {line}: JSON nested too deeply to be a record") from None
 
 
 def _reject_constant(name: str):
     return math.nan  # NaN stands for "absent" in exported tables; upstream reads it as None, and so do the checks below
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Several manifests
+
+
+class Mixture(Sequence[Record]):
+    """The records of several manifests, one after the other, each with the number of times an epoch uses it.
+
+    A weight of 2 uses every record twice per epoch, one of 0.5 the first half of a shuffled pass in one epoch and the
+    other half in the next.
+    """
+
+    def __init__(self, parts: Sequence[Manifest], weights: Sequence[float] | None = None):
+        self.parts = list(parts)
+        self.weights = [1.0] * len(self.parts) if weights is None else list(weights)
+        self._stops = np.cumsum([len(part) for part in self.parts])
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(part) for part in self.parts]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(" ".join(part.digest for part in self.parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._stops[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        part = int(np.searchsorted(self._stops, index, side="right"))
+        return self.parts[part][index - int(self._stops[part]) + len(self.parts[part])]
+
+    def subset(self, chosen: np.ndarray) -> Mixture:
+        """The records where `chosen` [records] bool is set; a manifest of which nothing is left is left out."""
+        pieces = np.split(chosen, self._stops[:-1])
+        kept = [(part.subset(piece), w) for part, piece, w in zip(self.parts, pieces, self.weights) if piece.any()]
+        return Mixture(*zip(*kept)) if kept else Mixture([])
+
+
+def split_weights(spec: str) -> list[tuple[str, float]]:
+    """(path, weight) of each manifest in "path", "path:weight" or a comma-separated list of them.
+
+    raises: DataError for a weight that is not a positive number
+    """
+    if Path(spec).exists():
+        return [(spec, 1.0)]
+    found = []
+    for item in filter(None, (item.strip() for item in spec.split(","))):
+        path, colon, weight = item.rpartition(":")
+        if not colon or Path(item).exists():
+            found.append((item, 1.0))
+            continue
+        try:
+            value = float(weight)
+        except ValueError:
+            raise DataError(f"{item}: no such manifest file, and {weight!r} is not a weight (path:weight)") from None
+        if not 0 < value < math.inf:
+            raise DataError(f"{item}: the weight has to be above 0")
+        found.append((path, value))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One record
+
+
 def parse_record(value: Any, folder: Path, source: str) -> Record:
     """Turn a decoded JSON value into a Record. folder: what relative paths start from."""
 
-    def fail(where: str, problem: str):
-        raise DataError(f"{source}: {where}: {problem}")
+    def fail(where: str, problem: str, kind: type[DataError] = DataError):
+        raise kind(f"{source}: {where}: {problem}")
 
     if not isinstance(value, dict):
         fail("record", f"expected an object with `messages`, found {_shown(value)}")
@@ -215,7 +397,11 @@ def _existing_file(url: Any, where: str, folder: Path, fail: Callable) -> Path:
         fail(where, f"expected a path, found {_shown(url)}")
     path = folder / url
     if not path.is_file():
-        fail(where, f"audio file {path} does not exist; paths are relative to the manifest's folder, or absolute")
+        fail(
+            where,
+            f"audio file {path} does not exist; paths are relative to the manifest's folder, or absolute",
+            MissingAudioError,
+        )
     return path
 
 
@@ -226,3 +412,28 @@ def _absent_if_nan(value: Any) -> Any:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 1:
+        raise SystemExit("usage: python manifest.py MANIFEST")
+    try:
+        manifest, _ = check(read_manifest(argv[0]))
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
+    speakers = {record.chatml.speaker for record in manifest}
+    print(f"{len(manifest)} records, {len(speakers - {None})} speakers named, {sum(len(r.audio) for r in manifest)} clips")
+    for record in itertools.islice(manifest, 3):
+        print(f"\n{record.source}")
+        for index, turn in enumerate(record.chatml.messages):
+            trains = turn.role == "assistant" and index >= (record.chatml.start_index or 0)
+            print(f"  {turn.role:10}{'trains' if trains else '':8}{_summary(turn.content)}")
+
+
+def _summary(content: Any) -> str:
+    parts = content if isinstance(content, list) else [content]
+    return " ".join(part if isinstance(part, str) else getattr(part, "text", f"[{part.type}]") for part in parts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as torch_dist
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
@@ -49,7 +51,7 @@ from audio import AudioStore, codec_frame_rate_hz, load_codec
 from collate import ExtendedHiggsAudioBatchInput
 from config import Config, ConfigError, parse_config
 from loss import Objective
-from manifest import DataError, Record, read_manifest
+from manifest import DataError, Mixture
 
 T = TypeVar("T")
 
@@ -189,27 +191,32 @@ class Signals:
 # Data
 
 
-def read_records(cfg: Config, dist: Dist) -> tuple[list[Record], list[Record]]:
-    """The records to train on and those to evaluate on (perhaps none)."""
-    records = dist.together(lambda: read_manifest(cfg.train_manifest))
+def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
+    """The records to train on and those to evaluate on, if any. Collective."""
+
+    def read(spec: str) -> Mixture:
+        records, skipped = dist.together(lambda: data.open_records(spec, cfg.missing_audio == "skip"))
+        log_list(dist, f"{len(skipped)} records without their audio are skipped (--missing_audio skip)", skipped)
+        return records
+
+    records = read(cfg.train_manifest)
     if cfg.val_manifest:
-        return records, dist.together(lambda: read_manifest(cfg.val_manifest))
+        return records, read(cfg.val_manifest)
     if not cfg.val_steps or not cfg.val_share or len(records) == 1:
-        return records, []
+        return records, None
     records, held_out = data.hold_out(records, cfg.val_share, cfg.seed)
     log(dist, f"no --val_manifest: {len(held_out)} training records are held out to evaluate on, {len(records)} train")
     return records, held_out
 
 
-def check_agreement(cfg: Config, dist: Dist) -> None:
+def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixture | None) -> None:
     """ConfigError, on all ranks, unless all of them have the same settings, manifests and code. Collective."""
-
-    def digest(paths: Iterable[Path]) -> str:
-        return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-    mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()}
-    mine |= {f"the content of {name}": digest([Path(name)]) for name in (cfg.train_manifest, cfg.val_manifest) if name}
-    mine["the training code"] = digest(sorted(Path(__file__).parent.glob("*.py")))
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()} | {
+        f"the content of {cfg.train_manifest}": records.digest,
+        f"the content of {cfg.val_manifest}": val_records and val_records.digest,
+        "the training code": hashlib.sha256(code).hexdigest(),
+    }
     first, *others = dist.gather(mine)
     for rank, other in enumerate(others, start=1):
         different = [name for name, value in first.items() if other.get(name) != value]
@@ -218,12 +225,7 @@ def check_agreement(cfg: Config, dist: Dist) -> None:
 
 
 def build_loaders(
-    cfg: Config,
-    dist: Dist,
-    config: HiggsAudioConfig,
-    tokenizer,
-    records: Sequence[Record],
-    val_records: Sequence[Record],
+    cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer, records: Mixture, val_records: Mixture | None
 ) -> tuple[data.Loader, data.Loader | None]:
     """The training loader and the evaluation loader, if any; encodes waveforms that need it first. Collective."""
     store = AudioStore(
@@ -234,13 +236,17 @@ def build_loaders(
         codec_id=cfg.audio_tokenizer,
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True))
-    encode_missing(cfg, dist, store, [*records, *val_records])
+    encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
 
-    def build(records: Sequence[Record], grad_accum: int, shuffle: bool) -> data.Loader:
+    def build(records: Mixture, grad_accum: int, shuffle: bool) -> data.Loader:
+        dataset = data.ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None)
+        lengths = None
+        if cfg.max_tokens:
+            dataset, lengths = fit_to_budget(cfg, dist, dataset, collator)
         return data.Loader(
-            data.ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None),
+            dataset,
             collator,
-            cfg.batch_size,
+            data.Batching(cfg.batch_size, cfg.max_tokens, lengths),
             dist.rank,
             dist.world_size,
             grad_accum,
@@ -254,9 +260,38 @@ def build_loaders(
     return build(records, cfg.grad_accum, shuffle=True), val_loader
 
 
-def encode_missing(cfg: Config, dist: Dist, store: AudioStore, records: Sequence[Record]) -> None:
+def fit_to_budget(cfg: Config, dist: Dist, dataset: data.ChatMLDataset, collator) -> tuple[data.ChatMLDataset, np.ndarray]:
+    """The dataset without what exceeds --max_tokens, and its lengths, measured once and kept. Collective."""
+    key = hashlib.sha256(f"{dataset.records.digest} {len(dataset)} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
+    path = Path(cfg.output_dir) / "codes" / f"lengths-{key.hexdigest()[:16]}.npy"
+    lengths = dist.from_main(np.load(path) if dist.is_main and path.is_file() else None)
+    if lengths is None:
+        log(dist, f"measuring {len(dataset)} records for --max_tokens")
+        lengths, problems = dist.together(
+            lambda: data.measure_lengths(dataset, collator, dist.rank, dist.world_size, cfg.num_workers)
+        )
+        problems = [problem for part in dist.gather(problems) for problem in part]
+        if problems:
+            raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[: data.MAX_SHOWN]]))
+        lengths = sum(dist.gather(lengths))
+        if dist.is_main:
+            checkpoint.write_whole(path, lambda file: np.save(file, lengths))
+    dataset, lengths, changes = dist.together(lambda: data.fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
+    log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
+    return dataset, lengths
+
+
+def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequence[Mixture]) -> None:
     """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
-    clips = dist.from_main(store.missing(records))  # one list for all: files appear while ranks look
+    parts = [part for mixture in mixtures for part in mixture.parts]
+    for part in parts:
+        if len(part) > data.CHECKED_AT_START:
+            log(
+                dist,
+                f"{part.path}: {len(part)} records are checked as they are read; python -m tools.prepare reads them before",
+            )
+    small = itertools.chain.from_iterable(part for part in parts if len(part) <= data.CHECKED_AT_START)
+    clips = dist.from_main(store.missing(small))  # one list for all: files appear while ranks look
     if not clips:
         return
     log(dist, f"encoding {len(clips)} audio clips with {cfg.audio_tokenizer}")
@@ -540,6 +575,13 @@ def log(dist: Dist, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def log_list(dist: Dist, title: str, items: Sequence[str]) -> None:
+    """A title and the first items below it, if there are any."""
+    if items:
+        more = [f"... and {len(items) - data.MAX_SHOWN} more"] * (len(items) > data.MAX_SHOWN)
+        log(dist, "\n  ".join([title, *items[: data.MAX_SHOWN], *more]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loop
 
@@ -562,7 +604,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         for damage in passed_over:
             log(dist, f"passed over {damage}")
     records, val_records = read_records(cfg, dist)
-    check_agreement(cfg, dist)
+    check_agreement(cfg, dist, records, val_records)
     folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
     objective = dist.together(lambda: build_objective(cfg, config))
@@ -571,7 +613,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     model, lora = dist.together(lambda: build_model(cfg, dist, config, folder))
     optimizer = build_optimizer(model, cfg)
 
-    total_steps = cfg.max_steps or cfg.epochs * loader.steps_in_epoch()
+    total_steps = cfg.max_steps or sum(loader.steps_in_epoch(epoch) for epoch in range(cfg.epochs))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(
         dist,
@@ -673,7 +715,7 @@ def iter_steps(loader: data.Loader, position: data.Position):
 
 def same_run(cfg: Config, loader: data.Loader) -> dict:
     """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
-    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze")
+    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens")
     return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
 
 

@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 import data
 from audio import read_waveform
 from collate import create_collator
-from data import Position
-from manifest import AudioPart, DataError, parse_record, read_manifest
+from data import Batching, Position, epoch_order, plan_micro_batches
+from manifest import AudioPart, DataError, check, parse_record, read_manifest
 
 
 @pytest.fixture()
@@ -150,7 +150,7 @@ def broken(path, value):
 def test_mistakes_name_record_and_field(record, message, folder):
     manifest = write_manifest(folder / "m.jsonl", [clone(), record])
     with pytest.raises(DataError, match=r"m\.jsonl record 1 \(line 2\): .*" + message):
-        read_manifest(manifest)
+        check(read_manifest(manifest))
 
 
 def test_mistakes_of_the_file(folder):
@@ -158,19 +158,19 @@ def test_mistakes_of_the_file(folder):
         read_manifest(folder / "none.jsonl")
     (folder / "m.jsonl").write_text(json.dumps(clone()) + '\n\n{"messages": [}\n')
     with pytest.raises(DataError, match=r"m\.jsonl line 3: broken JSON .* column 15"):
-        read_manifest(folder / "m.jsonl")
+        check(read_manifest(folder / "m.jsonl"))
     (folder / "m.json").write_text('[\n{"messages": []},\n{"messages" []}\n]')
     with pytest.raises(DataError, match=r"m\.json line 3: broken JSON"):
-        read_manifest(folder / "m.json")
+        check(read_manifest(folder / "m.json"))
     separator = {"messages": [{"role": "assistant", "content": "one\u2028line \x85 still"}]}
     (folder / "m.jsonl").write_text(json.dumps(separator, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert len(read_manifest(folder / "m.jsonl")) == 1
+    assert len(check(read_manifest(folder / "m.jsonl"))[0]) == 1
     (folder / "m.jsonl").write_text("")
     with pytest.raises(DataError, match="empty"):
-        read_manifest(folder / "m.jsonl")
+        check(read_manifest(folder / "m.jsonl"))
     (folder / "m.jsonl").write_bytes(b"\xff\xfe{\x00")
     with pytest.raises(DataError, match="UTF-8"):
-        read_manifest(folder / "m.jsonl")
+        check(read_manifest(folder / "m.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -224,20 +224,20 @@ def test_waveforms(folder):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_samples", [1, 7, 24, 25])
 def test_every_sample_once_and_equal_ranks(world_size, num_samples):
-    order = data.epoch_order(num_samples, seed=3, epoch=0)
-    steps = data.plan_steps(order, batch_size=2, world_size=world_size, grad_accum=2)
+    order, bounds = plan_micro_batches(epoch_order([num_samples], [1], seed=3, epoch=0), Batching(2), ())
+    steps = list(data.plan_steps(order, bounds, world_size, grad_accum=2))
     used = [index for step in steps for micro_batch in step for index in micro_batch if index >= 0]
-    assert used == order and sorted(used) == list(range(num_samples))
+    assert used == order.tolist() and sorted(used) == list(range(num_samples))
     assert all(len(step) % world_size == 0 for step in steps)
     fillers = [micro_batch for step in steps for micro_batch in step if micro_batch[0] < 0]
     assert len(fillers) < world_size and all(len(micro_batch) == 1 for micro_batch in fillers)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    orders = [tuple(data.epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [tuple(epoch_order([50], [1], seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
-    assert data.epoch_order(50, 1, 1) == list(orders[3])
-    assert data.epoch_order(5, 0, 0, shuffle=False) == [0, 1, 2, 3, 4]
+    assert epoch_order([50], [1], 1, 1).tolist() == list(orders[3])
+    assert epoch_order([5], [1], 0, 0, shuffle=False).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.fixture()
@@ -246,8 +246,9 @@ def toy_loader(toys, config, tokenizer):
     shutil.rmtree(toys / "codes", ignore_errors=True)
 
     def make(**kwargs):
-        settings = {"batch_size": 3, "grad_accum": 2, "seed": 5} | kwargs
-        return data.Loader(dataset, create_collator(config, strict=True), **settings)
+        settings = {"grad_accum": 2, "seed": 5} | kwargs
+        batching = Batching(settings.pop("batch_size", 3))
+        return data.Loader(dataset, create_collator(config, strict=True), batching, **settings)
 
     return make
 
@@ -290,7 +291,7 @@ def test_fillers_are_not_trained(toy_loader):
 def test_a_bad_sample_is_reported_from_a_worker_without_its_traceback(folder, config, tokenizer):
     np.save(folder / "a.npy", np.full((8, 5), 99))
     dataset = open_dataset(write_manifest(folder / "m.jsonl", [clone()]), config, tokenizer)
-    loader = data.Loader(dataset, create_collator(config), batch_size=1, num_workers=1)
+    loader = data.Loader(dataset, create_collator(config), Batching(1), num_workers=1)
     with pytest.raises(DataError, match=r"^.*record 0 .*codes 99 to 99[^\n]*$"):
         next(loader.epoch(Position(0, 0)))
 
@@ -299,6 +300,6 @@ def test_special_tokens_in_text_are_an_error(folder, config, tokenizer):
     record = clone()
     record["messages"][1]["content"] = "say <|AUDIO_OUT|> aloud"
     dataset = open_dataset(write_manifest(folder / "m.jsonl", [record]), config, tokenizer)
-    loader = data.Loader(dataset, create_collator(config, strict=True), batch_size=1)
+    loader = data.Loader(dataset, create_collator(config, strict=True), Batching(1))
     with pytest.raises(DataError, match=r"record 0 .*4 audio placeholders but 3 clip.*literally"):
         next(loader.epoch(Position(0, 0)))

@@ -36,7 +36,7 @@ def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int,
     optimizer = train.build_optimizer(model, cfg)
     objective, ids = train.build_objective(cfg, config), loss.AudioIds.of(config)
     dataset = open_dataset(Path(manifest), config, tokenizer)
-    loader = data.Loader(dataset, create_collator(config), 2, dist.rank, dist.world_size, grad_accum)
+    loader = data.Loader(dataset, create_collator(config), data.Batching(2), dist.rank, dist.world_size, grad_accum)
     losses, norms = [], []
     for step, (batches, _) in zip(range(3), loader.epoch(data.Position(0, 0))):
         total, norm, culprits = train.train_step(

@@ -315,7 +315,7 @@ def test_a_bad_sample_of_another_rank_is_heard(toys, tmp_path):
     """Rank 1 alone meets an unreadable sample: its message appears, the status is 2, nobody hangs."""
     np.save(tmp_path / "good.npy", np.zeros((8, 5), np.int64))
     np.save(tmp_path / "bad.npy", np.full((8, 5), 1024))
-    names = ["good.npy", "bad.npy"] if data.epoch_order(2, 0, 0) == [0, 1] else ["bad.npy", "good.npy"]
+    names = ["good.npy", "bad.npy"] if data.epoch_order([2], [1], 0, 0).tolist() == [0, 1] else ["bad.npy", "good.npy"]
     records = [turns({"type": "audio", "audio_url": name}) for name in names]
     manifest = write_manifest(tmp_path / "m.jsonl", records)
     command = f"python -m tools.launch --standalone --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {tmp_path / 'o'}"
