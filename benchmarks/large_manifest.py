@@ -1,0 +1,104 @@
+"""How long a large manifest takes to its first batch, and what it holds in memory.
+
+Writes a JSONL of clones (ready-made codes of 1 to 10 s, texts of their length), opens it as train.py does and waits for the
+first micro-batch of four workers. Memory is the proportional set size of the process and its workers, so that what they share
+counts once; the same process with a manifest of 1,000 records stands beside it.
+
+    python benchmarks/large_manifest.py [--records 1000000] [--num_workers 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def write_manifest(folder: Path, num_records: int) -> Path:
+    """Records of one reference and one target each, over 200 files of codes."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 5)) for _ in range(1000)]
+    frames = rng.integers(25, 250, 200)
+    for number, length in enumerate(frames):
+        np.save(folder / f"{number}.npy", rng.integers(0, 64, (8, length)).astype(np.int16))
+
+    def turns(clip: int, start: int) -> list[dict]:
+        text = " ".join(words[(start + i) % 1000] for i in range(frames[clip] // 10))
+        audio = {"type": "audio", "audio_url": f"{clip}.npy"}
+        return [{"role": "user", "content": text}, {"role": "assistant", "content": audio}]
+
+    path = folder / f"{num_records}.jsonl"
+    with open(path, "w") as file:
+        for number, (reference, target, start) in enumerate(rng.integers(0, 200, (num_records, 3)).tolist()):
+            record = {"messages": turns(reference, start) + turns(target, start + 100), "start_index": 3}
+            file.write(json.dumps(record | {"speaker": f"speaker {number % 5000}"}) + "\n")
+    return path
+
+
+def first_batch(path: Path, num_workers: int) -> dict:
+    """Seconds to the first micro-batch and bytes held then, in this fresh process."""
+    import data
+    from audio import AudioStore
+    from collate import create_collator
+    from tools import demo
+
+    tokenizer = demo.make_tokenizer()
+    config = demo.tiny_config(tokenizer)
+    started, wall_started = time.perf_counter(), time.time()
+    records, _ = data.open_records(str(path))
+    opened = time.perf_counter()
+    store = AudioStore(8, 64, 25.0, cache_dir=path.parent / "codes")
+    loader = data.Loader(
+        data.ChatMLDataset(records, tokenizer, store),
+        create_collator(config, strict=True),
+        data.Batching(8),
+        num_workers=num_workers,
+    )
+    steps = loader.epoch(data.Position(0, 0))
+    next(steps)
+    first = time.perf_counter()
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    held = sum(process.memory_full_info().pss for process in processes)
+    for _ in range(100):
+        next(steps)
+    samples_per_sec = 100 * 8 / (time.perf_counter() - first)
+    since_start = first - started + wall_started - psutil.Process().create_time()
+    result = {"open_sec": opened - started, "first_batch_sec": first - started, "with_imports_sec": since_start}
+    return result | {"bytes": held, "samples_per_sec": samples_per_sec}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--num_workers", type=int, default=4)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(first_batch(args.measure, args.num_workers)))
+        return
+    print(
+        "| records | file | open | first batch | with imports | memory, all processes | samples/s after |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for num_records in (1000, args.records):
+            path = write_manifest(Path(folder), num_records)
+            command = [sys.executable, __file__, "--measure", str(path), "--num_workers", str(args.num_workers)]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            print(
+                f"| {num_records:,} | {path.stat().st_size / 1e6:.0f} MB | {found['open_sec']:.1f} s | "
+                f"{found['first_batch_sec']:.1f} s | {found['with_imports_sec']:.1f} s | {found['bytes'] / 1e6:.0f} MB | {found['samples_per_sec']:.0f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
