@@ -35,7 +35,8 @@ from collate import IGNORE_INDEX, CollateError, ExtendedHiggsAudioBatchInput, Ex
 from manifest import MAX_SHOWN, DataError, Mixture, Record, check, read_manifest, split_weights
 
 CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
-LENGTH_NOISE = 0.02  # samples whose lengths differ by less than this share may change places
+ROUND_TO = 8  # the official collator pads rows to a multiple of this
+BUCKET_WIDTH = 0.01  # samples whose lengths differ by less than this share change places between epochs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records -> samples
@@ -330,16 +331,16 @@ def plan_micro_batches(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(order, bounds): micro-batch i is `order[bounds[i] : bounds[i + 1]]`; the order may have changed, by `key` alone.
 
-    Rows that are padded to the longest stand with others of about their length: sorted, with some noise so that epochs
-    differ, then cut by the budget, then shuffled as wholes. Filled to one budget, they cost the ranks about the same.
+    Rows that are padded to the longest stand with others of their length: sorted into buckets, in which they keep their
+    shuffled order, then cut by the budget, then shuffled as wholes. Filled to one budget, they cost the ranks about the same.
     """
     if not batching.max_tokens:
         return order, np.append(np.arange(0, len(order), batching.batch_size), len(order))
     lengths = batching.lengths[order]
     if batching.packed:
         return order, _cut(lengths, batching)
-    noise = _permutation(len(order), "noise", *key) / len(order) if shuffle else 0.0
-    by_length = np.argsort(lengths * (1 + LENGTH_NOISE * noise), kind="stable")
+    buckets = np.rint(np.log(round_up(lengths)) / BUCKET_WIDTH)
+    by_length = np.argsort(buckets, kind="stable")
     order, bounds = order[by_length], _cut(lengths[by_length], batching)
     if not shuffle:
         return order, bounds
@@ -348,15 +349,20 @@ def plan_micro_batches(
     return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
 
 
+def round_up(length: Any) -> Any:
+    """The positions a row of that length is padded to; of a number or an array."""
+    return -(-length // ROUND_TO) * ROUND_TO
+
+
 def _cut(lengths: np.ndarray, batching: Batching) -> np.ndarray:
     """Where a sequence of lengths has to be cut so that no piece exceeds the budget, from 0 to its end."""
     bounds, total, longest = [0], 0, 0
     for index, length in enumerate(lengths.tolist()):
-        total, longest = total + length, max(longest, length)
+        total, longest = total + length, max(longest, round_up(length))
         cost = total if batching.packed else longest * (index + 1 - bounds[-1])
         if cost > batching.max_tokens and index > bounds[-1]:
             bounds.append(index)
-            total = longest = length
+            total, longest = length, round_up(length)
     return np.array([*bounds, len(lengths)])
 
 
