@@ -43,6 +43,10 @@ class CopyCollapseError(RuntimeError):
     """The model predicts its own input: it was trained on unshifted labels and will generate silence."""
 
 
+class DivergenceError(RuntimeError):
+    """Training whose losses or gradients are no longer finite."""
+
+
 @dataclass
 class LossSums:
     """Cross-entropy sums (nats) and target counts of one or more micro-batches; add them with `+`."""

@@ -1,0 +1,147 @@
+"""This process among the others: ranks that fail together, agree with each other, and stop when a signal asks for it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from checkpoint import CheckpointError
+from collate import CollateError
+from config import ConfigError
+from loss import AlignmentError, CopyCollapseError, DivergenceError
+from manifest import DataError
+from model_patch import PatchError
+
+T = TypeVar("T")
+
+# What the user can cause and mend: one clear message and exit status 2. Anything else keeps its traceback.
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    CollateError,
+    CheckpointError,
+    PatchError,
+    AlignmentError,
+    CopyCollapseError,
+    DivergenceError,
+)
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place. Collective."""
+        torch_dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value. Collective."""
+        values: list = [None] * self.world_size
+        torch_dist.all_gather_object(values, value)
+        return values
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run `function` on every rank; if the user's input made it fail on any, raise that error on all. Collective."""
+        result = error = None
+        try:
+            result = function()
+        except USER_ERRORS as caught:
+            error = caught
+        if self.any(error is not None):
+            raise next(e for e in self.gather(error) if e is not None)
+        return result
+
+    def iterate(self, iterable: Iterable[T]) -> Iterator[T]:
+        """The items of equally long iterables; an item that one rank cannot read is an error on all. Collective."""
+        iterator = iter(iterable)
+        while (item := self.together(lambda: next(iterator, None))) is not None:
+            yield item
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Collective."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank. Collective."""
+        values = [value]
+        torch_dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """Like `together`, but the first rank of each node goes ahead: it downloads, the others find the files."""
+        ahead = self.together(lambda: function() if self.local_rank == 0 else None)
+        return self.together(lambda: ahead if self.local_rank == 0 else function())
+
+
+def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
+    """Join the other ranks; without torchrun this process is the only one.
+
+    raises: ConfigError if the ranks cannot be divided into `replicate` equal groups
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, num_local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size % replicate:
+        raise ConfigError(f"--replicate {replicate} does not divide {world_size} ranks")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and num_local > torch.cuda.device_count():
+        raise ConfigError(
+            f"{num_local} ranks on a node with {torch.cuda.device_count()} GPU(s); start as many as there are GPUs"
+        )
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if not torch_dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": torch_dist.HashStore()}
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        timeout = datetime.timedelta(hours=1)  # the others wait while one rank downloads
+        torch_dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
+    if replicate > 1:
+        shape, names = (replicate, world_size // replicate), ("replicate", "shard")
+    else:
+        shape, names = (world_size,), ("shard",)
+    mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
+    return Dist(rank, local_rank, world_size, here, mesh)
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 (schedulers announce preemption so) and SIGINT ask a run to save and end after its current step; a
+    second SIGINT ends it at once."""
+
+    WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in self.WATCHED}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
