@@ -12,6 +12,7 @@ from conftest import make_model, open_dataset, write_manifest
 
 import data
 import model_patch
+import train
 from collate import create_collator
 from data import Batching, Position, epoch_order, plan_micro_batches
 from manifest import DataError, check, read_manifest, split_weights
@@ -261,3 +262,27 @@ def test_all_problems_are_named_at_once_and_missing_audio_can_be_skipped(tmp_pat
     path = write_manifest(tmp_path / "m.jsonl", [missing])
     with pytest.raises(DataError, match="every record is missing"):
         check(read_manifest(path), skip_missing=True)
+
+
+# ---- the whole run
+
+
+def test_a_run_with_a_budget_and_a_mixture(toys, tmp_path, capsys):
+    """Micro-batches fill the budget, every record trains once per epoch, text twice, and lengths are measured once."""
+    text = {"messages": [{"role": "user", "content": "one and one"}, {"role": "assistant", "content": "two"}]}
+    write_manifest(tmp_path / "text.jsonl", [text] * 3)
+    output = tmp_path / "o"
+    argv = f"--train_manifest {toys / 'train.jsonl'},{tmp_path / 'text.jsonl'}:2 --base_ckpt {toys / 'checkpoint'} --max_tokens 400"
+    argv += f" --output_dir {output} --device cpu --num_workers 1 --epochs 2 --save_steps 3 --keep_last 0 --long skip"
+    dist = train.setup_distributed("cpu")
+    train.train(train.parse_config(argv.split()), dist)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    by_epoch = [[line for line in lines if line["epoch"] == epoch] for epoch in (0, 1)]
+    targets = [[sum(line[name] for line in part) for name in ("text_targets", "audio_targets")] for part in by_epoch]
+    assert targets[0] == targets[1]
+    assert max(line["tokens"] / (1 - line["padding_ratio"]) for line in lines) <= 400.01
+    assert "measuring 34 records" in capsys.readouterr().err
+    train.train(train.parse_config([*argv.split(), "--resume", str(output / "checkpoints" / "step_3")]), dist)
+    assert "measuring" not in capsys.readouterr().err
+    again = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
