@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from audio import FRAME_RATE_HZ, AudioStore, read_waveform
 from collate import IGNORE_INDEX, CollateError, ExtendedHiggsAudioBatchInput, ExtendedHiggsAudioSampleCollator, starts
+from forms import Conversion, open_manifest
 from manifest import MAX_SHOWN, DataError, Mixture, Record, check, read_manifest, split_weights
 
 CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
@@ -138,23 +139,24 @@ class ChatMLDataset(Dataset):
 # Manifests -> records
 
 
-def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str]]:
-    """The records of one or more manifests; see `manifest.split_weights` for the form of `spec`.
+def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str], list[Conversion]]:
+    """The records of one or more datasets in any known form; see `manifest.split_weights` for the form of `spec`.
 
     Manifests of up to CHECKED_AT_START records are read through here, longer ones as training goes.
 
-    returns: the records, and those left out with `skip_missing` because their audio does not exist
+    returns: the records; those left out with `skip_missing` because their audio does not exist; what had to be converted
     raises:  DataError
     """
-    parts, weights, skipped = [], [], []
+    parts, weights, skipped, conversions = [], [], [], []
     for path, weight in split_weights(spec):
-        part = read_manifest(path)
+        part, conversion = open_manifest(path)
+        conversions += [conversion] if conversion else []
         if skip_missing or len(part) <= CHECKED_AT_START:
             part, missing = check(part, skip_missing)
             skipped += missing
         parts.append(part)
         weights.append(weight)
-    return Mixture(parts, weights), skipped
+    return Mixture(parts, weights), skipped, conversions
 
 
 def hold_out(records: Mixture, share: float, seed: int) -> tuple[Mixture, Mixture]:

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ class Manifest(Sequence[Record]):
         with open(self.path, "rb") as file:
             file.seek(start)
             text = _decode(file.read(stop - start), self.path)
-        return f"{self.path} record {record} (line {line})", _parse_json(text, self.path, line)
+        return f"{self.path} record {record} (line {line})", parse_json(text, self.path, line)
 
     def subset(self, indices: np.ndarray) -> Manifest:
         places = None if self.places is None else self.places[indices]
@@ -172,7 +173,7 @@ def read_manifest(path: str | Path) -> Manifest:
         with open(path, "rb") as file:
             is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
         if is_list:
-            values = _parse_json(_decode(path.read_bytes(), path), path, line=1)
+            values = parse_json(_decode(path.read_bytes(), path), path, line=1)
             manifest = Manifest.of_values(path, path.parent, ((f"{path} record {i}", v) for i, v in enumerate(values)))
         else:
             manifest = Manifest.of_lines(path)
@@ -200,12 +201,19 @@ def check(manifest: Manifest, skip_missing: bool = False) -> tuple[Manifest, lis
             skip = skip_missing and isinstance(error, MissingAudioError)
             (skipped if skip else problems).append(str(error))
             kept[index] = False
-    if problems:
-        shown = problems[:MAX_SHOWN] + [f"... and {len(problems) - MAX_SHOWN} more"] * (len(problems) > MAX_SHOWN)
-        raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *shown]) if len(problems) > 1 else problems[0])
+    report_problems(problems)
     if skipped and not kept.any():
         raise DataError(f"{manifest.path}: the audio of every record is missing, first {skipped[0]}")
     return manifest.subset(kept) if skipped else manifest, skipped
+
+
+def report_problems(problems: Sequence[str]) -> None:
+    """Raise one DataError for all problems of records, if there are any."""
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        more = [f"... and {len(problems) - MAX_SHOWN} more"] * (len(problems) > MAX_SHOWN)
+        raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:MAX_SHOWN], *more]))
 
 
 def _decode(content: bytes, path: Path) -> str:
@@ -215,7 +223,8 @@ def _decode(content: bytes, path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error}); save the manifest as UTF-8 JSON or JSONL") from None
 
 
-def _parse_json(text: str, path: Path, line: int) -> Any:
+def parse_json(text: str, path: Path, line: int) -> Any:
+    """Decode JSON that begins at `line` of a file; DataError with the line of a mistake. NaN stays NaN."""
     try:
         return json.loads(text, parse_constant=_reject_constant)
     except json.JSONDecodeError as error:
@@ -395,8 +404,14 @@ def _parse_part(part: Any, where: str, role: str, folder: Path, audio: list[Audi
 def _existing_file(url: Any, where: str, folder: Path, fail: Callable) -> Path:
     if not isinstance(url, str) or not url:
         fail(where, f"expected a path, found {_shown(url)}")
+    if not os.path.isabs(url) and os.path.normpath(url).split(os.sep)[0] == os.pardir:
+        fail(where, f"{_shown(url)} leaves the manifest's folder; move the file there, or give its absolute path")
     path = folder / url
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except (OSError, ValueError):  # a name the file system cannot hold
+        exists = False
+    if not exists:
         fail(
             where,
             f"audio file {path} does not exist; paths are relative to the manifest's folder, or absolute",

@@ -58,7 +58,11 @@ def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
     """The records to train on and those to evaluate on, if any. Collective."""
 
     def read(spec: str) -> Mixture:
-        records, skipped = dist.together(lambda: data.open_records(spec, cfg.missing_audio == "skip"))
+        records, skipped, conversions = dist.together(lambda: data.open_records(spec, cfg.missing_audio == "skip"))
+        for found in conversions:
+            repairs = [f"{count} x {repair}" for repair, count in found.repairs.most_common()]
+            log(dist, f"{found.form}, read as ChatML: {len(found.records)} records")
+            log_list(dist, "repaired on the way:", repairs)
         log_list(dist, f"{len(skipped)} records without their audio are skipped (--missing_audio skip)", skipped)
         return records
 

@@ -55,7 +55,7 @@ def first_batch(path: Path, num_workers: int) -> dict:
     tokenizer = demo.make_tokenizer()
     config = demo.tiny_config(tokenizer)
     started, wall_started = time.perf_counter(), time.time()
-    records, _ = data.open_records(str(path))
+    records, *_ = data.open_records(str(path))
     opened = time.perf_counter()
     store = AudioStore(8, 64, 25.0, cache_dir=path.parent / "codes")
     loader = data.Loader(

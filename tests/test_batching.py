@@ -198,7 +198,7 @@ def test_text_only_replay_among_audio(toys, tmp_path, config, tokenizer):
     """Batches of any composition, in a mixture that resumes."""
     text = {"messages": [{"role": "user", "content": "one and one"}, {"role": "assistant", "content": "two"}]}
     write_manifest(tmp_path / "text.jsonl", [text] * 5)
-    records, _ = data.open_records(f"{toys / 'train.jsonl'},{tmp_path / 'text.jsonl'}:2")
+    records, *_ = data.open_records(f"{toys / 'train.jsonl'},{tmp_path / 'text.jsonl'}:2")
     assert len(records) == len(read_manifest(toys / "train.jsonl")) + 5
     assert records[len(records) - 1].source.startswith(str(tmp_path / "text.jsonl"))
     store = open_dataset(toys / "train.jsonl", config, tokenizer).store
@@ -213,7 +213,7 @@ def test_text_only_replay_among_audio(toys, tmp_path, config, tokenizer):
 
 
 def test_held_out_records_are_a_part_of_each(toys):
-    records, _ = data.open_records(f"{toys / 'train.jsonl'}:3")
+    records, *_ = data.open_records(f"{toys / 'train.jsonl'}:3")
     rest, held = data.hold_out(records, 0.3, seed=0)
     names = [{record.source for record in part} for part in (rest, held, records)]
     assert names[0] | names[1] == names[2] and not names[0] & names[1]
@@ -242,7 +242,7 @@ def test_a_large_manifest_is_checked_as_it_is_read(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="record 1"):
         data.open_records(str(path))
     monkeypatch.setattr(data, "CHECKED_AT_START", 1)
-    records, _ = data.open_records(str(path))
+    records, *_ = data.open_records(str(path))
     assert len(records[0].audio) == 1
     with pytest.raises(DataError, match="record 1"):
         records[1]

@@ -1,0 +1,54 @@
+"""Any known form of dataset -> ChatML JSONL. Says what it was recognised as and what was repaired.
+
+    python -m tools.prepare convert wavs_and_texts/ train.jsonl
+
+Training reads every form as it is; converting shows what it will read. The forms are listed in forms.py. Audio is not
+copied: paths become relative to the output where the audio lies below it, else absolute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from checkpoint import write_whole
+from forms import convert
+from manifest import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, help="a file or folder in one of the forms of forms.py")
+    parser.add_argument("output", type=Path, help="the JSONL to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    conversion = convert(args.input)
+    if args.output.is_dir() or (args.output.exists() and args.output.samefile(args.input)):
+        raise DataError(f"{args.output}: choose another file for the output; the input is not changed")
+    lines = []
+    for _, record in conversion.records:
+        move_paths(record, conversion.folder, args.output.parent)
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_whole(args.output, lambda file: file.writelines(line.encode("utf-8", "surrogatepass") for line in lines))
+    print(f"{args.input}: {conversion.form}, {len(lines)} records -> {args.output}")
+    for repair, count in conversion.repairs.most_common():
+        print(f"  {count} x {repair}")
+    return 0
+
+
+def move_paths(record: dict, old: Path, new: Path) -> None:
+    """Make the audio paths of a ChatML record, which start from `old`, start from `new`; in place."""
+    for turn in record["messages"]:
+        content = turn["content"]
+        for part in content if isinstance(content, list) else [content]:
+            for name in ("audio_url", "audio_label_url"):
+                if isinstance(part, dict) and isinstance(part.get(name), str) and part[name]:
+                    part[name] = moved(part[name], old, new)
+
+
+def moved(url: str, old: Path, new: Path) -> str:
+    path = os.path.abspath(old / url)
+    relative = os.path.relpath(path, os.path.abspath(new))
+    return path if os.path.isabs(url) or relative.split(os.sep)[0] == os.pardir else relative
