@@ -1,10 +1,17 @@
-"""Clips as codes [K, T]: ready-made ones are read, waveforms go through the official codec once.
+"""Clips as codes [K, T]: ready-made ones are read where they lie, waveforms go through the official codec once.
+
+    CodecInfo     what a codec is, known without loading it
+    load_codec    the official HiggsAudioTokenizer
+    AudioStore    clips as codes; what was encoded is kept as codes_cache.py describes
+
+    python audio.py CODES_DIR      # what a cache holds
 
 Legend: K codebooks, T frames.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -12,30 +19,109 @@ import math
 import os
 import sys
 import types
-from collections.abc import Iterable, Sequence
+import uuid
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import soundfile
 import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 
+from codes_cache import CacheWriter, CodesCache, digest
 from manifest import AudioPart, DataError, Record
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 FRAME_RATE_HZ = 25.0  # of the published codec: 24,000 samples per second, 960 per frame
+CODEC_NOTE = "codec.json"  # in a cache's folder
+MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some headers only estimate the length
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codec
+
+
+@dataclass(frozen=True)
+class CodecInfo:
+    """What a codec is, known without loading it."""
+
+    identity: str  # the same wherever a copy of the codec lies
+    sample_rate_hz: int
+    frame_rate_hz: float
+    num_codebooks: int
+    codebook_size: int
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> CodecInfo:
+        """raises: DataError if the folder does not hold a codec"""
+        config = _read_config(folder)
+        try:
+            identity, bins = _identity(config, folder / "model.pth"), config["bins"]
+            if not 0 < bins <= 2**15:
+                raise ValueError(f"{bins} codes per codebook do not fit 16 bits")
+            return cls(identity, config["sample_rate"], _frame_rate_hz(config), config["n_q"], bins)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"--audio_tokenizer {folder}: not the files of a codec: {error!r}") from None
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        _frame_rate_hz(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--audio_tokenizer {folder}: config.json is not the codec's: {error!r}") from None
+    return config
+
+
+def _frame_rate_hz(config: dict) -> float:
+    return config["sample_rate"] / math.prod(config["ratios"])
+
+
+def _identity(config: dict, weights: Path) -> str:
+    """Digest of the configuration and of the weights: of the checksums that PyTorch's zip files keep of every tensor, so that
+    a few kilobytes are read; of all bytes of an older file, which has none."""
+    sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    if zipfile.is_zipfile(weights):
+        with zipfile.ZipFile(weights) as file:
+            sha256.update(repr([(entry.file_size, entry.CRC) for entry in file.infolist()]).encode())
+    else:
+        with open(weights, "rb") as file:
+            sha256.update(_content_of(file))
+    return sha256.hexdigest()[:16]
+
+
+def codec_folder(name_or_path: str) -> Path | None:
+    """Where the codec lies on this machine: the folder itself, or what was downloaded from the Hub. None if it does not."""
+    if Path(name_or_path).exists():
+        return Path(name_or_path)
+    try:
+        found = [try_to_load_from_cache(name_or_path, file) for file in ("config.json", "model.pth")]
+    except ValueError:  # no name that the Hub could have
+        return None
+    return Path(found[0]).parent if all(isinstance(path, str) for path in found) else None
+
+
+def download_codec(name_or_path: str) -> Path:
+    """Its folder on this machine; fetched from the Hub if it is not there yet. raises: DataError"""
+    try:
+        return codec_folder(name_or_path) or Path(snapshot_download(name_or_path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--audio_tokenizer {name_or_path}: no such folder, and not on the Hub: {error}") from None
 
 
 def codec_frame_rate_hz(name_or_path: str) -> float:
-    """Frames per second, from the codec's config where it is a folder, else the published codec's."""
-    path = Path(name_or_path) / "config.json"
-    if not path.is_file():
-        return FRAME_RATE_HZ
-    try:
-        config = json.loads(path.read_text())
-        return config["sample_rate"] / math.prod(config["ratios"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--audio_tokenizer {name_or_path}: config.json is not the codec's: {error!r}") from None
+    """Frames per second, from the codec's config where it is on this machine, else the published codec's."""
+    folder = codec_folder(name_or_path)
+    return _frame_rate_hz(_read_config(folder)) if folder else FRAME_RATE_HZ
 
 
 def load_codec(name_or_path: str, device: str | torch.device):
@@ -44,8 +130,9 @@ def load_codec(name_or_path: str, device: str | torch.device):
     raises: DataError if its dependencies or files are missing
     """
     module = import_codec()
+    folder = download_codec(str(name_or_path))
     try:
-        return module.load_higgs_audio_tokenizer(str(name_or_path), device=str(device))
+        return module.load_higgs_audio_tokenizer(str(folder), device=str(device))
     except (OSError, json.JSONDecodeError, TypeError, ValueError) as error:
         raise DataError(f"--audio_tokenizer {name_or_path}: cannot load the codec: {error}") from None
 
@@ -90,6 +177,10 @@ def _resample(waveform: Tensor, orig_freq: int, new_freq: int) -> Tensor:
     return julius.resample_frac(padded, old, new, zeros=6, rolloff=0.99)[..., margin * new :][..., :length]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of codes and of sound
+
+
 def read_codes(path: Path, num_codebooks: int, codebook_size: int, source: str) -> Tensor:
     """Codes [K, T] int64 from `.npy` or `.safetensors` (one tensor); DataError for anything else."""
     try:
@@ -97,10 +188,7 @@ def read_codes(path: Path, num_codebooks: int, codebook_size: int, source: str) 
             codes = np.load(path, allow_pickle=False)
         else:
             with safe_open(path, framework="np") as file:
-                names = list(file.keys())
-                if len(names) != 1:
-                    raise ValueError(f"holds {len(names)} tensors, expected one")
-                codes = file.get_tensor(names[0])
+                codes = file.get_tensor(_only_tensor(file))
     except Exception as error:  # each reader has its own exceptions for a damaged file
         raise DataError(f"{source}: {path} cannot be read as codes: {error}") from None
     expected = f"expected an integer array [{num_codebooks} codebooks, frames] of codes 0 to {codebook_size - 1}"
@@ -112,88 +200,344 @@ def read_codes(path: Path, num_codebooks: int, codebook_size: int, source: str) 
     return torch.from_numpy(codes.astype(np.int64))
 
 
-def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
-    """Mono float32 samples and their rate in Hz; `offset` and `duration` are applied while reading."""
+def read_codes_shape(path: Path, source: str) -> list[int]:
+    """Shape of the array in `.npy` or `.safetensors`, from the file's header alone."""
     try:
-        with soundfile.SoundFile(io.BytesIO(part.raw_audio) if part.path is None else part.path) as file:
-            rate = file.samplerate
-            file.seek(min(len(file), round((part.offset_sec or 0.0) * rate)))
-            num_samples = -1 if part.duration_sec is None else round(part.duration_sec * rate)
-            samples = file.read(num_samples, dtype="float32", always_2d=True).mean(axis=1)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise DataError(f"{source}: {part.field}: {part.path or 'raw_audio'} is not readable audio: {error}") from None
-    if len(samples) == 0:
-        raise DataError(f"{source}: {part.field}: no audio left in {part.path or 'raw_audio'} after offset and duration")
+        if path.suffix == ".npy":
+            return list(np.load(path, mmap_mode="r", allow_pickle=False).shape)
+        with safe_open(path, framework="np") as file:
+            return file.get_slice(_only_tensor(file)).get_shape()
+    except Exception as error:
+        raise DataError(f"{source}: {path} cannot be read as codes: {error}") from None
+
+
+def _only_tensor(file) -> str:
+    names = list(file.keys())
+    if len(names) != 1:
+        raise ValueError(f"holds {len(names)} tensors, expected one")
+    return names[0]
+
+
+def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
+    """Mono float32 samples and their rate in Hz; `offset` and `duration` are applied while reading.
+
+    raises: DataError for what is no audio, is cut off, or holds values that are no numbers
+    """
+    name = f"{source}: {part.field}: {part.path or 'raw_audio'}"
+    try:
+        with _open_audio(part) as file:
+            rate, start, stop = file.samplerate, *_span(part, file.samplerate, len(file))
+            file.seek(start)
+            samples = file.read(stop - start, dtype="float32", always_2d=True).mean(axis=1)
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
+        raise DataError(f"{name} is not readable audio: {error}") from None
+    if stop <= start:
+        raise DataError(f"{name}: no audio left after offset and duration")
+    if len(samples) < (1 - MAX_CUT_OFF) * (stop - start):
+        raise DataError(f"{name} is cut off: {len(samples) / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
+    if not np.isfinite(samples).all():
+        raise DataError(f"{name} holds samples that are no finite numbers")
     return samples, rate
 
 
+def duration_sec(part: AudioPart) -> float:
+    """Seconds of a waveform, from the file's header alone; 0 for what cannot be read."""
+    try:
+        with _open_audio(part) as file:
+            start, stop = _span(part, file.samplerate, len(file))
+            return max(0, stop - start) / file.samplerate
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError):
+        return 0.0
+
+
+def _open_audio(part: AudioPart) -> soundfile.SoundFile:
+    return soundfile.SoundFile(io.BytesIO(part.raw_audio) if part.path is None else part.path)
+
+
+def _span(part: AudioPart, rate_hz: float, length: int) -> tuple[int, int]:
+    """(start, stop) that a clip's `offset` and `duration` leave of `length` samples or frames; start >= stop: nothing."""
+    start = min(length, round((part.offset_sec or 0.0) * rate_hz))
+    return start, length if part.duration_sec is None else min(length, start + round(part.duration_sec * rate_hz))
+
+
+def _read_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
+    """`function` of each item in order, computed by threads that are at most 2 * num_threads items ahead."""
+    waiting: deque = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Store
+
+
+def _clip_key(content: bytes, part: AudioPart) -> bytes:
+    """What a clip is found by: the digest of its audio file, and which part of that it is."""
+    return digest(content, float(part.offset_sec or 0), part.duration_sec and float(part.duration_sec))
+
+
+def _file_key(path: Path) -> bytes:
+    """What a file that has not changed is recognised by without reading it. raises: OSError"""
+    stat = os.stat(path)
+    return digest(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+def find_codec(name_or_path: str, cache_dir: Path) -> CodecInfo:
+    """What the codec is: from its files on this machine, else from the cache that was made with it, else from the Hub.
+
+    raises: DataError if it is in none of these places
+    """
+    folder = codec_folder(name_or_path)
+    if folder is None:
+        notes = sorted(cache_dir.glob(f"*/{CODEC_NOTE}"), key=lambda path: path.stat().st_mtime)
+        for note in (json.loads(path.read_text()) for path in reversed(notes)):
+            if name_or_path in note["names"]:
+                return CodecInfo(**note["codec"])
+    return CodecInfo.of_folder(folder or download_codec(name_or_path))
+
+
+def _note_codec(folder: Path, name: str, info: CodecInfo) -> None:
+    """Write down which codec a cache is for, so that reading the cache does not take the codec."""
+    path = folder / CODEC_NOTE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = {name, *(json.loads(path.read_text())["names"] if path.exists() else ())}
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary.write_text(json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class _Prepared(NamedTuple):
+    """A clip that was read, ready for the codec."""
+
+    name: str  # for messages
+    key: bytes
+    content: bytes  # of its file
+    file_key: bytes | None  # None: it is no file
+    samples: np.ndarray | None  # mono, at the codec's rate; None: its codes are in the cache
+
+
 class AudioStore:
-    """Clips as codes. Ready-made codes are read where they lie; waveforms are encoded once into `cache_dir`.
+    """Clips as codes. Ready-made codes are read where they lie; waveforms are encoded once, into a cache.
 
     num_codebooks, codebook_size: of the checkpoint (1024 codes, stream ids not counted)
     frame_rate_hz:                frames per second, for `offset` and `duration` of ready-made codes
-    cache_dir:                    one `.npy` per encoded clip
-    codec_id:                     what the cache is for: clips encoded by another codec are not found
+    cache_dir:                    holds a `CodesCache` for each codec it was used with
+    codec:                        folder or Hub name; looked for only when there is a waveform, and then it need not be on this
+                                  machine if the cache knows it
     """
 
-    def __init__(self, num_codebooks: int, codebook_size: int, frame_rate_hz: float, cache_dir: Path, codec_id: str = ""):
+    def __init__(self, num_codebooks: int, codebook_size: int, frame_rate_hz: float, cache_dir: Path, codec: str = ""):
         self.num_codebooks = num_codebooks
         self.codebook_size = codebook_size
         self.frame_rate_hz = frame_rate_hz
         self.cache_dir = Path(cache_dir)
-        self.codec_id = codec_id
+        self.codec = codec
+
+    @functools.cached_property
+    def codec_info(self) -> CodecInfo:
+        """raises: DataError if the codec cannot be found, or does not fit the checkpoint"""
+        if not self.codec:
+            raise DataError("the manifest names waveforms, and no codec was given to encode them")
+        info = find_codec(self.codec, self.cache_dir)
+        if info.num_codebooks < self.num_codebooks or info.codebook_size > self.codebook_size:
+            raise DataError(
+                f"--audio_tokenizer {self.codec} has {info.num_codebooks} codebooks of {info.codebook_size} codes, the "
+                f"checkpoint {self.num_codebooks} of {self.codebook_size}"
+            )
+        return info
+
+    @functools.cached_property
+    def cache(self) -> CodesCache:
+        """What the cache held when first asked for, or since `refresh`; processes forked after that share its index."""
+        info = self.codec_info
+        return CodesCache(self.cache_dir / info.identity, info.num_codebooks)
+
+    def refresh(self) -> None:
+        """See what has been added to the cache."""
+        self.__dict__.pop("cache", None)
 
     def codes(self, part: AudioPart, source: str) -> Tensor:
         """[K, T] int64; a waveform must have been encoded before."""
         if not part.holds_codes:
-            path = self._cached(part)
-            if not path.is_file():
-                raise DataError(f"{source}: {part.field}: {part.path or 'raw_audio'} has not been encoded")
-            return read_codes(path, self.num_codebooks, self.codebook_size, source)
+            codes = self._cached(part, source, CodesCache.codes)
+            return torch.from_numpy(codes[: self.num_codebooks].astype(np.int64))
         codes = read_codes(part.path, self.num_codebooks, self.codebook_size, f"{source}: {part.field}")
-        if part.offset_sec is None and part.duration_sec is None:
-            return codes
-        start = round((part.offset_sec or 0.0) * self.frame_rate_hz)
-        stop = codes.shape[1] if part.duration_sec is None else start + round(part.duration_sec * self.frame_rate_hz)
-        if start >= min(stop, codes.shape[1]):
-            raise DataError(f"{source}: {part.field}: no frames left of {codes.shape[1]} after offset and duration")
+        start, stop = self._frames(part, source, codes.shape)
         return codes[:, start:stop]
 
     def num_frames(self, part: AudioPart, source: str) -> int:
-        """Frames of a clip."""
-        return self.codes(part, source).shape[1]
+        """Frames of a clip, without reading its codes; a waveform must have been encoded before."""
+        if not part.holds_codes:
+            return self._cached(part, source, CodesCache.num_frames)
+        start, stop = self._frames(part, source, read_codes_shape(part.path, f"{source}: {part.field}"))
+        return stop - start
 
     def missing(self, records: Iterable[Record]) -> list[tuple[AudioPart, str]]:
-        """The waveforms of the records that still have to be encoded, each once."""
-        found: dict[Path, tuple[AudioPart, str]] = {}
+        """The waveforms of the records that `encode` has to look at, each once; no audio file is opened here.
+
+        Among them may be files that were copied, moved or touched: `encode` recognises them by their content.
+        """
+        missing, seen = [], set()
         for record in records:
             for part in record.audio:
                 for clip in filter(None, (part, part.label)):
-                    if not clip.holds_codes:
-                        found.setdefault(self._cached(clip), (clip, record.source))
-        return [clip for path, clip in found.items() if not path.is_file()]
+                    place = (clip.path or clip.raw_audio, clip.offset_sec, clip.duration_sec)
+                    if clip.holds_codes or place in seen:
+                        continue
+                    seen.add(place)
+                    key = self._key(clip, record.source)
+                    if key is None or key not in self.cache:
+                        missing.append((clip, record.source))
+        return missing
 
-    def encode(self, codec, clips: Sequence[tuple[AudioPart, str]]) -> None:
-        """Encode clips with the official codec, each written under a temporary name and renamed when whole."""
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        for part, source in clips:
+    def encode(
+        self, load: Callable[[], Any], clips: Sequence[tuple[AudioPart, str]], num_threads: int = 4
+    ) -> Iterator[str | None]:
+        """Bring clips into the cache one by one; yields None for each that is there, or what is wrong with its audio.
+
+        Codes are what the official `codec.encode` gives for the clip alone. It never gets several clips at once: padding
+        them to one length changes their codes (1 to 16 % of them, with random weights), and upstream's code takes clips of
+        one length together only if that is a multiple of the frame. Threads read, decode and resample ahead of the codec.
+
+        load:   returns the codec; called when a clip turns out not to be in the cache
+        raises: DataError if the codec cannot be loaded, or the cache not be written
+        """
+        codec = functools.cache(functools.partial(self._load, load))
+        prepare = functools.partial(self._prepare, contents={})
+        try:
+            _note_codec(self.cache.folder, self.codec, self.codec_info)
+            with CacheWriter(self.cache.folder) as writer:
+                for prepared in _read_ahead(prepare, clips, num_threads):
+                    yield self._add(prepared, codec, writer)
+        except OSError as error:
+            raise DataError(f"{self.cache_dir}: codes cannot be written: {error}; what was written before is kept") from None
+        finally:
+            self.refresh()
+
+    def _prepare(self, clip: tuple[AudioPart, str], contents: dict[bytes, bytes]) -> _Prepared | DataError:
+        """Read, decode and resample a clip that is not in the cache. contents: what the files read so far hold, by key."""
+        part, source = clip
+        name, info = f"{source}: {part.field}: {part.path or 'raw_audio'}", self.codec_info
+        try:
+            file_key = self._file_key(part, source)
+            content = self._content(part, file_key) or contents.get(file_key) or _read_content(part.path, name)
+            contents[file_key] = content
+            key = _clip_key(content, part)
+            if key in self.cache:
+                return _Prepared(name, key, content, file_key, None)
             samples, rate = read_waveform(part, source)
-            if len(samples) < rate / self.frame_rate_hz:
+            if len(samples) < rate / info.frame_rate_hz:
                 raise DataError(
-                    f"{source}: {part.field}: {len(samples) / rate:.3f} s of audio is less than one frame ({1 / self.frame_rate_hz} s)"
+                    f"{name}: {len(samples) / rate:.3f} s of audio is less than one frame ({1 / info.frame_rate_hz} s)"
                 )
-            codes = codec.encode(samples, rate)[: self.num_codebooks].cpu().numpy().astype(np.int16)
-            path = self._cached(part)
-            temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, codes)
-            os.replace(temporary, path)
+            if self._file_key(part, source) != file_key:
+                raise DataError(f"{name} was changed while it was read; encode again when it is whole")
+        except DataError as error:
+            return error
+        if rate != info.sample_rate_hz:
+            import librosa  # takes a second
 
-    def _cached(self, part: AudioPart) -> Path:
-        if part.path is None:
-            content = hashlib.sha256(part.raw_audio).hexdigest()
-        else:
-            stat = part.path.stat()
-            content = f"{part.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        key = f"{content} {part.offset_sec} {part.duration_sec} {self.codec_id}"
-        return self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+            samples = librosa.resample(samples, orig_sr=rate, target_sr=info.sample_rate_hz)  # as `codec.encode` would
+        return _Prepared(name, key, content, file_key, samples)
+
+    def _add(self, prepared: _Prepared | DataError, codec: Callable[[], Any], writer: CacheWriter) -> str | None:
+        """Encode and write one clip; what is wrong with it, if anything."""
+        if isinstance(prepared, DataError):
+            return str(prepared)
+        if prepared.file_key and self.cache.content(prepared.file_key) is None:
+            writer.add_file(prepared.file_key, prepared.content)
+        if prepared.samples is None or prepared.key in writer:
+            return None
+        rate = self.codec_info.sample_rate_hz
+        try:
+            codes = codec().encode(prepared.samples, rate)
+        except torch.OutOfMemoryError:
+            seconds = len(prepared.samples) / rate
+            return f"{prepared.name}: {seconds:.0f} s are more than the device's memory takes; cut it with offset and duration"
+        writer.add_clip(prepared.key, codes.cpu().numpy())
+        return None
+
+    def _load(self, load: Callable[[], Any]) -> Any:
+        """The codec, if it is the one that the cache knows by its name."""
+        codec = load()
+        folder = codec_folder(self.codec)
+        if folder and CodecInfo.of_folder(folder) != self.codec_info:
+            raise DataError(
+                f"--audio_tokenizer {self.codec} is not the codec that {self.cache_dir} knows by this name; start again, "
+                "and its clips are kept apart"
+            )
+        return codec
+
+    def _cached(self, part: AudioPart, source: str, read: Callable[[CodesCache, bytes], T | None]) -> T:
+        key = self._key(part, source)
+        found = None if key is None else read(self.cache, key)
+        if found is None:
+            raise DataError(
+                f"{source}: {part.field}: {part.path or 'raw_audio'} has not been encoded, or has changed since; run "
+                f"python -m tools.prepare encode MANIFEST --out {self.cache_dir}"
+            )
+        return found
+
+    def _key(self, part: AudioPart, source: str) -> bytes | None:
+        """What the clip's codes are found by; None if its file is not known."""
+        content = self._content(part, self._file_key(part, source))
+        return content and _clip_key(content, part)
+
+    def _file_key(self, part: AudioPart, source: str) -> bytes | None:
+        try:
+            return None if part.path is None else _file_key(part.path)
+        except OSError as error:
+            raise DataError(f"{source}: {part.field}: {error}") from None
+
+    def _content(self, part: AudioPart, file_key: bytes | None) -> bytes | None:
+        """Digest of what the clip was cut from, if that is known without reading a file."""
+        return _content_of(io.BytesIO(part.raw_audio)) if file_key is None else self.cache.content(file_key)
+
+    def _frames(self, part: AudioPart, source: str, shape: Sequence[int]) -> tuple[int, int]:
+        """(start, stop) of a clip in ready-made codes of this shape."""
+        if len(shape) != 2 or shape[0] != self.num_codebooks:
+            raise DataError(
+                f"{source}: {part.field}: {part.path} holds an array {list(shape)}; expected [{self.num_codebooks} "
+                "codebooks, frames]"
+            )
+        start, stop = _span(part, self.frame_rate_hz, shape[1])
+        if start >= stop:
+            raise DataError(f"{source}: {part.field}: no frames left of {shape[1]} after offset and duration")
+        return start, stop
+
+
+def _read_content(path: Path, name: str) -> bytes:
+    """Digest of a file. raises: DataError"""
+    try:
+        with open(path, "rb") as file:
+            return _content_of(file)
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error}") from None
+
+
+def _content_of(file: BinaryIO) -> bytes:
+    """Digest of what a file holds, 16 bytes."""
+    sha256 = hashlib.sha256()
+    while block := file.read(1 << 20):
+        sha256.update(block)
+    return sha256.digest()[:16]
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 1:
+        raise SystemExit("usage: python audio.py CODES_DIR")
+    for path in sorted(Path(argv[0]).glob(f"*/{CODEC_NOTE}")):
+        note = json.loads(path.read_text())
+        info = CodecInfo(**note["codec"])
+        frames = [codes.shape[1] for _, codes in CodesCache(path.parent, info.num_codebooks).items()]
+        hours = sum(frames) / info.frame_rate_hz / 3600
+        print(f"{path.parent}: {len(frames)} clips, {hours:.2f} h, all readable; codec {', '.join(note['names'])}: {info}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

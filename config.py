@@ -46,6 +46,9 @@ class Config:
         "bosonai/higgs-audio-v2-tokenizer", "audio codec, used when the manifest names waveforms: a folder, or on the Hub"
     )
 
+    codes_dir: str = _setting(
+        "", "cache of encoded waveforms, which runs may share (python -m tools.prepare encode); default: OUTPUT_DIR/codes"
+    )
     missing_audio: str = _setting(
         "error", "what to do with records whose audio files do not exist; skip: they are listed", choices=("error", "skip")
     )

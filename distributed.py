@@ -94,9 +94,10 @@ class Dist:
         return self.together(lambda: ahead if self.local_rank == 0 else function())
 
 
-def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
+def setup_distributed(device: str = "auto", replicate: int = 1, patience_hours: float = 1) -> Dist:
     """Join the other ranks; without torchrun this process is the only one.
 
+    patience_hours: how long ranks wait for each other
     raises: ConfigError if the ranks cannot be divided into `replicate` equal groups
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -114,7 +115,7 @@ def setup_distributed(device: str = "auto", replicate: int = 1) -> Dist:
     if not torch_dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": torch_dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        timeout = datetime.timedelta(hours=1)  # the others wait while one rank downloads
+        timeout = datetime.timedelta(hours=patience_hours)  # the others wait while one rank downloads
         torch_dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
     if replicate > 1:
         shape, names = (replicate, world_size // replicate), ("replicate", "shard")

@@ -99,8 +99,8 @@ def build_loaders(
         config.audio_num_codebooks,
         config.audio_codebook_size,
         codec_frame_rate_hz(cfg.audio_tokenizer),
-        cache_dir=Path(cfg.output_dir) / "codes",
-        codec_id=cfg.audio_tokenizer,
+        cache_dir=Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"),
+        codec=cfg.audio_tokenizer,
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True))
     encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
@@ -158,12 +158,19 @@ def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequenc
                 f"{part.path}: {len(part)} records are checked as they are read; python -m tools.prepare reads them before",
             )
     small = itertools.chain.from_iterable(part for part in parts if len(part) <= data.CHECKED_AT_START)
-    clips = dist.from_main(store.missing(small))  # one list for all: files appear while ranks look
+    clips = dist.main_first(lambda: store.missing(small))
+    clips = dist.from_main(clips)  # one list for all: codes appear while ranks look
     if not clips:
         return
     log(dist, f"encoding {len(clips)} audio clips with {cfg.audio_tokenizer}")
-    codec = dist.main_first(lambda: load_codec(cfg.audio_tokenizer, dist.device))
-    dist.together(lambda: store.encode(codec, clips[dist.rank :: dist.world_size]))
+    share = clips[dist.rank :: dist.world_size]
+    outcomes = store.encode(lambda: load_codec(cfg.audio_tokenizer, dist.device), share)
+    outcomes = tqdm(outcomes, "encode", len(share), unit="clip", mininterval=bar_interval_sec(), disable=not dist.is_main)
+    problems = dist.together(lambda: [problem for problem in outcomes if problem])
+    problems = [problem for part in dist.gather(problems) for problem in part]
+    if problems:
+        raise DataError("\n  ".join([f"{len(problems)} audio clips cannot be encoded:", *problems[: data.MAX_SHOWN]]))
+    store.refresh()  # with what other ranks have added
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,6 +449,11 @@ def log(dist: Dist, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def bar_interval_sec() -> float:
+    """How often a progress bar is drawn: seldom where each drawing is a new line."""
+    return 0.5 if sys.stderr.isatty() else 10
+
+
 def log_list(dist: Dist, title: str, items: Sequence[str]) -> None:
     """A title and the first items below it, if there are any."""
     if items:
@@ -500,7 +512,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     metrics = checkpoint.MetricsFile(output_dir / "metrics.jsonl", steps_done=step)
     flops_per_token = model_patch.train_flops_per_token(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
-    seconds = 0.5 if sys.stderr.isatty() else 10  # between two lines, where each is a new one
+    seconds = bar_interval_sec()
     progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step", mininterval=seconds)
 
     model.train()

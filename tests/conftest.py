@@ -50,6 +50,20 @@ def checkpoint_dir(toys) -> Path:
 
 
 @pytest.fixture(scope="session")
+def codec_files(tmp_path_factory) -> Path:
+    """A small codec of the official class with random weights, and the HuBERT that it loads by a relative name."""
+    pytest.importorskip("vector_quantize_pytorch", reason="needs requirements-codec.txt")
+    return demo.make_codec(tmp_path_factory.mktemp("codec"))
+
+
+@pytest.fixture()
+def codec_dir(codec_files, monkeypatch) -> Path:
+    """The same, and the current folder, so that the codec finds its HuBERT."""
+    monkeypatch.chdir(codec_files)
+    return codec_files
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     return demo.make_tokenizer()
 

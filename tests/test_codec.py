@@ -6,68 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import soundfile
 import torch
 from conftest import write_manifest
-from transformers import HubertConfig, HubertModel
 
 import train
-from audio import AudioStore, import_codec, load_codec
-from manifest import AudioPart, DataError, Record
+from audio import AudioStore
 from tools import demo
 
-pytest.importorskip("vector_quantize_pytorch", reason="needs requirements-codec.txt")
 RATE = 24000
-
-
-@pytest.fixture(scope="module")
-def codec_dir(tmp_path_factory) -> Path:
-    """A codec folder as upstream loads it (config.json, model.pth): the real class, small and with random weights.
-
-    Its HuBERT is a small random one too; upstream names the published one, which would be downloaded.
-    """
-    folder = tmp_path_factory.mktemp("codec")
-    HubertModel(
-        HubertConfig(hidden_size=768, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
-    ).save_pretrained(folder / "hubert")
-    config = {
-        "n_filters": 32,
-        "D": 256,
-        "codebook_dim": 64,
-        "target_bandwidths": [0.5, 1, 1.5, 2, 4],
-        "ratios": [8, 5, 4, 2, 3],
-        "sample_rate": RATE,
-        "bins": 64,
-        "n_q": 8,
-        "semantic_techer": "hubert_base_general",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    with small_hubert(folder):
-        torch.manual_seed(0)
-        codec = import_codec().HiggsAudioTokenizer(**config, device="cpu")
-        for name, buffer in codec.named_buffers():  # an untrained codebook is initialised from its first batch
-            if name.endswith("inited"):
-                buffer.fill_(1)
-            if name.endswith("embed"):
-                buffer.normal_()
-        torch.save(codec.state_dict(), folder / "model.pth")
-    return folder
-
-
-class small_hubert:
-    """While it lasts, every HuBERT that is asked for is the small one in the folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self):
-        self.original = HubertModel.from_pretrained.__func__
-        folder, original = self.folder, self.original
-        HubertModel.from_pretrained = classmethod(lambda cls, name, **kwargs: original(cls, folder / "hubert"))
-
-    def __exit__(self, *_):
-        HubertModel.from_pretrained = classmethod(self.original)
 
 
 def write_wav(path: Path, seconds: float, rate: int = RATE, seed: int = 0) -> None:
@@ -100,32 +47,22 @@ def test_a_wav_file_trains(codec_dir, tmp_path):
     ]
     manifest = write_manifest(tmp_path / "m.jsonl", records)
     demo.make_checkpoint(tmp_path / "checkpoint")
-    argv = f"--train_manifest {manifest} --output_dir {tmp_path / 'o'} --base_ckpt {tmp_path / 'checkpoint'} --audio_tokenizer {codec_dir}"
-    with small_hubert(codec_dir):
-        assert train.main([*argv.split(), "--max_steps", "2", "--batch_size", "2", "--num_workers", "0"]) == 0
-    files = sorted(np.load(p).shape for p in (tmp_path / "o" / "codes").glob("*.npy"))
-    assert files == [(8, 5), (8, 13), (8, 15)]
-    (first, *_) = (json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines())
+    (tmp_path / "codec").symlink_to(codec_dir)
+
+    def run(name: str, *more: str) -> dict:
+        """Train for two steps; the metrics of the first."""
+        argv = f"--train_manifest {manifest} --output_dir {tmp_path / name} --base_ckpt {tmp_path / 'checkpoint'} --max_steps 2"
+        argv += f" --audio_tokenizer {tmp_path / 'codec'} --batch_size 2 --num_workers 0"
+        assert train.main([*argv.split(), *more]) == 0
+        return json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+
+    first = run("first")
+    store = AudioStore(8, 64, 25.0, tmp_path / "first" / "codes", str(codec_dir))
+    assert sorted(codes.shape for _, codes in store.cache.items()) == [(8, 5), (8, 13), (8, 15)]
     assert first["audio_targets"] == 8 * (15 + 1 + 5 + 1) and first["audio_loss"] > 0
-
-
-def test_codes_are_the_codecs(codec_dir, tmp_path):
-    """What the store hands out is what the official class says for the same file."""
-    write_wav(tmp_path / "a.wav", 0.4)
-    with small_hubert(codec_dir):
-        codec = load_codec(str(codec_dir), "cpu")
-    store = AudioStore(8, 64, 25.0, tmp_path / "codes", "codec")
-    part = AudioPart(tmp_path / "a.wav", None, None, True, "here")
-    record = Record(None, [part], "record 0")
-    assert len(store.missing([record, record])) == 1
-    store.encode(codec, store.missing([record]))
-    assert store.missing([record]) == []
-    assert torch.equal(store.codes(part, "record 0"), codec.encode(str(tmp_path / "a.wav")).long())
-    write_wav(tmp_path / "b.wav", 0.03)
-    with pytest.raises(DataError, match=r"0\.030 s of audio is less than one frame"):
-        store.encode(codec, [(AudioPart(tmp_path / "b.wav", None, None, True, "here"), "record 0")])
-    write_wav(tmp_path / "a.wav", 0.4, seed=2)
-    assert len(store.missing([record])) == 1, "a changed file has to be encoded again"
+    (tmp_path / "codec").unlink()
+    second = run("second", "--codes_dir", str(tmp_path / "first" / "codes"))
+    assert second["loss"] == first["loss"], "a full cache is all that training needs"
 
 
 def test_a_checkpoint_with_whisper_trains(tmp_path, codec_dir):
@@ -143,11 +80,8 @@ def test_a_checkpoint_with_whisper_trains(tmp_path, codec_dir):
     ]
     manifest = write_manifest(tmp_path / "m.jsonl", records)
     argv = f"--train_manifest {manifest} --output_dir {tmp_path / 'o'} --base_ckpt {tmp_path / 'checkpoint'} --lora_r 0"
-    with small_hubert(codec_dir):
-        argv += (
-            f" --audio_tokenizer {codec_dir} --batch_size 1 --grad_accum 2 --max_steps 3 --num_workers 0 --mixed_precision no"
-        )
-        assert train.main([*argv.split(), "--lr", "1e-2"]) == 0
+    argv += f" --audio_tokenizer {codec_dir} --batch_size 1 --grad_accum 2 --max_steps 3 --num_workers 0 --mixed_precision no"
+    assert train.main([*argv.split(), "--lr", "1e-2"]) == 0
     before, after = (
         {n: t for n, t in load(tmp_path / p).items() if n.startswith("audio_tower.layers")} for p in ("checkpoint", "o/final")
     )

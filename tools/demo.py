@@ -23,15 +23,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast
 
 import data
-from audio import FRAME_RATE_HZ, AudioStore
+from audio import FRAME_RATE_HZ, AudioStore, import_codec
 from manifest import read_manifest
 from tools.generate import as_prompt, speak
 
@@ -131,6 +132,42 @@ def make_checkpoint(folder: Path, seed: int = 0, **overrides) -> Path:
     model = HiggsAudioModel(tiny_config(tokenizer, **overrides))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_codec(folder: Path, full_size: bool = False, seed: int = 0) -> Path:
+    """Save a codec of the official class with random weights, laid out as upstream loads it: config.json, model.pth.
+
+    Its HuBERT is a random one too, in `folder`/bosonai/hubert_base: upstream loads that name, from the Hub if there is no such
+    folder where it runs.
+
+    full_size: that of the published codec; else a small one of the same rates, with the demo's codebooks
+    """
+    size = {} if full_size else {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(seed)
+    hubert = HubertModel(HubertConfig(**size))
+    hubert.save_pretrained(folder / "bosonai" / "hubert_base")
+    config = {
+        "n_filters": 32,
+        "D": 256,
+        "codebook_dim": 64,
+        "target_bandwidths": [0.5, 1, 1.5, 2, 4],
+        "ratios": [8, 5, 4, 2, 3] if full_size else [8, 10, 12],
+        "sample_rate": 24000,
+        "bins": 1024 if full_size else 64,
+        "n_q": 8,
+        "semantic_techer": "hubert_base_general",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    module = import_codec()
+    module.AutoModel = SimpleNamespace(from_pretrained=lambda *_, **__: hubert)
+    codec = module.HiggsAudioTokenizer(**config, device="cpu")
+    for name, buffer in codec.named_buffers():  # an untrained codebook would be initialised from its first batch
+        if name.endswith("inited"):
+            buffer.fill_(1)
+        if name.endswith("embed"):
+            buffer.normal_()
+    torch.save(codec.state_dict(), folder / "model.pth")
     return folder
 
 

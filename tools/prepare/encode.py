@@ -1,0 +1,122 @@
+"""Waveforms -> codes, once: all clips of manifests, into a cache that any number of runs train from (`--codes_dir DIR`).
+
+    python -m tools.prepare encode train.jsonl val.jsonl --out codes
+    torchrun --nproc_per_node=8 -m tools.prepare encode train.jsonl --out codes
+
+It may be killed and started again, and run beside others on the same cache: what is there is not encoded again. The ranks share
+the audio by its duration. One clip at a time goes through the codec, for then its codes are the codec's own (see
+`AudioStore.encode`); a GPU that this leaves idle takes several ranks. Audio that cannot be encoded is named at the end, and the
+exit status is then 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from audio import AudioStore, duration_sec, find_codec, load_codec
+from config import Config
+from distributed import Dist, setup_distributed
+from manifest import AudioPart, DataError, Record, check, read_manifest
+from train import bar_interval_sec, log, report
+
+Clip = tuple[AudioPart, str]
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.3f}/{total:.3f} h [{elapsed}<{remaining}{postfix}]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", nargs="+", type=Path, help="manifests that name the audio")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the cache, made if need be")
+    parser.add_argument("--audio_tokenizer", default=Config.audio_tokenizer, metavar="X", help="codec: a folder, or on the Hub")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the codec runs")
+    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="threads per rank that read and decode audio")
+
+
+def run(args: argparse.Namespace) -> int:
+    dist = setup_distributed("cpu", patience_hours=1000)  # gloo: ranks only agree on who encodes what, and wait at the end
+    try:
+        problems = encode(args, dist)
+        if problems:
+            remedy = "repair the files or take out the records; all other clips are in the cache"
+            raise DataError("\n  ".join([f"{len(problems)} clips cannot be encoded ({remedy}):", *problems]))
+    except DataError as error:
+        report(error)
+        return 2
+    return 0
+
+
+def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
+    """Encode what is missing, all ranks together; returns what is wrong with which clip. Collective."""
+    if args.num_workers < 1:
+        raise DataError(f"--num_workers {args.num_workers}: must be at least 1")
+    info = dist.main_first(lambda: find_codec(args.audio_tokenizer, args.out))
+    store = AudioStore(info.num_codebooks, info.codebook_size, info.frame_rate_hz, args.out, args.audio_tokenizer)
+    clips = dist.together(lambda: store.missing(read_records(args.manifest)) if dist.is_main else [])
+    clips = dist.from_main(clips)
+    if not clips:
+        log(dist, f"nothing to encode: {args.out} holds the codes of all clips")
+        return []
+    seconds = measure(clips, dist, args.num_workers)
+    hours = seconds.sum() / 3600
+    log(dist, f"{len(clips)} clips of {hours:.3f} h to encode, on {dist.world_size} rank(s)")
+    started = time.perf_counter()
+    mine = np.flatnonzero(split(seconds, dist.world_size) == dist.rank)
+    problems = dist.together(lambda: encode_share(args, dist, store, [clips[i] for i in mine], seconds[mine]))
+    problems = [problem for share in dist.gather(problems) for problem in share]
+    elapsed = time.perf_counter() - started
+    log(dist, f"{len(clips) - len(problems)} clips in {elapsed:.1f} s: {hours / elapsed:.5f} hours of audio per second")
+    return problems
+
+
+def read_records(paths: Sequence[Path]) -> Iterable[Record]:
+    return itertools.chain.from_iterable(check(read_manifest(path))[0] for path in paths)
+
+
+def measure(clips: Sequence[Clip], dist: Dist, num_threads: int) -> np.ndarray:
+    """[clips] the duration of each in seconds, 0 for what cannot be read; each rank opens a part of the files. Collective."""
+    seconds, mine = np.zeros(len(clips)), slice(dist.rank, None, dist.world_size)
+    with ThreadPoolExecutor(num_threads) as pool:
+        seconds[mine] = list(pool.map(duration_sec, [part for part, _ in clips[mine]]))
+    return sum(dist.gather(seconds))
+
+
+def split(seconds: np.ndarray, world_size: int) -> np.ndarray:
+    """[clips] the rank of each: consecutive clips, which often lie in one file, of about the same duration for all."""
+    middles = np.cumsum(seconds) - seconds / 2
+    return np.minimum(middles * world_size / max(seconds.sum(), 1e-9), world_size - 1).astype(int)
+
+
+def encode_share(args: argparse.Namespace, dist: Dist, store: AudioStore, clips: list[Clip], seconds: np.ndarray) -> list[str]:
+    """Encode this rank's clips; returns what is wrong with them."""
+    problems, started = [], time.perf_counter()
+    device = choose_device(args.device, dist.local_rank)
+    outcomes = store.encode(lambda: load_codec(args.audio_tokenizer, device), clips, args.num_workers)
+    with tqdm(
+        desc=f"encode on {device}" + f", 1 of {dist.world_size} ranks" * (dist.world_size > 1),
+        total=seconds.sum() / 3600,
+        bar_format=BAR,
+        mininterval=bar_interval_sec(),
+        disable=not dist.is_main,
+    ) as bar:
+        for problem, sec in zip(outcomes, seconds, strict=True):
+            problems += [problem] if problem else []
+            bar.update(sec / 3600)
+            bar.set_postfix_str(f"{bar.n / (time.perf_counter() - started):.5f} h/s", refresh=False)
+    return problems
+
+
+def choose_device(choice: str, local_rank: int) -> torch.device:
+    """The GPU of a rank, one of which may have several ranks; or the CPU."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DataError("--device cuda: this PyTorch sees no GPU")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
