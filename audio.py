@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import struct
 import sys
 import types
 import uuid
@@ -43,6 +44,7 @@ R = TypeVar("R")
 
 FRAME_RATE_HZ = 25.0  # of the published codec: 24,000 samples per second, 960 per frame
 CODEC_NOTE = "codec.json"  # in a cache's folder
+STREAMED_BYTES = 0.9 * (2**31 - 2**16)  # programs that do not know how much will follow promise about 2 or 4 GB
 MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some headers only estimate the length
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,8 +227,8 @@ def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
     """
     name = f"{source}: {part.field}: {part.path or 'raw_audio'}"
     try:
-        with _open_audio(part) as file:
-            rate, start, stop = file.samplerate, *_span(part, file.samplerate, len(file))
+        with open_audio(part) as file:
+            rate, start, stop = file.samplerate, *span(part, file.samplerate, len(file))
             file.seek(start)
             samples = file.read(stop - start, dtype="float32", always_2d=True).mean(axis=1)
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
@@ -243,18 +245,24 @@ def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
 def duration_sec(part: AudioPart) -> float:
     """Seconds of a waveform, from the file's header alone; 0 for what cannot be read."""
     try:
-        with _open_audio(part) as file:
-            start, stop = _span(part, file.samplerate, len(file))
+        with open_audio(part) as file:
+            start, stop = span(part, file.samplerate, len(file))
             return max(0, stop - start) / file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError):
         return 0.0
 
 
-def _open_audio(part: AudioPart) -> soundfile.SoundFile:
+def open_audio(part: AudioPart) -> soundfile.SoundFile:
+    """raises: LibsndfileError, OSError; RuntimeError for a WAV file that is cut off, of which libsndfile would say nothing"""
+    with io.BytesIO(part.raw_audio) if part.path is None else open(part.path, "rb") as file:
+        form, size = struct.unpack("<4sI", file.read(8).ljust(8))
+        there, promised = file.seek(0, os.SEEK_END), size + 8
+    if form == b"RIFF" and there < (1 - MAX_CUT_OFF) * promised < STREAMED_BYTES:
+        raise RuntimeError(f"it is cut off: {there} of {promised} bytes are there")
     return soundfile.SoundFile(io.BytesIO(part.raw_audio) if part.path is None else part.path)
 
 
-def _span(part: AudioPart, rate_hz: float, length: int) -> tuple[int, int]:
+def span(part: AudioPart, rate_hz: float, length: int) -> tuple[int, int]:
     """(start, stop) that a clip's `offset` and `duration` leave of `length` samples or frames; start >= stop: nothing."""
     start = min(length, round((part.offset_sec or 0.0) * rate_hz))
     return start, length if part.duration_sec is None else min(length, start + round(part.duration_sec * rate_hz))
@@ -505,7 +513,7 @@ class AudioStore:
                 f"{source}: {part.field}: {part.path} holds an array {list(shape)}; expected [{self.num_codebooks} "
                 "codebooks, frames]"
             )
-        start, stop = _span(part, self.frame_rate_hz, shape[1])
+        start, stop = span(part, self.frame_rate_hz, shape[1])
         if start >= stop:
             raise DataError(f"{source}: {part.field}: no frames left of {shape[1]} after offset and duration")
         return start, stop

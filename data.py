@@ -73,7 +73,7 @@ class ChatMLDataset(Dataset):
         record = self.records[index]
         if index in self.num_turns:
             record = record.cropped(self.num_turns[index])
-        input_ids, label_ids = self._ids(record)
+        input_ids, label_ids = self.ids(record)
         codes = [self.store.codes(part, record.source) for part in record.audio]
         labels = self._label_codes(record, codes)
         waveforms, rates = self._waveforms(record) if self.with_waveforms else ([], [])
@@ -94,9 +94,9 @@ class ChatMLDataset(Dataset):
     def length(self, record: Record, collator: ExtendedHiggsAudioSampleCollator) -> int:
         """Positions the record takes in the model, without reading its codes."""
         clips = [(self.store.num_frames(part, record.source), part.is_output) for part in record.audio]
-        return collator.num_positions(len(self._ids(record)[0]), clips)
+        return collator.num_positions(len(self.ids(record)[0]), clips)
 
-    def _ids(self, record: Record) -> tuple[list[int], list[int]]:
+    def ids(self, record: Record) -> tuple[list[int], list[int]]:
         """(input_ids, label_ids) of the official `prepare_chatml_sample`."""
         input_ids, label_ids, audio_contents, _ = prepare_chatml_sample(record.chatml, self.tokenizer)
         if input_ids is None:

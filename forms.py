@@ -64,7 +64,7 @@ COLUMNS = {
 }
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 RECORD_KEYS = ("messages", "start_index", "speaker", "misc")
-PART_KEYS = {"type", "text", "audio_url", "raw_audio", "offset", "duration", "row_id", "audio_label_url"}
+FOREIGN_KEYS = ("audio", "path", "url")  # of audio parts
 PEEKED_BYTES = 10_000_000  # a JSONL file is judged by so much of its beginning
 
 
@@ -76,17 +76,21 @@ class Conversion:
     folder: Path  # what relative audio paths start from
     records: list[tuple[str, dict]] = field(default_factory=list)  # (where it stood, ChatML)
     repairs: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)  # with the records that are not among `records`
 
 
-def open_manifest(path: str | Path) -> tuple[Manifest, Conversion | None]:
+def open_manifest(path: str | Path, tolerant: bool = False) -> tuple[Manifest, Conversion | None]:
     """The records of a dataset in any known form, and how they were converted where they had to be.
 
+    tolerant: leave out records that cannot be converted; `Conversion.problems` tells about them
     raises: DataError naming file, record, field and remedy; for an unknown form it lists the known ones and what was found
     """
     path = Path(path)
     if recognise(path) is None:
         return read_manifest(path), None
     conversion = convert(path)
+    if not tolerant:
+        report_problems(conversion.problems)
     return Manifest.of_values(path, conversion.folder, conversion.records), conversion
 
 
@@ -99,11 +103,14 @@ def recognise(path: Path) -> str | None:
 
 
 def convert(path: str | Path) -> Conversion:
-    """Read a dataset in any known form, ChatML included. raises: DataError with all problems."""
+    """Read a dataset in any known form, ChatML included.
+
+    raises: DataError if it cannot be read at all; what is wrong with single records is in `Conversion.problems`
+    """
     path = Path(path)
     form, read = _reader(path)
     conversion = Conversion(form or "ChatML", path if path.is_dir() else path.parent)
-    problems, seen = [], {}
+    seen: dict[str, str] = {}
     for source, make in read(path):
         try:
             value = make(conversion.repairs)
@@ -112,9 +119,9 @@ def convert(path: str | Path) -> Conversion:
                 raise DataError(f"{source}: id {identity!r} was used before, at {seen[identity]}; give each sample its own")
             conversion.records.append((source, value))
         except DataError as error:
-            problems.append(str(error))
-    report_problems(problems)
+            conversion.problems.append(str(error))
     if not conversion.records:
+        report_problems(conversion.problems)
         raise DataError(f"{path}: {form} without any record")
     return conversion
 
@@ -306,10 +313,17 @@ def _is_chatml(value: dict) -> bool:
         if "from" in turn or _plain_role(turn.get("role")) != turn.get("role"):
             return False
         content = turn.get("content")
-        for part in content if isinstance(content, list) else [content]:
-            if isinstance(part, dict) and (part.get("type") in ("input_audio", "audio_url") or not set(part) <= PART_KEYS):
-                return False
+        if any(_is_foreign(part) for part in (content if isinstance(content, list) else [content])):
+            return False
     return True
+
+
+def _is_foreign(part: Any) -> bool:
+    """Whether a content part names its audio in another form's way."""
+    if not isinstance(part, dict):
+        return False
+    kind, named = part.get("type"), "audio_url" in part or "raw_audio" in part
+    return kind in ("input_audio", "audio_url") or (kind == "audio" and not named and any(k in part for k in FOREIGN_KEYS))
 
 
 def _plain_role(role: Any) -> Any:
@@ -368,10 +382,8 @@ def _turn(turn: dict, where: str, folder: Path, repairs: Counter) -> dict:
 def _part(part: Any, where: str, folder: Path, repairs: Counter) -> Any:
     """A content part in ChatML; one that is ChatML already, or unknown, is left as it is."""
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("input_audio", "audio_url") or (kind == "audio" and not isinstance(part.get("audio_url"), str)):
-        value = next((part[key] for key in (kind, "audio", "path", "url", "audio_url") if part.get(key)), None)
-        if kind == "audio" and value is None and part.get("raw_audio"):
-            return part
+    if _is_foreign(part):
+        value = next((part[key] for key in (kind, *FOREIGN_KEYS) if part.get(key)), None)
         repairs[f"`{kind}` parts became audio parts"] += 1
         timing = {name: part[name] for name in ("offset", "duration") if not _is_absent(part.get(name))}
         return audio_part(value, where, folder, repairs) | timing
@@ -591,6 +603,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit("usage: python forms.py PATH")
     try:
         conversion = convert(argv[0])
+        report_problems(conversion.problems)
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{conversion.form}: {len(conversion.records)} records")

@@ -130,7 +130,7 @@ def build_loaders(
 def fit_to_budget(cfg: Config, dist: Dist, dataset: data.ChatMLDataset, collator) -> tuple[data.ChatMLDataset, np.ndarray]:
     """The dataset without what exceeds --max_tokens, and its lengths, measured once and kept. Collective."""
     key = hashlib.sha256(f"{dataset.records.digest} {len(dataset)} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
-    path = Path(cfg.output_dir) / "codes" / f"lengths-{key.hexdigest()[:16]}.npy"
+    path = dataset.store.cache_dir / f"lengths-{key.hexdigest()[:16]}.npy"
     lengths = dist.from_main(np.load(path) if dist.is_main and path.is_file() else None)
     if lengths is None:
         log(dist, f"measuring {len(dataset)} records for --max_tokens")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkpoint import write_whole
 from forms import convert
-from manifest import DataError
+from manifest import DataError, report_problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     conversion = convert(args.input)
+    report_problems(conversion.problems)
     if args.output.is_dir() or (args.output.exists() and args.output.samefile(args.input)):
         raise DataError(f"{args.output}: choose another file for the output; the input is not changed")
     lines = []

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from audio import AudioStore, duration_sec, find_codec, load_codec
 from config import Config
 from distributed import Dist, setup_distributed
-from manifest import AudioPart, DataError, Record, check, read_manifest
+from forms import open_manifest
+from manifest import AudioPart, DataError, Record, check
 from train import bar_interval_sec, log, report
 
 Clip = tuple[AudioPart, str]
@@ -33,7 +34,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.3f}/{total:.3f} h [{elapsed}<{remai
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", nargs="+", type=Path, help="manifests that name the audio")
+    parser.add_argument("manifest", nargs="+", type=Path, help="datasets in any form of forms.py")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the cache, made if need be")
     parser.add_argument("--audio_tokenizer", default=Config.audio_tokenizer, metavar="X", help="codec: a folder, or on the Hub")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the codec runs")
@@ -77,7 +78,7 @@ def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
 
 
 def read_records(paths: Sequence[Path]) -> Iterable[Record]:
-    return itertools.chain.from_iterable(check(read_manifest(path))[0] for path in paths)
+    return itertools.chain.from_iterable(check(open_manifest(path)[0])[0] for path in paths)
 
 
 def measure(clips: Sequence[Clip], dist: Dist, num_threads: int) -> np.ndarray:

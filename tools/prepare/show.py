@@ -1,0 +1,129 @@
+"""One sample as the model will see it: its turns, its tokens, and the delay-pattern grid of its first frames.
+
+    python -m tools.prepare show train.jsonl 3 --base_ckpt folder
+
+What trains is coloured, or marked with * where there are no colours. Ids and labels come from the official
+`prepare_chatml_sample` and collator: nothing here is computed a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import data
+from audio import FRAME_RATE_HZ, AudioStore
+from collate import IGNORE_INDEX, create_collator
+from forms import open_manifest
+from manifest import DataError
+
+GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", help="a dataset in one of the forms of forms.py")
+    parser.add_argument("record", type=int, help="which record, from 0")
+    parser.add_argument(
+        "--base_ckpt", default=checkpoint.BASE_CKPT, help="for its tokenizer and config: a folder, or on the Hub"
+    )
+    parser.add_argument("--base_revision", default="")
+    parser.add_argument("--codes_dir", type=Path, help="where waveforms were encoded to")
+    parser.add_argument(
+        "--audio_tokenizer", default="bosonai/higgs-audio-v2-tokenizer", help="the codec they were encoded with"
+    )
+    parser.add_argument("--columns", type=int, default=12, help="columns of the grid")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    manifest, _ = open_manifest(args.manifest)
+    if not 0 <= args.record < len(manifest):
+        raise DataError(f"{args.manifest}: no record {args.record}; there are {len(manifest)}, from 0")
+    record = manifest[args.record]
+    revision = args.base_revision or (checkpoint.BASE_REVISION if args.base_ckpt == checkpoint.BASE_CKPT else None)
+    folder = checkpoint.find_base(args.base_ckpt, revision)
+    config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
+    use_color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    mark = Marker(use_color)
+
+    print(record.source, *([f"speaker {record.chatml.speaker}"] if record.chatml.speaker else []), sep="\n")
+    show_turns(record, mark)
+    with tempfile.TemporaryDirectory() as nowhere:
+        store = AudioStore(
+            config.audio_num_codebooks,
+            config.audio_codebook_size,
+            FRAME_RATE_HZ,
+            cache_dir=args.codes_dir or Path(nowhere),
+            codec=args.audio_tokenizer,
+        )
+        dataset = data.ChatMLDataset([record], tokenizer, store, with_waveforms=config.encode_whisper_embed)
+        show_tokens(*dataset.ids(record), tokenizer, mark)
+        has_waveforms = not all(part.holds_codes for part in record.audio)
+        if has_waveforms and (not args.codes_dir or store.missing([record])):
+            print("\nno grid: no codes of its waveforms; make them with python -m tools.prepare encode, and give --codes_dir")
+            return 0
+        show_grid(create_collator(config, strict=True)([dataset[0]]), config, args.columns, mark)
+    return 0
+
+
+class Marker:
+    """Writes what trains so that it can be told from what does not."""
+
+    def __init__(self, use_color: bool):
+        self.use_color = use_color
+
+    def __call__(self, text: str, trains: bool) -> str:
+        if self.use_color:
+            return f"{GREEN if trains else GREY}{text}{PLAIN}"
+        return f"{text}*" if trains else text
+
+    @property
+    def legend(self) -> str:
+        return f"{GREEN}trained{PLAIN} / {GREY}not trained{PLAIN}" if self.use_color else "* is trained"
+
+
+def show_turns(record: Any, mark: Marker) -> None:
+    """Each turn in a line: its role, its text, its clips."""
+    clips = iter(record.audio)
+    for index, turn in enumerate(record.chatml.messages):
+        trains = turn.role == "assistant" and index >= (record.chatml.start_index or 0)
+        shown = []
+        for part in turn.content if isinstance(turn.content, list) else [turn.content]:
+            if isinstance(part, str) or part.type == "text":
+                shown.append((part if isinstance(part, str) else part.text).replace("\n", "\\n"))
+                continue
+            clip = next(clips)
+            cut = f" from {clip.offset_sec or 0:g} s" + (f" for {clip.duration_sec:g} s" if clip.duration_sec else "")
+            shown.append(f"[{clip.path or 'raw_audio'}{cut if clip.offset_sec or clip.duration_sec else ''}]")
+        print(f"  {mark(turn.role, trains):12} {' '.join(shown)}")
+
+
+def show_tokens(input_ids: list[int], label_ids: list[int], tokenizer, mark: Marker) -> None:
+    tokens = [tokenizer.decode([token]) for token in input_ids]
+    trains = [label != IGNORE_INDEX for label in label_ids]
+    print(f"\n{len(tokens)} tokens, {sum(trains)} of them trained ({mark.legend}):")
+    print(" ".join(mark(repr(token)[1:-1], trained) for token, trained in zip(tokens, trains)))
+
+
+def show_grid(batch: Any, config: Any, num_columns: int, mark: Marker) -> None:
+    """The first columns of every clip the model speaks, one row for each codebook."""
+    names = {config.audio_stream_bos_id: "BOS", config.audio_stream_eos_id: "EOS"}
+    stops = [*batch.audio_out_ids_start.tolist()[1:], batch.audio_out_ids.shape[1]]
+    for number, (start, stop) in enumerate(zip(batch.audio_out_ids_start.tolist(), stops)):
+        ids, labels = batch.audio_out_ids[:, start:stop], batch.label_audio_ids[:, start:stop]
+        supervised = int((labels != IGNORE_INDEX).sum())
+        print(f"\nspoken clip {number}: {ids.shape[1]} columns, {supervised} of {labels.numel()} cells trained ({mark.legend})")
+        last = 3 if ids.shape[1] > num_columns else 0  # the end of a long clip shows how the codebooks stop
+        for k in range(ids.shape[0]):
+            trains = labels[k] != IGNORE_INDEX
+            cells = [mark(f"{names.get(int(i), int(i)):>4}", bool(t)).ljust(5) for i, t in zip(ids[k], trains)]
+            shown = [*cells[: num_columns - last], "...", *cells[-last:]] if last else cells
+            print(f"  codebook {k}: " + " ".join(shown))
+    heard = 0 if batch.audio_in_ids is None else len(batch.audio_in_ids_start)
+    if heard:
+        print(f"\nand {heard} clip(s) that are only heard, {batch.audio_in_ids.shape[1]} columns")
