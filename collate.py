@@ -22,9 +22,10 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import librosa
 import torch
@@ -43,6 +44,101 @@ class CollateError(ValueError):
 
 
 @dataclass
+class Packing:
+    """A batch as one sequence without padding: its samples one after the other, each placeholder replaced by its columns.
+
+    The model keeps the positions sorted by what they hold, text before audio, because the two go through different FFNs:
+    T positions, num_text of them text, then the columns of `audio_in_ids` and those of `audio_out_ids`, in their order.
+    Everything is known from the ids, so it is computed where the batch is made, and the device is never asked.
+
+    text_ids      [num_text] int64
+    in_sequence   [T] int64, where in the sequence each sorted position stands; to_sorted [T] is its inverse
+    position_ids  [T] int64, of each sorted position within its sample
+    lengths       positions of each sample; offsets [samples + 1] int32, where each begins in the sequence
+    text_rows     [text targets] int64, sorted positions that predict a text target
+    text_targets, text_inputs      [text targets, 1] int64, the target and the token that is fed at the position
+    audio_rows    [audio rows] int64, sorted positions that predict at least one code
+    audio_targets, audio_inputs    [audio rows, K] int64; targets of codebooks that are not trained there are IGNORE_INDEX
+    """
+
+    text_ids: Tensor
+    in_sequence: Tensor
+    to_sorted: Tensor
+    position_ids: Tensor
+    lengths: list[int]
+    offsets: Tensor
+    text_rows: Tensor
+    text_targets: Tensor
+    text_inputs: Tensor
+    audio_rows: Tensor
+    audio_targets: Tensor
+    audio_inputs: Tensor
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.in_sequence)
+
+    @classmethod
+    def of(cls, batch: ExtendedHiggsAudioBatchInput, audio_in_token: int, audio_out_token: int) -> Packing:
+        """The packing of a collated batch whose audio is all given as codes."""
+        ids, attended = batch.input_ids, batch.attention_mask.bool()
+        is_in, is_out = (ids == token for token in (audio_in_token, audio_out_token))
+        in_lengths = _clip_lengths(batch.audio_in_ids_start, batch.audio_in_ids)
+        out_lengths = _clip_lengths(batch.audio_out_ids_start, batch.audio_out_ids)
+        counts = attended.long()
+        counts[is_in], counts[is_out] = in_lengths, out_lengths
+        starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
+        offsets = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0))
+
+        is_text = attended & ~is_in & ~is_out
+        columns = [_columns(starts[mask], lengths) for mask, lengths in ((is_in, in_lengths), (is_out, out_lengths))]
+        in_sequence = torch.cat([starts[is_text], *columns])
+        T, num_text, num_in = len(in_sequence), int(is_text.sum()), len(columns[0])
+        to_sorted = torch.empty_like(in_sequence).scatter_(0, in_sequence, torch.arange(T))
+        first = offsets[:-1].repeat_interleave(counts.sum(1))  # of the sample of each place in the sequence
+
+        tokens, labels = torch.full((T,), audio_out_token), torch.full((T,), IGNORE_INDEX)
+        tokens[in_sequence[:num_text]] = ids[is_text]
+        if batch.label_ids is not None:
+            labels[in_sequence[:num_text]] = batch.label_ids[is_text]
+        labels[offsets[:-1][counts.sum(1) > 0]] = IGNORE_INDEX  # nobody predicts a sample's first token
+        predicting = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+
+        codes, code_labels = batch.audio_out_ids, batch.label_audio_ids
+        if code_labels is None:
+            code_labels = torch.full_like(codes, IGNORE_INDEX)
+        # Column 0 of every clip is IGNORE_INDEX in the official labels, so no clip predicts the next one's first.
+        trained = (code_labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+        return cls(
+            text_ids=ids[is_text],
+            in_sequence=in_sequence,
+            to_sorted=to_sorted,
+            position_ids=in_sequence - first[in_sequence],
+            lengths=counts.sum(1).tolist(),
+            offsets=offsets.int(),
+            text_rows=to_sorted[predicting],
+            text_targets=labels[predicting + 1, None],
+            text_inputs=tokens[predicting, None],
+            audio_rows=num_text + num_in + trained,
+            audio_targets=code_labels[:, trained + 1].T.contiguous(),
+            audio_inputs=codes[:, trained].T.contiguous(),
+        )
+
+
+def _clip_lengths(starts: Tensor | None, codes: Tensor | None) -> Tensor:
+    """Columns of each clip, from where they start in their concatenation."""
+    if starts is None or codes is None:
+        return torch.zeros(0, dtype=torch.long)
+    return torch.diff(starts, append=torch.tensor([codes.shape[1]])) if len(starts) else starts
+
+
+def _columns(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The places of all clips' columns, one clip after the other."""
+    before = lengths.cumsum(0) - lengths
+    return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+
+
+@dataclass
 class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
     """A batch of the official collator, with its size, its targets and where its samples came from.
 
@@ -57,6 +153,7 @@ class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
     sources: list[str] = field(default_factory=list)  # where each row came from, for error messages
     clamped: dict[str, int] = field(default_factory=dict)  # clamped audio indices by source
     has_label_overrides: bool = False  # some labels came from `audio_label_ids_concat`, not from the inputs
+    packing: Packing | None = None  # the same batch without padding; None where the audio comes through Whisper
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -68,12 +165,20 @@ class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
         return self._map(Tensor.pin_memory)
 
     def _map(self, function) -> ExtendedHiggsAudioBatchInput:
-        changed = {n: function(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        changed = _mapped(self, function)
+        if self.packing is not None:
+            changed["packing"] = dataclasses.replace(self.packing, **_mapped(self.packing, function))
         return dataclasses.replace(self, **changed)
 
     def model_inputs(self) -> dict:
         """The keyword arguments of `HiggsAudioModel.forward`."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(HiggsAudioBatchInput) if f.name != "reward"}
+
+    def num_frames(self) -> int:
+        """Audio frames, heard and spoken, without stream ids and delay columns."""
+        K = self.audio_out_ids.shape[0]
+        pairs = ((self.audio_in_ids, self.audio_in_ids_start), (self.audio_out_ids, self.audio_out_ids_start))
+        return sum(ids.shape[1] - len(starts) * (K + 1) for ids, starts in pairs if ids is not None)
 
     def num_targets(self) -> tuple[Tensor, Tensor]:
         """How many next-token targets the labels hold: text [] and audio [K], int64.
@@ -94,6 +199,7 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
     feature_shape:     (mel_bins, mel_frames) of the model's audio tower, which wants (perhaps empty) features in every
                        batch; None for a model without one.
     strict:            more placeholders than clips is an error instead of a clamped index.
+    pack:              add the batch's `Packing`, unless audio comes through Whisper or is not heard at all.
     Other arguments are the official collator's.
     """
 
@@ -103,9 +209,11 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         feature_extractor: WhisperFeatureExtractor | None = None,
         feature_shape: tuple[int, int] | None = None,
         strict: bool = False,
+        pack: bool = True,
         **kwargs,
     ):
         super().__init__(whisper_processor=None, encode_whisper_embed=False, **kwargs)
+        self.pack = pack and feature_shape is None and self.return_audio_in_tokens
         self.feature_extractor = feature_extractor
         self.feature_shape = feature_shape
         self.strict = strict
@@ -137,6 +245,8 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         if result.label_audio_ids is not None and not self.disable_audio_codes_transform:
             self._override_labels(result, repaired)
         self._add_features(result, repaired)
+        if self.pack:
+            result.packing = Packing.of(result, self.audio_in_token_id, self.audio_out_token_id)
         return result
 
     def num_positions(self, num_ids: int, clips: Sequence[tuple[int, bool]]) -> int:
@@ -301,6 +411,11 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
             batch.audio_feature_attention_mask = torch.zeros((0, frames), dtype=torch.int32)
 
 
+def _mapped(holder: Any, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Its tensors, after `function`."""
+    return {name: function(value) for name, value in vars(holder).items() if isinstance(value, Tensor)}
+
+
 def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
@@ -326,6 +441,7 @@ def create_collator(
     return_audio_in_tokens: bool | None = None,
     encode_whisper_embed: bool | None = None,
     strict: bool = False,
+    pack: bool = True,
     round_to: int = 8,
 ) -> ExtendedHiggsAudioSampleCollator:
     """The collator a checkpoint was made for; None follows the checkpoint's config, anything else overrides it.
@@ -353,6 +469,7 @@ def create_collator(
         feature_extractor=extractor if whisper else None,
         feature_shape=(extractor.feature_size, extractor.nb_max_frames) if has_tower else None,
         strict=strict,
+        pack=pack,
         audio_in_token_id=config.audio_in_token_idx,
         audio_out_token_id=config.audio_out_token_idx,
         pad_token_id=config.pad_token_id,

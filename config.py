@@ -56,6 +56,9 @@ class Config:
     max_tokens: int = _setting(
         0, "positions (text, frames and delay columns, with padding) per micro-batch and rank, instead of --batch_size; 0: off"
     )
+    pack: bool = _setting(
+        True, "compute each micro-batch as one sequence without padding; no: as padded rows, as upstream does", const=True
+    )
     long: str = _setting(
         "error", "what to do with samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")
     )

@@ -17,12 +17,15 @@ vocabulary (codebook size plus two stream ids).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
@@ -142,6 +145,66 @@ def score(output, batch, ids: AudioIds, text: Alignment = "shift", audio: Alignm
         audio_labels[audio_target],
         audio_inputs[audio_at],
     )
+
+
+MAX_LOGITS = 2**25  # so many are alive at once, in float32 128 MiB
+
+
+def packed_sums(
+    rows: Callable[[Tensor], Tensor],
+    text_head: nn.Module,
+    audio_head: nn.Module,
+    packing,
+    *,
+    stream_eos: int,
+    with_copies: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sums of a packed batch, from logits of the supervised positions alone, in pieces of at most MAX_LOGITS.
+
+    rows:    hidden states [n, D] of n sorted positions; see `TrainableHiggsAudioModel._forward_packed`
+    packing: a `collate.Packing`
+    returns: `LossSums.pack` [2 * K + 4], part of the graph; `copy_counts` [2], zero unless asked for
+    """
+    text, _, text_copies = _stream_sums(rows, text_head, packing, "text", stream_eos, with_copies)
+    audio, eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
+    supervised = packing.audio_targets != IGNORE_INDEX
+    is_eos = packing.audio_targets == stream_eos
+    counts = [eos[None], eos.new_tensor([len(packing.text_rows)]), supervised.sum(0), is_eos.sum()[None]]
+    return torch.cat([text, audio, *counts]), text_copies + audio_copies
+
+
+def _stream_sums(
+    rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(nats [K], end-of-stream nats [], copies [2]) of one stream. Pieces are computed again in the backward pass."""
+    indices, targets, inputs = (getattr(packing, f"{stream}_{name}") for name in ("rows", "targets", "inputs"))
+    size = max(1, MAX_LOGITS // head.out_features)
+    total: tuple[Tensor, ...] | None = None
+    for piece in zip(indices.split(size), targets.split(size), inputs.split(size)):
+        run = functools.partial(_piece_sums, head=head, stream_eos=stream_eos, with_copies=with_copies)
+        if len(indices) > size and torch.is_grad_enabled():
+            sums = checkpoint(run, rows(piece[0]), *piece[1:], use_reentrant=False)
+        else:
+            sums = run(rows(piece[0]), *piece[1:])
+        total = sums if total is None else tuple(map(torch.add, total, sums))
+    return total
+
+
+def _piece_sums(
+    hidden: Tensor, targets: Tensor, inputs: Tensor, head: nn.Module, stream_eos: int, with_copies: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, K = targets.shape
+    logits = head(hidden).float().view(n * K, head.out_features // K)
+    flat = targets.flatten()
+    nats = F.cross_entropy(logits, flat, ignore_index=IGNORE_INDEX, reduction="none")
+    copies = nats.new_zeros(2)
+    if with_copies:
+        with torch.no_grad():
+            fed = inputs.flatten()
+            candidates = (flat != IGNORE_INDEX) & (flat != fed)
+            probability = (logits.gather(1, fed[:, None]).squeeze(1) - logits.logsumexp(1)).exp()
+            copies = torch.stack([candidates.sum(), (candidates & (probability > CONFIDENT_COPY)).sum()]).float()
+    return nats.view(n, K).sum(0), (nats.detach() * (flat == stream_eos)).sum(), copies
 
 
 def loss_sums(scored: Scored, stream_eos: int) -> LossSums:

@@ -30,8 +30,8 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
@@ -41,8 +41,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+if TYPE_CHECKING:
+    from collate import Packing
 
 # What PEFT task wrappers, `transformers.Trainer` and home-made loops add to a call. `label_ids` is not one of them: it
 # is upstream's own argument and makes `expanded_labels` appear. Any other unknown argument stays an error.
@@ -87,21 +92,54 @@ class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
 
     checkpointing = "none"
 
-    def forward(self, hidden_states, attention_mask=None, *args, audio_out_mask=None, position_embeddings=None, **kwargs):
-        if not isinstance(audio_out_mask, Routing):
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                *args,
-                audio_out_mask=audio_out_mask,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
-        run = functools.partial(self._forward_routed, routing=audio_out_mask)
+    def forward(
+        self, hidden_states, attention_mask=None, *args, packing=None, audio_out_mask=None, position_embeddings=None, **kwargs
+    ):
+        if packing is not None:
+            run = functools.partial(self._forward_packed, packing=packing)
+            return self._checkpointed(run, hidden_states, *position_embeddings)
+        if isinstance(audio_out_mask, Routing):
+            run = functools.partial(self._forward_routed, routing=audio_out_mask)
+            return (self._checkpointed(run, hidden_states, attention_mask, position_embeddings),)
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            *args,
+            audio_out_mask=audio_out_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+    def _checkpointed(self, run: Callable[..., Tensor], *args) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return (run(hidden_states, attention_mask, position_embeddings),)
+            return run(*args)
         context = {"context_fn": _selective_contexts} if self.checkpointing == "selective" else {}
-        return (checkpoint(run, hidden_states, attention_mask, position_embeddings, use_reentrant=False, **context),)
+        return checkpoint(run, *args, use_reentrant=False, **context)
+
+    def _forward_packed(self, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
+        """hidden: [T, D], text before audio, so that each norm and FFN has a slice to itself; cos, sin: [T, head_dim]."""
+        split = (len(packing.text_ids), packing.num_positions - len(packing.text_ids))
+        text, audio = hidden.split(split)
+        normed = torch.cat([self.input_layernorm(text), self.audio_input_layernorm(audio)])
+        hidden = hidden + self._attend(normed, cos, sin, packing).to(hidden.dtype)
+        text, audio = hidden.split(split)
+        text = self.mlp(self.post_attention_layernorm(text))
+        audio = self.audio_mlp(self.audio_post_attention_layernorm(audio))
+        return hidden + torch.cat([text, audio]).to(hidden.dtype)
+
+    def _attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
+        """Causal attention within each sample; hidden: [T, D] sorted, as is the result."""
+        attention = self.self_attn
+        T = len(hidden)
+        query = attention.q_proj(hidden).view(T, attention.num_heads, attention.head_dim)
+        key, value = (
+            projection(hidden).view(T, attention.num_key_value_heads, attention.head_dim)
+            for projection in (attention.k_proj, attention.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        query, key, value = (states.index_select(0, packing.to_sorted) for states in (query, key, value))
+        attended = attend_packed(query, key, value, packing.offsets, packing.lengths)
+        return attention.o_proj(attended.flatten(1).index_select(0, packing.in_sequence))
 
     def _forward_routed(self, hidden: Tensor, attention_mask, position_embeddings, routing: Routing) -> Tensor:
         """hidden: [B, S, D]; returns [B, S, D] in the same dtype."""
@@ -119,11 +157,69 @@ class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
         return hidden + updates.index_select(0, routing.restore).view(B, S, D)
 
 
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention of each sample to itself.
+
+    query: [T, heads, head_dim]; key, value: [T, key heads, head_dim], in the order of the sequence
+    offsets: [samples + 1] int32, where samples begin; lengths: the same as numbers the host knows
+    returns: [T, heads, head_dim]
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        longest = max(lengths)
+        return varlen_attn(query, key, value, offsets, offsets, longest, longest, **_varlen_options(query, key))
+    pieces = [  # [T, heads, head_dim] -> [samples][1, heads, length, head_dim]
+        functional.scaled_dot_product_attention(*(s.transpose(0, 1)[None] for s in states), is_causal=True, enable_gqa=True)
+        for states in zip(*(states.split(lengths) for states in (query, key, value)))
+    ]
+    return torch.cat([piece[0].transpose(0, 1) for piece in pieces])
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_options(query: Tensor, key: Tensor) -> dict:
+    """How this PyTorch's `varlen_attn` is asked for causal attention with grouped keys; the names have changed once."""
+    options: dict = {"window_size": (-1, 0)} if "window_size" in _varlen_parameters() else {"is_causal": True}
+    return options | ({"enable_gqa": True} if "enable_gqa" in _varlen_parameters() and query.shape != key.shape else {})
+
+
 class TrainableHiggsAudioModel(HiggsAudioModel):
     """`HiggsAudioModel` with the patches of this module; make one with `patch_for_training`."""
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether the model has nothing but what `_forward_packed` computes."""
+        return (
+            self.audio_tower is None
+            and self.config.audio_decoder_proj_num_layers == 0
+            and not self.config.text_config.attention_dropout
+            and all(isinstance(layer, TrainableDualFFNDecoderLayer) for layer in self.layers)
+        )
+
+    def _forward_packed(self, batch: dict, packing: Packing, head_loss: Callable) -> Any:
+        """Embed, run the layers on the packed positions, and let `head_loss` read the result; see `collate.Packing`.
+
+        head_loss: called as head_loss(rows, text_head, audio_head, packing) where rows(indices) gives the normalised hidden
+                   states of sorted positions; what it returns is returned. It runs in here because sharded heads have their
+                   weights only during the forward pass.
+        """
+        self._unused = []
+        heard, spoken = batch["audio_in_ids"], batch["audio_out_ids"]
+        has_heard = heard is not None and heard.shape[-1] > 0
+        audio = self._embed_audio_ids(torch.cat([heard, spoken], dim=1) if has_heard else spoken)
+        hidden = torch.cat([self.embed_tokens(packing.text_ids), audio])
+        cos, sin = (table[0] for table in self.rotary_emb(hidden, packing.position_ids[None]))
+        for layer in self.layers:
+            hidden = layer(hidden, packing=packing, position_embeddings=(cos, sin))
+        heads = self.audio_decoder_proj
+        return head_loss(lambda rows: self.norm(hidden.index_select(0, rows)), heads.text_lm_head, heads.audio_lm_head, packing)
+
     @functools.wraps(HiggsAudioModel.forward)  # generate() reads the names of the arguments from the signature
-    def forward(self, *args, return_dict: bool | None = None, **kwargs):
+    def forward(self, *args, return_dict: bool | None = None, packing: Packing | None = None, head_loss=None, **kwargs):
+        if packing is not None:
+            return self._forward_packed(kwargs, packing, head_loss)
         self._unused: list[Tensor] = []
         kwargs = {name: value for name, value in kwargs.items() if name not in INJECTED_KWARGS}
         output = super().forward(*args, return_dict=True, **kwargs)
@@ -217,6 +313,7 @@ _KEPT_OPS = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -102,7 +103,7 @@ def build_loaders(
         cache_dir=Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"),
         codec=cfg.audio_tokenizer,
     )
-    collator = dist.together(lambda: collate.create_collator(config, strict=True))
+    collator = dist.together(lambda: collate.create_collator(config, strict=True, pack=cfg.pack))
     encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
 
     def build(records: Mixture, grad_accum: int, shuffle: bool) -> data.Loader:
@@ -113,7 +114,7 @@ def build_loaders(
         return data.Loader(
             dataset,
             collator,
-            data.Batching(cfg.batch_size, cfg.max_tokens, lengths),
+            data.Batching(cfg.batch_size, cfg.max_tokens, lengths, packed=collator.pack),
             dist.rank,
             dist.world_size,
             grad_accum,
@@ -264,20 +265,23 @@ class Totals:
         return Totals(loss.LossSums.unpack(packed[:-3]), *packed[-3:])
 
 
-def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[loss.Scored, Totals]:
-    """One micro-batch through the model; the sums are part of the graph."""
+def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[Tensor, Totals]:
+    """One micro-batch through the model; the sums are part of the graph.
+
+    returns: `loss.copy_counts` [2], zero while training; the totals
+    """
+    with_copies = not torch.is_grad_enabled()
+    if batch.packing is not None and model.can_pack and alignment == Alignment():
+        head_loss = functools.partial(loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies)
+        sums, copies = model(**batch.model_inputs(), packing=batch.packing, head_loss=head_loss)
+        sums, tokens = loss.LossSums.unpack(sums), torch.tensor(float(batch.packing.num_positions), device=sums.device)
+        return copies, Totals(sums, tokens, tokens, tokens.new_tensor(batch.num_frames()))
     output = model(**batch.model_inputs())
     scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
-    K = batch.audio_out_ids.shape[0]
-    num_columns = batch.audio_out_ids.shape[1] + (batch.audio_in_ids.shape[1] if batch.audio_in_ids is not None else 0)
-    num_clips = len(batch.audio_out_ids_start) + (len(batch.audio_in_ids_start) if batch.audio_in_ids is not None else 0)
+    copies = loss.copy_counts(scored) if with_copies else torch.zeros(2, device=output.logits.device)
     mask = output.attention_mask
-    return scored, Totals(
-        loss.loss_sums(scored, ids.stream_eos),
-        mask.sum().float(),
-        torch.tensor(float(mask.numel()), device=mask.device),
-        torch.tensor(float(num_columns - num_clips * (K + 1)), device=mask.device),
-    )
+    positions, frames = (torch.tensor(float(number), device=mask.device) for number in (mask.numel(), batch.num_frames()))
+    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), mask.sum().float(), positions, frames)
 
 
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
@@ -356,22 +360,19 @@ def check_first_batch(
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
             log(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
+    text = dist.together(lambda: loss.find_alignment(batch.label_ids, batch.input_ids, "text"))
+    # Label audio of its own has no alignment to find; the collator makes it input-aligned.
+    has_audio = batch.label_audio_ids.numel() > 0 and not batch.has_label_overrides
+    audio = dist.together(
+        lambda: loss.find_alignment(batch.label_audio_ids, batch.audio_out_ids, "audio") if has_audio else None
+    )
+    found = [(t or "shift", a or "shift") for t, a in dist.gather((text, audio)) if t or a] or [("shift", "shift")]
+    if len(set(found)) > 1:
+        raise loss.AlignmentError(f"ranks found different label alignments: {found}")
+    alignment = Alignment(*found[0])
     with evaluating(model):
-        output = model(**batch.model_inputs())
-        labels = loss.text_targets(output, batch.label_ids, batch.input_ids, batch.attention_mask, ids)
-        text = dist.together(lambda: loss.find_alignment(labels, output.expanded_input_ids, "text"))
-        # Label audio of its own has no alignment to find; the collator makes it input-aligned.
-        has_audio = batch.label_audio_ids.numel() > 0 and not batch.has_label_overrides
-        audio = dist.together(
-            lambda: loss.find_alignment(batch.label_audio_ids, batch.audio_out_ids, "audio") if has_audio else None
-        )
-        found = [(t or "shift", a or "shift") for t, a in dist.gather((text, audio)) if t or a] or [("shift", "shift")]
-        if len(set(found)) > 1:
-            raise loss.AlignmentError(f"ranks found different label alignments: {found}")
-        alignment = Alignment(*found[0])
-        scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
-        sums = loss.LossSums.unpack(dist.sum(loss.loss_sums(scored, ids.stream_eos).pack()))
-        copies = loss.copy_share(dist.sum(loss.copy_counts(scored)))
+        copies, total = forward(model, batch, ids, alignment)
+    sums, copies = total.sum_over(dist).losses, loss.copy_share(dist.sum(copies))
     values = objective.metrics(sums)
     log(
         dist,
@@ -404,8 +405,8 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
     total, copies = None, torch.zeros(2, device=dist.device)
     with evaluating(model):
         for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
-            scored, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
-            copies += loss.copy_counts(scored)
+            copied, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
+            copies += copied
             total = part if total is None else total + part
     metrics = objective.metrics(total.sum_over(dist).losses)
     return metrics | {"copy_share": loss.copy_share(dist.sum(copies))}

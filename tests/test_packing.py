@@ -1,0 +1,219 @@
+"""The packed path: no padding, no mask, logits of supervised positions alone, and the same loss and gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from conftest import CASES, case_samples, make_model, make_sample
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loss
+import model_patch
+import train
+from collate import IGNORE_INDEX, create_collator
+from loss import AudioIds, LossSums, Objective
+
+
+def sums_and_gradients(model, batch, config, packed: bool) -> tuple[LossSums, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sums, copies (computed without gradients) and all gradients of the objective."""
+    ids, alignment = AudioIds.of(config), train.Alignment()
+    if not packed:
+        batch.packing = None
+    model.zero_grad()
+    _, total = train.forward(model, batch, ids, alignment)
+    text, audio = batch.num_targets()
+    Objective()(total.losses, text.float(), audio.float()).backward()
+    with torch.no_grad():
+        copies, _ = train.forward(model, batch, ids, alignment)
+    return total.losses.detach(), copies, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(found: dict, expected: dict) -> float:
+    assert found.keys() == expected.keys()
+    return max((found[n] - g).abs().max().item() for n, g in expected.items()) / max(
+        g.abs().max().item() for g in expected.values()
+    )
+
+
+def extra_samples(name: str, tokenizer, config) -> list:
+    """Batches with hardly anything in them."""
+    if name == "one token":
+        sample = make_sample(tokenizer, ("user", "say"), ("assistant", 3))
+        sample.label_ids = torch.full_like(sample.label_ids, IGNORE_INDEX)
+        sample.label_ids[-1] = sample.input_ids[-1]
+        return [sample]
+    sample = make_sample(tokenizer, ("user", "say"), ("assistant", 3, "and more"))
+    if name == "no text target":
+        sample.label_ids[sample.input_ids != config.audio_out_token_idx] = IGNORE_INDEX
+    elif name == "no audio target":
+        sample.label_ids[sample.input_ids == config.audio_out_token_idx] = IGNORE_INDEX
+    else:
+        sample.label_ids[:] = IGNORE_INDEX
+    return [sample, make_sample(tokenizer, ("user", "x"), ("assistant", "y")) if name == "no audio target" else sample]
+
+
+EXTRA = ("one token", "no text target", "no audio target", "no target")
+
+
+@pytest.mark.parametrize("name", [*CASES, *EXTRA])
+@pytest.mark.parametrize("pieces", ["whole", "pieces"])
+def test_packed_equals_padded(name, pieces, config, tokenizer, monkeypatch):
+    """float32 on padded rows, dense logits and upstream's mask against one sequence and supervised logits, all at once or in
+    many pieces. Measured: losses within 2e-7 relative, gradients within 2e-6 of the largest."""
+    if pieces == "pieces":
+        monkeypatch.setattr(loss, "MAX_LOGITS", 300)
+    samples = case_samples(name, tokenizer) if name in CASES else extra_samples(name, tokenizer, config)
+    model = model_patch.patch_for_training(make_model(config)).train()
+    collator = create_collator(config, strict=True)
+    expected, copies, gradients = sums_and_gradients(model, collator(samples), config, packed=False)
+    found, found_copies, found_gradients = sums_and_gradients(model, collator(samples), config, packed=True)
+    assert torch.equal(found.num_text, expected.num_text) and torch.equal(found.num_audio, expected.num_audio)
+    assert torch.equal(found.num_eos, expected.num_eos) and torch.equal(found_copies, copies)
+    torch.testing.assert_close(found.pack(), expected.pack(), rtol=2e-6, atol=1e-6)
+    if name == "no target":
+        assert all((gradient == 0).all() for gradient in found_gradients.values())
+        assert found_gradients.keys() == gradients.keys()
+    else:
+        assert distance(found_gradients, gradients) < 1e-5
+
+
+def test_a_sample_does_not_see_its_neighbours(config, tokenizer):
+    """Packed with others or alone: the same sums. Measured: 5e-7 relative."""
+    samples = [make_sample(tokenizer, ("user", "word " * n), ("assistant", 3 * n), seed=n) for n in (1, 4, 2)]
+    model = model_patch.patch_for_training(make_model(config))
+    collator, ids = create_collator(config, strict=True), AudioIds.of(config)
+    with torch.no_grad():
+        together = train.forward(model, collator(samples), ids, train.Alignment())[1].losses.pack()
+        alone = sum(train.forward(model, collator([s]), ids, train.Alignment())[1].losses.pack() for s in samples)
+    torch.testing.assert_close(together, alone, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", model_patch.CHECKPOINTING_MODES[1:])
+def test_checkpointing_changes_nothing(mode, config, tokenizer):
+    """Measured: 0."""
+    model = model_patch.patch_for_training(make_model(config)).train()
+    batch = create_collator(config, strict=True)(case_samples("reference and target", tokenizer))
+    expected = sums_and_gradients(model, batch, config, packed=True)
+    model_patch.set_activation_checkpointing(model, mode)
+    found = sums_and_gradients(model, batch, config, packed=True)
+    assert torch.equal(found[0].pack(), expected[0].pack()) and distance(found[2], expected[2]) < 1e-6
+
+
+def test_lora_on_the_packed_path(config, tokenizer):
+    """The adapter's gradients too, with the heads among its targets. Measured: 9e-7 of the largest."""
+    model = model_patch.patch_for_training(make_model(config)).train()
+    model_patch.add_lora(model, 4, 8, 0.0, ("self_attn", "mlp", "audio_mlp", "text_lm_head", "audio_lm_head"))
+    model_patch.init_lora(model, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    collator, samples = create_collator(config, strict=True), case_samples("multi-segment", tokenizer)
+    expected = sums_and_gradients(model, collator(samples), config, packed=False)
+    found = sums_and_gradients(model, collator(samples), config, packed=True)
+    assert found[2] and distance(found[2], expected[2]) < 1e-5
+
+
+def test_the_layout_against_a_slow_reference(config, tokenizer):
+    """Which position holds what, position by position, from upstream's own expansion."""
+    samples = [sample for name in CASES for sample in case_samples(name, tokenizer)]
+    batch = create_collator(config, strict=True)(samples)
+    packing, model = batch.packing, make_model(config)
+    with torch.no_grad():
+        output = model(**batch.model_inputs())
+    mask = output.attention_mask.bool()
+    assert packing.lengths == mask.sum(1).tolist()
+    ids, labels = output.expanded_input_ids[mask], output.expanded_labels[mask]
+    is_text = (ids != config.audio_in_token_idx) & (ids != config.audio_out_token_idx)
+    num_text = len(packing.text_ids)
+    assert torch.equal(ids[packing.in_sequence[:num_text]], packing.text_ids) and is_text.sum() == num_text
+    kinds = ids[packing.in_sequence[num_text:]]
+    assert (kinds[: batch.audio_in_ids.shape[1]] == config.audio_in_token_idx).all()
+    assert (kinds[batch.audio_in_ids.shape[1] :] == config.audio_out_token_idx).all()
+    assert torch.equal(packing.to_sorted[packing.in_sequence], torch.arange(len(ids)))
+    places = torch.cat([torch.arange(length) for length in packing.lengths])
+    assert torch.equal(places[packing.in_sequence], packing.position_ids)
+    wanted = []  # (place that predicts, its token, its target)
+    for place in range(len(ids) - 1):
+        if labels[place + 1] != IGNORE_INDEX and places[place + 1] != 0:
+            wanted.append((place, ids[place].item(), labels[place + 1].item()))
+    rows = packing.in_sequence[packing.text_rows].tolist()
+    assert sorted(zip(rows, packing.text_inputs[:, 0].tolist(), packing.text_targets[:, 0].tolist())) == wanted
+    text, audio = batch.num_targets()
+    assert len(wanted) == text and torch.equal((packing.audio_targets != IGNORE_INDEX).sum(0), audio)
+
+
+def test_only_supervised_positions_get_logits(config, tokenizer):
+    """Neither the dense text logits nor a mask [B, 1, S, S] exist, and pieces stay below the bound."""
+    batch = create_collator(config, strict=True)(case_samples("reference and target", tokenizer))
+    model = model_patch.patch_for_training(make_model(config)).train()
+    seen = []
+    for head in (model.audio_decoder_proj.text_lm_head, model.audio_decoder_proj.audio_lm_head):
+        head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    train.forward(model, batch, AudioIds.of(config), train.Alignment())
+    assert seen == [len(batch.packing.text_rows), len(batch.packing.audio_rows)]
+    assert seen[0] == batch.num_targets()[0] < 0.3 * batch.packing.num_positions
+
+
+class CountSyncs(TorchDispatchMode):
+    """Operators whose result's shape or value a device would have to be asked for."""
+
+    SYNCS = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "_unique2", "item", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.num_ops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.num_ops += 1
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        if name in self.SYNCS or any(i is not None and i.dtype == torch.bool for i in indices):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_layers_never_ask_the_device(config, tokenizer):
+    """Forward and backward of the whole packed model; the padded path, which counts its positions once, shows that the counter
+    counts."""
+    batch = create_collator(config, strict=True)(case_samples("multi-segment", tokenizer))
+    model = model_patch.patch_for_training(make_model(config)).train()
+    text, audio = (count.float() for count in batch.num_targets())
+    with CountSyncs() as counter:
+        _, total = train.forward(model, batch, AudioIds.of(config), train.Alignment())
+        Objective()(total.losses, text, audio).backward()
+    assert counter.num_ops > 200 and not counter.found
+    batch.packing = None
+    with CountSyncs() as counter:
+        train.forward(model, batch, AudioIds.of(config), train.Alignment())
+    assert counter.found
+
+
+def test_attention_kernels_agree():
+    """Pieces against one masked attention over the whole sequence, with grouped keys. Measured: 2e-7."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 1, 9]
+    query = torch.randn(15, 4, 8, generator=generator)
+    key, value = (torch.randn(15, 2, 8, generator=generator) for _ in range(2))
+    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    mask = (owner[:, None] == owner[None]) & torch.ones(15, 15).tril().bool()
+    states = (query.transpose(0, 1), *(s.repeat_interleave(2, 1).transpose(0, 1) for s in (key, value)))
+    expected = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask).transpose(0, 1)
+    found = model_patch.attend_packed(query, key, value, torch.tensor([0, 5, 6, 15], dtype=torch.int32), lengths)
+    assert (found - expected).abs().max() < 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_packed_on_a_gpu(config, tokenizer):
+    """bf16 through the varlen kernel against float32 on the CPU."""
+    batch = create_collator(config, strict=True)(case_samples("multi-segment", tokenizer))
+    model = model_patch.patch_for_training(make_model(config))
+    run = functools.partial(train.forward, ids=AudioIds.of(config), alignment=train.Alignment())
+    with torch.no_grad():
+        expected = run(model, batch)[1].losses.pack()
+        found = run(model.to("cuda", torch.bfloat16), batch.to("cuda"))[1].losses.pack().cpu()
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-2)
