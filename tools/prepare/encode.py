@@ -97,19 +97,19 @@ def split(seconds: np.ndarray, world_size: int) -> np.ndarray:
 
 def encode_share(args: argparse.Namespace, dist: Dist, store: AudioStore, clips: list[Clip], seconds: np.ndarray) -> list[str]:
     """Encode this rank's clips; returns what is wrong with them."""
-    problems, started = [], time.perf_counter()
+    problems, hours, started = [], seconds / 3600, time.perf_counter()
     device = choose_device(args.device, dist.local_rank)
     outcomes = store.encode(lambda: load_codec(args.audio_tokenizer, device), clips, args.num_workers)
     with tqdm(
         desc=f"encode on {device}" + f", 1 of {dist.world_size} ranks" * (dist.world_size > 1),
-        total=seconds.sum() / 3600,
+        total=hours.cumsum()[-1] if len(hours) else 0.0,  # added up as the bar does, to end at exactly 100 %
         bar_format=BAR,
         mininterval=bar_interval_sec(),
         disable=not dist.is_main,
     ) as bar:
-        for problem, sec in zip(outcomes, seconds, strict=True):
+        for problem, hour in zip(outcomes, hours.tolist(), strict=True):
             problems += [problem] if problem else []
-            bar.update(sec / 3600)
+            bar.update(hour)
             bar.set_postfix_str(f"{bar.n / (time.perf_counter() - started):.5f} h/s", refresh=False)
     return problems
 
