@@ -1,16 +1,16 @@
-"""Weights in and out: the base checkpoint, the training state, the finished model. safetensors and JSON only.
+"""Weights in and out: the base checkpoint and the training state. safetensors and JSON only.
 
 base         a Hugging Face folder or Hub repository in the original layout, streamed into each rank's own shard
 training     OUTPUT/checkpoints/step_N: every rank writes the rows it owns (DCP, in safetensors); a checkpoint has its
              final name only when it is whole, and loads on any number of ranks
-finished     OUTPUT/final: a folder for `HiggsAudioModel.from_pretrained`, or a PEFT adapter
+
+The finished model is export.py's subject.
 
 python checkpoint.py FOLDER      # what a folder holds
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,9 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -41,7 +39,6 @@ BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the layout of transformers >= 5.3; this one is the original layout.
 BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 
-MAX_FILE_BYTES = 5_000_000_000
 STATE_FILE = "state.json"
 DCP_PIECES = "DCP_SHARDING_INFO"  # where DCP notes which rows of a tensor a safetensors file holds
 
@@ -427,93 +424,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except json.JSONDecodeError:  # the last line of a run that was cut off
         return math.inf
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The finished model
-
-
-def export(
-    folder: Path,
-    model: nn.Module,
-    config: HiggsAudioConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    lora: LoraConfig | None,
-    base: Path,
-) -> None:
-    """Write the finished model to `folder`, under a temporary name first. Collective.
-
-    base: the folder of the base checkpoint, whose generation settings a full model keeps
-
-    Without `lora` a Hugging Face folder in the base checkpoint's dtype, else a PEFT adapter in float32. Tensors are
-    gathered one at a time, so rank 0 holds one output file's worth, never the whole model.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    if lora is not None:
-        named = ((_adapter_name(n), p.data) for n, p in model.named_parameters() if is_lora(n))
-        _write_weights(temporary, named, "adapter_model", None, index=False)
-    else:
-        dtype = config.torch_dtype or torch.float32
-        named = ((n, p.data) for n, p in model.named_parameters())
-        _write_weights(temporary, named, "model", dtype, index=True)
-    if is_main:
-        tokenizer.save_pretrained(temporary)
-        if lora is not None:
-            dataclasses.replace(lora, inference_mode=True).save_pretrained(temporary)
-        else:
-            config.save_pretrained(temporary)
-            if (base / "generation_config.json").is_file():
-                shutil.copy(base / "generation_config.json", temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    dist.barrier()
-
-
-def _adapter_name(name: str) -> str:
-    """PEFT's name of an adapter weight in its files."""
-    return "base_model.model." + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)
-
-
-def _write_weights(
-    folder: Path, named: Iterator[tuple[str, Tensor]], stem: str, dtype: torch.dtype | None, index: bool
-) -> None:
-    """Gather tensors one at a time and write them on rank 0, in files of at most MAX_FILE_BYTES."""
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = num_files = 0
-    file_of: dict[str, int] = {}
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes, num_files
-        num_files += 1
-        save_file(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
-        file_of.update(dict.fromkeys(pending, num_files))
-        pending, pending_bytes = {}, 0
-
-    for name, tensor in named:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if dist.get_rank() != 0:
-            continue
-        full = full.detach().to("cpu", dtype or full.dtype).contiguous()
-        if pending and pending_bytes + full.nbytes > MAX_FILE_BYTES:
-            flush()
-        pending[name] = full
-        pending_bytes += full.nbytes
-        total_bytes += full.nbytes
-    if dist.get_rank() != 0:
-        return
-    flush()
-    names = {i: f"{stem}-{i:05d}-of-{num_files:05d}.safetensors" for i in range(1, num_files + 1)}
-    if num_files == 1:
-        names = {1: f"{stem}.safetensors"}
-    for i, name in names.items():
-        os.replace(folder / f"{stem}-part{i}", folder / name)
-    if index and num_files > 1:
-        weights = {"metadata": {"total_size": total_bytes}, "weight_map": {n: names[i] for n, i in file_of.items()}}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(weights, indent=2))
 
 
 def main(argv: list[str]) -> None:

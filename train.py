@@ -42,6 +42,7 @@ from tqdm import tqdm
 import checkpoint
 import collate
 import data
+import export
 import loss
 import model_patch
 from audio import AudioStore, codec_frame_rate_hz, load_codec
@@ -579,7 +580,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         progress.update()
 
     progress.close()
-    checkpoint.export(output_dir / "final", model, config, tokenizer, lora, base=folder)
+    export.export(output_dir / "final", model, config, tokenizer, lora, base=folder)
     log(dist, f"finished: {output_dir / 'final'}")
     return model
 
