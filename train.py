@@ -190,8 +190,7 @@ def build_model(
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
     lora = None
     if cfg.lora_r:
-        targets = _split(cfg.lora_targets)
-        lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
+        lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
         lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
         model_patch.freeze(model, _split(cfg.freeze))
@@ -510,7 +509,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         step, position, bad_steps = state["step"], data.Position(*state["position"]), state["bad_steps"]
         log(dist, f"resumed from {resume_from}: {step} steps done")
     if dist.is_main:
-        write_run_config(output_dir, cfg, dist)
+        write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples)
     metrics = checkpoint.MetricsFile(output_dir / "metrics.jsonl", steps_done=step)
     flops_per_token = model_patch.train_flops_per_token(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
@@ -529,6 +528,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
                 (first, *_), _ = next(dist.iterate(val_loader.epoch(data.Position(0, 0))))
                 alignment = check_first_batch(model, first, objective, ids, dist)
             values = evaluate(model, val_loader, objective, ids, alignment, dist)
+            if lora and step and not evaluated:
+                log(dist, export.describe_changes(export.relative_changes(model)))
             evaluated = step
             metrics.write(split="val", step=step, epoch=position.epoch, **values)
             log(
@@ -580,7 +581,11 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         progress.update()
 
     progress.close()
-    export.export(output_dir / "final", model, config, tokenizer, lora, base=folder)
+    if lora:
+        log(dist, export.describe_changes(export.relative_changes(model)))
+    merging = export.write_final(output_dir, model, config, tokenizer, lora, base=folder, merge_lora=cfg.merge_lora)
+    if merging:
+        log(dist, f"final/merged: {merging}")
     log(dist, f"finished: {output_dir / 'final'}")
     return model
 
@@ -609,7 +614,7 @@ def save(output_dir: Path, state: dict, model, optimizer, keep_last: int, dist: 
             shutil.rmtree(old)
 
 
-def write_run_config(output_dir: Path, cfg: Config, dist: Dist) -> None:
+def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object) -> None:
     """OUTPUT/config.json: the resolved settings and what they ran with."""
     from importlib.metadata import version
 
@@ -619,6 +624,7 @@ def write_run_config(output_dir: Path, cfg: Config, dist: Dist) -> None:
     packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
     record = dataclasses.asdict(cfg) | {
         "lr": cfg.peak_lr,
+        **facts,
         "world_size": dist.world_size,
         "device": dist.device.type,
         "git_commit": git.stdout.strip() or None,
