@@ -44,7 +44,7 @@ import layouts
 import model_patch
 from checkpoint import CheckpointError, Stored, is_lora
 from config import Config
-from manifest import DataError
+from distributed import USER_ERRORS
 
 MAX_FILE_BYTES = 5_000_000_000
 # Files beside the weights that belong to a layout; a model written in the layout it came in keeps them.
@@ -473,6 +473,10 @@ def _distance(sources: Sequence[Adapter], result: Adapter, module: str) -> float
 
 def describe(folder: Path) -> str:
     """What a folder holds, in a few lines."""
+    if (folder / "metrics.jsonl").is_file():
+        states = [path.name for path in checkpoint.list_states(folder / "checkpoints")]
+        finished = "finished: final" if (folder / "final").is_dir() else "not finished"
+        return f"{folder}: a run, {finished}; checkpoints: {', '.join(states) or 'none'}"
     stored = Stored(folder)
     count = sum(torch.Size(shape).numel() for shape in stored.shapes.values())
     lines = [f"{folder}: {len(stored.shapes)} tensors, {count:,} numbers"]
@@ -506,7 +510,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             commands[args.command](args, command)
             print(f"written: {args.out}")
-    except (CheckpointError, DataError, model_patch.PatchError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -531,7 +535,7 @@ def _merge(args: argparse.Namespace, command: str) -> None:
     if args.manifest:
         from tools import parity  # the model in memory, which only this option needs
 
-        report = parity.compare(args.adapter, base.folder, args.manifest, args.records, args.audio_tokenizer)
+        report = parity.compare(adapter, base, args.manifest, args.records, args.audio_tokenizer)
         print(report)
         with open(args.out / "README.md", "a") as file:
             file.write(f"\n```\n{report}\n```\n")
