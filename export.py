@@ -56,6 +56,7 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 ADAPTER_PREFIX = "base_model.model."  # PEFT's, before the name of a module
+NO_EFFECT = 1e-7  # a change of this share of a weight's norm is lost in float32 rounding
 TINY = torch.finfo(torch.float32).tiny
 
 Named = Iterable[tuple[str, Tensor]]
@@ -68,11 +69,13 @@ class Full:
     """A full checkpoint in either layout, read one tensor at a time by the names of the original layout.
 
     trained: tensors of a training state that take the place of the folder's
+    base:    what the folder is called where that is more than its path: the name of a Hub repository
     raises:  CheckpointError if the folder is none
     """
 
-    def __init__(self, folder: Path, trained: Stored | None = None):
-        self.folder, self.base = folder, ""
+    def __init__(self, folder: Path, trained: Stored | None = None, base: str = ""):
+        self.folder = trained.folder if trained else folder
+        self.config_folder, self.base = folder, base
         self.config = checkpoint.read_base_config(folder)
         self.tokenizer = checkpoint.load_tokenizer(folder)
         self._stored, self._trained = Stored(folder), trained
@@ -106,6 +109,7 @@ class Adapter:
         expected = {_factor(module, factor) for module in self.modules for factor in "AB"}
         special = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
         odd = [name for name in special if getattr(lora, name, None)] + sorted(names.keys() ^ expected)[:1]
+        odd += [name for name in names if lora.r not in self.shapes[name]][:1]
         if odd or lora.bias != "none":
             raise CheckpointError(f"{self.folder}: not a plain LoRA adapter ({', '.join(odd) or 'it trains biases'})")
 
@@ -129,9 +133,12 @@ def open_model(folder: Path) -> Full | Adapter:
     if not (folder / "adapter_config.json").is_file():
         return Full(folder)
     try:
-        lora = LoraConfig.from_pretrained(str(folder))
+        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+        lora = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: adapter_config.json is not a LoRA adapter's: {error}") from None
+        raise CheckpointError(f"{folder}: adapter_config.json is not a LoRA adapter's: {error!r}") from None
+    if lora is None:
+        raise CheckpointError(f"{folder}: a {kind} adapter, expected LORA")
     stored = Stored(folder)
     tokenizer = checkpoint.load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
     return Adapter(lora, {name: name for name in stored.shapes}, stored, tokenizer)
@@ -150,7 +157,7 @@ def _open_state(folder: Path) -> Full | Adapter:
         raise CheckpointError(f"{folder}: the run's settings cannot be read: {path}: {error}") from None
     stored, base = Stored(folder), checkpoint.find_base(cfg.base_ckpt, cfg.revision)
     if not cfg.lora_r:
-        return Full(base, trained=stored)
+        return Full(base, trained=stored, base=cfg.base_ckpt)
     model = model_patch.build_on_meta(checkpoint.read_base_config(base))
     lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
     lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
@@ -341,9 +348,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def describe_changes(changes: dict[str, float]) -> str:
     """One line about `relative_changes`; it begins with "warning:" if the adapter has no effect."""
-    unchanged = [name for name, change in changes.items() if change == 0]
+    unchanged = [name for name, change in changes.items() if change < NO_EFFECT]
     if len(unchanged) == len(changes):
-        return f"warning: the adapter has no effect: it adds zero to all {len(changes)} layers. Was it trained?"
+        return f"warning: the adapter has no effect: it changes none of its {len(changes)} layers. Was it trained?"
     values = sorted(changes.values())
     line = f"the adapter changes its layers by {statistics.median(values):.2%} of their weights' norm (median; largest {values[-1]:.2%})"
     if unchanged:
@@ -361,7 +368,7 @@ def convert(source: Full | Adapter, out: Path, layout: layouts.Layout = "boson",
     named = ((name, tensor.to(source.dtype or tensor.dtype)) for name, tensor in tensors)
     readme = card.of_model(f"Written from `{source.folder}`.", command, source.folder, source.base)
     if isinstance(source, Full):
-        write_full(out, named, source.config, source.tokenizer, layout, source.folder, readme)
+        write_full(out, named, source.config, source.tokenizer, layout, source.config_folder, readme)
     else:
         write_adapter(out, named, source.lora, source.tokenizer, readme)
 
@@ -399,7 +406,7 @@ def merge(adapter: Adapter, base: Full, out: Path, layout: layouts.Layout = "bos
     """
     report = MergeReport(torch.float32, {}, {})
     readme = card.of_model(f"`{adapter.folder}` merged into `{base.folder}`.", command, adapter.folder, adapter.base)
-    write_full(out, merged(adapter, base, report), base.config, base.tokenizer, layout, base.folder, readme)
+    write_full(out, merged(adapter, base, report), base.config, base.tokenizer, layout, base.config_folder, readme)
     with open(out / "README.md", "a") as file:
         file.write(f"\n## Merging\n\n{report}\n")
     return report
@@ -450,7 +457,7 @@ def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout
         f"The mean of {', '.join(f'`{source.folder}`' for source in sources)}.", command, first.folder, first.base
     )
     if isinstance(first, Full):
-        write_full(out, named, first.config, first.tokenizer, layout, first.folder, readme)
+        write_full(out, named, first.config, first.tokenizer, layout, first.config_folder, readme)
         return ""
     write_adapter(out, named, first.lora, first.tokenizer, readme)
     result = open_model(out)

@@ -148,11 +148,9 @@ def generation_config(layout: Layout, config: HiggsAudioConfig, tokenizer: PreTr
 def _obstacles(config: HiggsAudioConfig) -> dict[str, bool]:
     """Each thing that the newer class has no place for, and whether this checkpoint has it."""
     text = config.text_config
-    widths = (config.audio_ffn_hidden_size, config.audio_ffn_intermediate_size)
     return {
         "an audio tower": not config.skip_audio_tower,
         "layers without an audio FFN": (config.audio_dual_ffn_layers or []) != list(range(text.num_hidden_layers)),
-        "an audio FFN of another size than the text FFN": widths != (text.hidden_size, text.intermediate_size),
         "averaged audio embeddings": config.audio_embed_avg,
         "codes without the delay pattern": not config.use_delay_pattern,
         "an audio embedding projector": config.use_audio_out_embed_projector,
