@@ -33,6 +33,7 @@ def of_run(output_dir: Path, last_step: float = math.inf) -> str:
     names = ("step", "loss", "text_loss", "audio_loss", "eos_loss")
     results = {f"validation {name}": val[-1].get(name) for name in names} if val else {}
     results |= {f"last training {name}": train[-1].get(name) for name in names} if train else {}
+    weights = {"weights": f"moving average, decay {run['ema']} per step"} if run.get("ema") else {}
     ran = {"steps": len(train), "ranks": run.get("world_size"), "device": run.get("device"), "code": run.get("git_commit")}
     kind = f"A LoRA adapter (r={run['lora_r']}) for" if run["lora_r"] else "A fine-tune of"
     revision = f" at revision `{run['base_revision']}`" if run["base_revision"] else ""
@@ -42,7 +43,7 @@ def of_run(output_dir: Path, last_step: float = math.inf) -> str:
         f"```\n{command}\n```",
         _table("Data", data),
         _table("Results", results),
-        _table("Settings", changed | ran | run.get("versions", {})),
+        _table("Settings", changed | weights | ran | run.get("versions", {})),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -70,6 +70,9 @@ class Config:
     min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
     weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
     beta2: float = _setting(0.95, "AdamW beta2")
+    ema: float = _setting(
+        0.0, "decay per step of a moving average of the trained weights, which is then evaluated and exported; 0: off"
+    )
     grad_clip: float = _setting(1.0, "largest global gradient norm; 0: no clipping")
 
     lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
@@ -186,6 +189,8 @@ def _find_problems(cfg: Config) -> list[str]:
         problems.append("--lr 0: nothing would be learned")
     if cfg.val_share >= 1:
         problems.append(f"--val_share {cfg.val_share}: must be below 1")
+    if cfg.ema >= 1:
+        problems.append(f"--ema {cfg.ema}: must be below 1")
     if cfg.lora_dropout >= 1:
         problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
     if cfg.merge_lora and not cfg.lora_r:

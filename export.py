@@ -68,7 +68,7 @@ Named = Iterable[tuple[str, Tensor]]
 class Full:
     """A full checkpoint in either layout, read one tensor at a time by the names of the original layout.
 
-    trained: tensors of a training state that take the place of the folder's
+    trained: a training state, whose tensors take the place of the folder's
     base:    what the folder is called where that is more than its path: the name of a Hub repository
     raises:  CheckpointError if the folder is none
     """
@@ -85,8 +85,9 @@ class Full:
         self.dtype = (self.config.torch_dtype or torch.float32) if trained else None
 
     def read(self, name: str) -> Tensor:
-        if self._trained and f"model.{name}" in self._trained.shapes:
-            return self._trained.read(f"model.{name}")
+        trained = self._trained and _state_name(name, self._trained)
+        if trained:
+            return self._trained.read(trained)
         return self._stored.read(self._names[name])
 
 
@@ -161,8 +162,14 @@ def _open_state(folder: Path) -> Full | Adapter:
     model = model_patch.build_on_meta(checkpoint.read_base_config(base))
     lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
     lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
-    names = {_adapter_name(name.removeprefix("model.")): name for name in stored.shapes if name.startswith("model.")}
+    parameters = [name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")]
+    names = {_adapter_name(name): _state_name(name, stored) for name in parameters}
     return Adapter(lora, names, stored, checkpoint.load_tokenizer(base))
+
+
+def _state_name(name: str, state: Stored) -> str | None:
+    """Where a training state holds what a finished model has of a parameter: its average, itself, or nowhere."""
+    return next((found for found in (f"optimizer.{name}.ema", f"model.{name}") if found in state.shapes), None)
 
 
 def _factor(module: str, factor: str) -> str:

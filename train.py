@@ -214,6 +214,53 @@ def _split(patterns: str) -> list[str]:
 # Optimizer
 
 
+class AveragingAdamW(torch.optim.AdamW):
+    """AdamW that also keeps a moving average of the weights it trains, in float32, of each rank's own rows.
+
+    After t steps it is the mean of the weights after each of them, weighted by decay ** (steps ago): the weights before
+    training have no part in it. It is optimizer state like any other, saved and loaded with checkpoints.
+    """
+
+    def __init__(self, groups: list[dict], decay: float, **settings):
+        super().__init__(groups, **settings)
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        super().step(closure)
+        for parameter, state in self.state.items():
+            if "ema" not in state:
+                state["ema"] = torch.zeros_like(parameter)
+            share = (1 - self.decay) / (1 - self.decay ** state["step"])  # 1 at the first step
+            _own(state["ema"]).lerp_(_own(parameter), share)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """While it lasts, the parameters hold their averages; the model has to be sharded at both ends."""
+        self._swap()
+        yield
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, state in self.state.items():
+            mine, average = _own(parameter), _own(state["ema"])
+            before = mine.clone()
+            mine.copy_(average)
+            average.copy_(before)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def averaged(optimizer: torch.optim.Optimizer):
+    """The context in which the model's weights are those to evaluate and export: with --ema their averages."""
+    has_average = isinstance(optimizer, AveragingAdamW) and optimizer.state
+    return optimizer.averaged() if has_average else contextlib.nullcontext()
+
+
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over what trains; weight decay on matrices only. Create it after sharding."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -222,7 +269,8 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=cfg.peak_lr, betas=(0.9, cfg.beta2), fused=True)
+    settings = {"lr": cfg.peak_lr, "betas": (0.9, cfg.beta2), "fused": True}
+    return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
 
 
 def lr_at(step: int, total_steps: int, cfg: Config) -> float:
@@ -527,9 +575,10 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             if alignment is None:
                 (first, *_), _ = next(dist.iterate(val_loader.epoch(data.Position(0, 0))))
                 alignment = check_first_batch(model, first, objective, ids, dist)
-            values = evaluate(model, val_loader, objective, ids, alignment, dist)
-            if lora and step and not evaluated:
-                log(dist, export.describe_changes(export.relative_changes(model)))
+            with averaged(optimizer):
+                values = evaluate(model, val_loader, objective, ids, alignment, dist)
+                if lora and step and not evaluated:
+                    log(dist, export.describe_changes(export.relative_changes(model)))
             evaluated = step
             metrics.write(split="val", step=step, epoch=position.epoch, **values)
             log(
@@ -581,9 +630,10 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         progress.update()
 
     progress.close()
-    if lora:
-        log(dist, export.describe_changes(export.relative_changes(model)))
-    merging = export.write_final(output_dir, model, config, tokenizer, lora, base=folder, merge_lora=cfg.merge_lora)
+    with averaged(optimizer):
+        if lora:
+            log(dist, export.describe_changes(export.relative_changes(model)))
+        merging = export.write_final(output_dir, model, config, tokenizer, lora, base=folder, merge_lora=cfg.merge_lora)
     if merging:
         log(dist, f"final/merged: {merging}")
     log(dist, f"finished: {output_dir / 'final'}")
@@ -601,7 +651,7 @@ def iter_steps(loader: data.Loader, position: data.Position):
 
 def same_run(cfg: Config, loader: data.Loader) -> dict:
     """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
-    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens")
+    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens", "ema")
     return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
 
 
