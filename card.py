@@ -1,4 +1,7 @@
-"""Model cards: README.md of a finished model, with its data, results, settings and the command that made it."""
+"""Model cards: README.md of a finished model, with its data, results, settings and the command that made it.
+
+python card.py OUTPUT      # the card of a run
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import checkpoint
@@ -72,3 +76,7 @@ def _table(title: str, values: dict) -> str:
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |" for name, value in values.items()
     ]
     return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    print(of_run(Path(sys.argv[1])))

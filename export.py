@@ -580,3 +580,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("out", type=Path, help="a folder that does not exist yet")
         command.add_argument("--layout", choices=layouts.LAYOUTS.values(), default="boson")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,17 +13,20 @@ become those of the other here; tensors have the same values and shapes in both.
 
 The newer class has nothing but dual-FFN layers and codes: a checkpoint with an audio tower stays in the original layout.
 It drops its text head when it saves, unless it was made with `use_text_head=True`; training needs that head.
+
+    python layouts.py FOLDER      # the configuration of a checkpoint in the other layout
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Literal
 
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Layout = Literal["boson", "transformers"]
 
@@ -169,3 +172,16 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 def _dtype(values: dict) -> str | None:
     return values.get("dtype") or values.get("torch_dtype")
+
+
+def main(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if layout_of(folder) == "boson":
+        print(json.dumps(to_transformers(HiggsAudioConfig.from_dict(values), tokenizer), indent=2))
+    else:
+        print(to_boson(values, tokenizer).to_json_string())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
