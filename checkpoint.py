@@ -59,7 +59,10 @@ class CheckpointError(ValueError):
 
 
 def find_base(name_or_path: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint, downloaded from the Hub where it is not a folder (call on one rank per node first)."""
+    """The local folder of a checkpoint, downloaded from the Hub where it is not a folder (call on one rank per node first).
+
+    revision: None stands for the original layout of the published checkpoint, and for the newest of any other
+    """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
@@ -67,6 +70,7 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
         raise CheckpointError(f"checkpoint {name_or_path}: neither a folder nor a Hub repository (owner/name)")
     from huggingface_hub import snapshot_download
 
+    revision = revision or (BASE_REVISION if name_or_path == BASE_CKPT else None)
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the Hub client has many: offline, no access, no such repository or revision

@@ -454,10 +454,11 @@ def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout
             raise CheckpointError(f"{other.folder} scales by {other.scale}, {first.folder} by {first.scale}")
 
     def mean(name: str) -> Tensor:
-        total = first.read(name).float()
+        start = first.read(name)
+        total = start.to(torch.float32, copy=True)
         for other in others:
-            total = total + other.read(name).float()
-        return (total / len(sources)).to(first.dtype or first.read(name).dtype)
+            total += other.read(name)
+        return total.div_(len(sources)).to(first.dtype or start.dtype)
 
     named = ((name, mean(name)) for name in first.shapes)
     readme = card.of_model(
@@ -531,7 +532,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(args: argparse.Namespace, command: str) -> None:
-    source = open_model(args.folder)
+    source = open_model(checkpoint.find_base(args.folder, args.revision))
     if isinstance(source, Adapter) and args.layout != "boson":
         raise CheckpointError(f"{args.folder} is an adapter, which has no layout; merge it with --layout {args.layout}")
     convert(source, args.out, args.layout, command)
@@ -556,7 +557,9 @@ def _merge(args: argparse.Namespace, command: str) -> None:
 
 
 def _average(args: argparse.Namespace, command: str) -> None:
-    print(average([open_model(folder) for folder in args.folders], args.out, args.layout, command))
+    report = average([open_model(folder) for folder in args.folders], args.out, args.layout, command)
+    if report:
+        print(report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -567,7 +570,8 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="what a folder holds")
     show.add_argument("folder", type=Path)
     export = commands.add_parser("export", help="write a model again, in either layout, or finish a training state")
-    export.add_argument("folder", type=Path, help="a full checkpoint, an adapter, or OUTPUT/checkpoints/step_N")
+    export.add_argument("folder", help="a full checkpoint here or on the Hub, an adapter, or OUTPUT/checkpoints/step_N")
+    export.add_argument("--revision", help="of a Hub repository; default: the original layout of the published checkpoint")
     merge = commands.add_parser("merge", help="add an adapter's changes to the base's weights")
     merge.add_argument("adapter", type=Path, help="a PEFT adapter, or OUTPUT/checkpoints/step_N of a LoRA run")
     merge.add_argument("base", nargs="?", help="a folder or a Hub repository; default: the one that the adapter names")

@@ -14,14 +14,13 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from conftest import make_model, run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_codec import codec_dir, small_hubert  # noqa: F401 - a fixture
 
 import checkpoint
 import export
 import model_patch
 import train
 from audio import import_codec
-from config import parse_config
+from config import Config, parse_config
 from tools import demo, parity
 
 
@@ -116,7 +115,7 @@ def test_merging_is_exact_and_reported(lora_run, toys, tmp_path, capsys):
     """Measured: merged float32 differs from PEFT's adapter by 4e-7 where the adapter changes logits by 2; bfloat16, merged or not, by 9e-3."""
     out = command(capsys, "merge", lora_run / "final", tmp_path / "m", "--manifest", toys / "test.jsonl", "--records", 2)
     adapter, base = export.open_model(lora_run / "final"), export.Full(toys / "checkpoint")
-    alone, merged, rounded, merged_rounded = parity.compare(adapter, base, toys / "test.jsonl", 2, "").rows
+    alone, merged, rounded, merged_rounded = parity.compare(adapter, base, toys / "test.jsonl", 2, Config.audio_tokenizer).rows
     assert all(str(row) in out for row in (alone, merged, rounded, merged_rounded))
     assert merged.largest < 3e-6 and (merged.same_text, merged.same_audio, merged.same_codes) == (1, 1, 1)
     assert alone.largest > 0.1 and alone.same_codes < 0.5, "the adapter has no effect that merging could lose"
@@ -269,16 +268,15 @@ def test_the_card_says_how_to_make_it_again(lora_run):
 
 
 @pytest.mark.parametrize("kind", ["full", "merged"])
-def test_the_serve_engine_loads_what_we_write(kind, full_run, lora_run, codec_dir):  # noqa: F811
+def test_the_serve_engine_loads_what_we_write(kind, full_run, lora_run, codec_dir):
     """The official engine with the official codec class (random weights) returns the audio of the codes it generates."""
     import_codec()
     from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
 
     folder = full_run / "final" if kind == "full" else lora_run / "final" / "merged"
-    with small_hubert(codec_dir):
-        engine = HiggsAudioServeEngine(
-            str(folder), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[256, 512]
-        )
+    engine = HiggsAudioServeEngine(
+        str(folder), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[256, 512]
+    )
     chat = ChatMLSample([Message("user", "hello there")])
     response = engine.generate(chat, max_new_tokens=24, temperature=0.0, force_audio_gen=True, ras_win_len=None)
     num_columns = response.generated_audio_tokens.shape[1]

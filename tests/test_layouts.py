@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
@@ -128,6 +130,20 @@ def test_training_starts_from_either(lora_r, boson, newer, toys, tmp_path):
     assert same(*finals)
     if not lora_r:
         HiggsAudioModel.from_pretrained(tmp_path / "from-hub" / "final")
+
+
+def test_the_hub_gives_the_pinned_revision(boson, newer, tmp_path, monkeypatch):
+    """Through the Hub client and its cache, offline: the original layout by default, the newer one when it is asked for."""
+    cache = tmp_path / f"models--{checkpoint.BASE_CKPT.replace('/', '--')}" / "snapshots"
+    shutil.copytree(boson, cache / checkpoint.BASE_REVISION)
+    shutil.copytree(newer, cache / ("a" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = [checkpoint.find_base(checkpoint.BASE_CKPT, revision) for revision in (None, "a" * 40)]
+    assert [folder.name for folder in found] == [checkpoint.BASE_REVISION, "a" * 40]
+    assert [layouts.layout_of(folder) for folder in found] == ["boson", "transformers"]
+    with pytest.raises(checkpoint.CheckpointError, match=r"revision bbbb.*the Hub gave no copy"):
+        checkpoint.find_base(checkpoint.BASE_CKPT, "b" * 40)
 
 
 def test_what_cannot_be_mapped(newer, tmp_path, capsys):

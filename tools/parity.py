@@ -26,8 +26,9 @@ import data
 import model_patch
 from audio import AudioStore, codec_frame_rate_hz, load_codec
 from export import ADAPTER_PREFIX, Adapter, Full, merged
+from forms import open_manifest
 from loss import IGNORE_INDEX
-from manifest import Record, read_manifest
+from manifest import DataError, Record
 from tools.generate import as_prompt, speak
 
 
@@ -78,18 +79,19 @@ class Report:
 
 def compare(adapter: Adapter, base: Full, manifest: Path, num_records: int, audio_tokenizer: str) -> Report:
     """The report for the manifest's first records; DataError if they cannot be read."""
-    records = list(itertools.islice(read_manifest(manifest), num_records))
+    records = list(itertools.islice(open_manifest(manifest)[0], num_records))
     config = base.config
     store = AudioStore(
         config.audio_num_codebooks,
         config.audio_codebook_size,
         codec_frame_rate_hz(audio_tokenizer),
         cache_dir=manifest.parent / "codes",
-        codec_id=audio_tokenizer,
+        codec=audio_tokenizer,
     )
     clips = store.missing(records)
-    if clips:
-        store.encode(load_codec(audio_tokenizer, "cpu"), clips)
+    problems = list(filter(None, store.encode(lambda: load_codec(audio_tokenizer, "cpu"), clips))) if clips else []
+    if problems:
+        raise DataError(problems[0])
     batches = _batches(records, base, store)
     prompts = [prompt for record in records if (prompt := _prompt(record, base, store))]
 
