@@ -1,16 +1,21 @@
-"""Weights in and out: the base checkpoint, the training state, the finished model. safetensors and JSON only.
+"""Weights in and out: the base checkpoint and the training state. safetensors and JSON only.
 
-base         a Hugging Face folder or Hub repository in the original layout, streamed into each rank's own shard
+base         a Hugging Face folder or Hub repository in either layout (layouts.py), streamed into each rank's own shard
 training     OUTPUT/checkpoints/step_N: every rank writes the rows it owns (DCP, in safetensors); a checkpoint has its
              final name only when it is whole, and loads on any number of ranks
-finished     OUTPUT/final: a folder for `HiggsAudioModel.from_pretrained`, or a PEFT adapter
 
-python checkpoint.py FOLDER      # what a folder holds
+What becomes of them is export.py's subject; its commands are
+
+    python checkpoint.py FOLDER                            # what a folder holds
+    python checkpoint.py export FOLDER OUT                 # a finished or half-finished model, in either layout
+    python checkpoint.py merge ADAPTER BASE OUT            # an adapter's changes added to the base's weights
+    python checkpoint.py average FOLDER FOLDER ... OUT     # the mean of several
+
+`python checkpoint.py COMMAND --help` says more.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -20,7 +25,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,20 +33,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+import layouts
 
 T = TypeVar("T")
 
 BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
-# The Hub's newer revisions hold the same weights in the layout of transformers >= 5.3; this one is the original layout.
+# The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
 BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 
-MAX_FILE_BYTES = 5_000_000_000
 STATE_FILE = "state.json"
 DCP_PIECES = "DCP_SHARDING_INFO"  # where DCP notes which rows of a tensor a safetensors file holds
 
@@ -55,50 +59,59 @@ class CheckpointError(ValueError):
 
 
 def find_base(name_or_path: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint, downloaded from the Hub where it is not a folder (call on one rank per node first)."""
+    """The local folder of a checkpoint, downloaded from the Hub where it is not a folder (call on one rank per node first).
+
+    revision: None stands for the original layout of the published checkpoint, and for the newest of any other
+    """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
-        raise CheckpointError(f"--base_ckpt {name_or_path}: neither a folder nor a Hub repository (owner/name)")
+        raise CheckpointError(f"checkpoint {name_or_path}: neither a folder nor a Hub repository (owner/name)")
     from huggingface_hub import snapshot_download
 
+    revision = revision or (BASE_REVISION if name_or_path == BASE_CKPT else None)
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the Hub client has many: offline, no access, no such repository or revision
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"--base_ckpt {name_or_path} (revision {revision}): not a folder here, and the Hub gave no copy: {reason}"
+            f"checkpoint {name_or_path} (revision {revision}): not a folder here, and the Hub gave no copy: {reason}"
         ) from None
 
 
 def read_base_config(folder: Path) -> HiggsAudioConfig:
-    """The checkpoint's configuration; CheckpointError if the folder is not a Higgs Audio v2 checkpoint."""
+    """The checkpoint's configuration, in the original layout; CheckpointError if it is not a Higgs Audio v2 checkpoint."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"--base_ckpt {folder}: no config.json, so this is not a checkpoint folder") from None
+        raise CheckpointError(f"checkpoint {folder}: no config.json, so this is not a checkpoint folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: broken JSON: {error}") from None
     kind = values.get("model_type")
-    if kind == "higgs_audio_v2":
-        raise CheckpointError(
-            f"--base_ckpt {folder}: this is the layout of transformers >= 5.3; take the original one, --base_revision {BASE_REVISION}"
-        )
-    if kind != "higgs_audio":
-        raise CheckpointError(f"--base_ckpt {folder}: model_type is {kind!r}, expected 'higgs_audio'")
+    if kind not in layouts.LAYOUTS:
+        raise CheckpointError(f"checkpoint {folder}: model_type is {kind!r}, expected {' or '.join(layouts.LAYOUTS)}")
     if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"--base_ckpt {folder}: no *.safetensors files")
-    return HiggsAudioConfig.from_dict(values)
+        raise CheckpointError(f"checkpoint {folder}: no *.safetensors files")
+    if layouts.LAYOUTS[kind] == "boson":
+        return HiggsAudioConfig.from_dict(values)
+    tokenizer = load_tokenizer(folder)
+    try:
+        return layouts.to_boson(values, tokenizer)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; CheckpointError if it has none."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        # What transformers >= 5 calls the class that has read tokenizer.json all along.
+        newer = settings.get("tokenizer_class") == "TokenizersBackend"
+        return (PreTrainedTokenizerFast if newer else AutoTokenizer).from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or the parser's own
-        raise CheckpointError(f"--base_ckpt {folder}: no usable tokenizer beside the weights: {error}") from None
+        raise CheckpointError(f"checkpoint {folder}: no usable tokenizer beside the weights: {error}") from None
 
 
 def base_name(name: str) -> str:
@@ -116,17 +129,21 @@ def check_base(model: nn.Module, folder: Path) -> list[str]:
     returns: names of tensors in the checkpoint that the model has no use for
     raises:  CheckpointError
     """
-    targets, stored = _base_tensors(model), _stored_shapes(folder)
+    targets = _base_tensors(model)
+    stored = {layouts.rename(name, "boson"): shape for name, shape in _stored_shapes(folder).items()}
     missing = sorted(targets.keys() - stored.keys())
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} of {len(targets)} tensors are missing, first {missing[0]}")
+        hint = "; the transformers class keeps its text head only with use_text_head=True" * ("text_lm_head" in missing[0])
+        raise CheckpointError(f"{folder}: {len(missing)} of {len(targets)} tensors are missing, first {missing[0]}{hint}")
     _check_shapes(folder, targets, stored)
     return sorted(stored.keys() - targets.keys())
 
 
 def load_base(model: nn.Module, folder: Path) -> None:
     """Stream the base weights into a sharded model; each rank reads its own rows only. Collective; `check_base` first."""
-    dcp.load(_base_tensors(model), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    stored_name = {layouts.rename(name, "boson"): name for name in _stored_shapes(folder)}
+    targets = {stored_name[name]: tensor for name, tensor in _base_tensors(model).items()}
+    dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -140,20 +157,43 @@ def _check_shapes(folder: Path, targets: dict[str, Tensor], stored: dict[str, tu
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the folder, put together from its pieces where ranks wrote their own rows."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                pieces = json.loads((file.metadata() or {}).get(DCP_PIECES, "{}"))
-                for name in file.keys():  # noqa: SIM118
-                    shape = file.get_slice(name).get_shape()
-                    offsets = pieces[name]["saved_offsets"] if name in pieces else [0] * len(shape)
-                    ends = [offset + size for offset, size in zip(offsets, shape)]
-                    shapes[name] = tuple(map(max, ends, shapes.get(name, ends)))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged: {error}") from None
-    return shapes
+    return Stored(folder).shapes
+
+
+class Stored:
+    """The tensors of a folder's safetensors files, read one at a time; of each, ranks may have written their own rows.
+
+    raises: CheckpointError if a file is damaged
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, list[tuple[Any, list[int]]]] = {}  # by name: an open file, and where its piece begins
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                self._add(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: damaged: {error}") from None
+
+    def _add(self, file) -> None:
+        sharding = json.loads((file.metadata() or {}).get(DCP_PIECES, "{}"))
+        for name in file.keys():  # noqa: SIM118
+            shape = file.get_slice(name).get_shape()
+            offsets = sharding[name]["saved_offsets"] if name in sharding else [0] * len(shape)
+            ends = [offset + size for offset, size in zip(offsets, shape)]
+            self.shapes[name] = tuple(map(max, ends, self.shapes.get(name, ends)))
+            self._pieces.setdefault(name, []).append((file, offsets))
+
+    def read(self, name: str) -> Tensor:
+        (file, _), *others = self._pieces[name]
+        if not others:
+            return file.get_tensor(name)
+        pieces = [(file.get_tensor(name), offsets) for file, offsets in self._pieces[name]]
+        whole = pieces[0][0].new_empty(self.shapes[name])
+        for piece, offsets in pieces:
+            whole[tuple(slice(o, o + size) for o, size in zip(offsets, piece.shape))] = piece
+        return whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,103 +469,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The finished model
-
-
-def export(
-    folder: Path,
-    model: nn.Module,
-    config: HiggsAudioConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    lora: LoraConfig | None,
-    base: Path,
-) -> None:
-    """Write the finished model to `folder`, under a temporary name first. Collective.
-
-    base: the folder of the base checkpoint, whose generation settings a full model keeps
-
-    Without `lora` a Hugging Face folder in the base checkpoint's dtype, else a PEFT adapter in float32. Tensors are
-    gathered one at a time, so rank 0 holds one output file's worth, never the whole model.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    if lora is not None:
-        named = ((_adapter_name(n), p.data) for n, p in model.named_parameters() if is_lora(n))
-        _write_weights(temporary, named, "adapter_model", None, index=False)
-    else:
-        dtype = config.torch_dtype or torch.float32
-        named = ((n, p.data) for n, p in model.named_parameters())
-        _write_weights(temporary, named, "model", dtype, index=True)
-    if is_main:
-        tokenizer.save_pretrained(temporary)
-        if lora is not None:
-            dataclasses.replace(lora, inference_mode=True).save_pretrained(temporary)
-        else:
-            config.save_pretrained(temporary)
-            if (base / "generation_config.json").is_file():
-                shutil.copy(base / "generation_config.json", temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    dist.barrier()
-
-
-def _adapter_name(name: str) -> str:
-    """PEFT's name of an adapter weight in its files."""
-    return "base_model.model." + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)
-
-
-def _write_weights(
-    folder: Path, named: Iterator[tuple[str, Tensor]], stem: str, dtype: torch.dtype | None, index: bool
-) -> None:
-    """Gather tensors one at a time and write them on rank 0, in files of at most MAX_FILE_BYTES."""
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = num_files = 0
-    file_of: dict[str, int] = {}
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes, num_files
-        num_files += 1
-        save_file(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
-        file_of.update(dict.fromkeys(pending, num_files))
-        pending, pending_bytes = {}, 0
-
-    for name, tensor in named:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if dist.get_rank() != 0:
-            continue
-        full = full.detach().to("cpu", dtype or full.dtype).contiguous()
-        if pending and pending_bytes + full.nbytes > MAX_FILE_BYTES:
-            flush()
-        pending[name] = full
-        pending_bytes += full.nbytes
-        total_bytes += full.nbytes
-    if dist.get_rank() != 0:
-        return
-    flush()
-    names = {i: f"{stem}-{i:05d}-of-{num_files:05d}.safetensors" for i in range(1, num_files + 1)}
-    if num_files == 1:
-        names = {1: f"{stem}.safetensors"}
-    for i, name in names.items():
-        os.replace(folder / f"{stem}-part{i}", folder / name)
-    if index and num_files > 1:
-        weights = {"metadata": {"total_size": total_bytes}, "weight_map": {n: names[i] for n, i in file_of.items()}}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(weights, indent=2))
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise SystemExit("usage: python checkpoint.py FOLDER")
-    folder = Path(argv[0])
-    shapes = _stored_shapes(folder)
-    count = sum(torch.Size(shape).numel() for shape in shapes.values())
-    print(f"{folder}: {len(shapes)} tensors, {count:,} numbers")
-    if (folder / STATE_FILE).is_file():
-        print(json.dumps(read_state(folder), indent=2))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    import export
+
+    sys.exit(export.main(sys.argv[1:]))

@@ -70,6 +70,9 @@ class Config:
     min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
     weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
     beta2: float = _setting(0.95, "AdamW beta2")
+    ema: float = _setting(
+        0.0, "decay per step of a moving average of the trained weights, which is then evaluated and exported; 0: off"
+    )
     grad_clip: float = _setting(1.0, "largest global gradient norm; 0: no clipping")
 
     lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
@@ -78,6 +81,7 @@ class Config:
     lora_targets: str = _setting(
         ",".join(model_patch.LORA_DEFAULT_TARGETS), "comma-separated patterns of module names that get an adapter"
     )
+    merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base checkpoint", const=True)
     freeze: str = _setting("", "comma-separated patterns of parameter names that do not train")
 
     text_loss_weight: float = _setting(1.0, "weight of the text loss")
@@ -113,6 +117,10 @@ class Config:
     @property
     def revision(self) -> str | None:
         return self.base_revision or (checkpoint.BASE_REVISION if self.base_ckpt == checkpoint.BASE_CKPT else None)
+
+    @property
+    def lora_target_list(self) -> list[str]:
+        return [pattern.strip() for pattern in self.lora_targets.split(",") if pattern.strip()]
 
     @property
     def codebook_weight_list(self) -> list[float]:
@@ -181,8 +189,12 @@ def _find_problems(cfg: Config) -> list[str]:
         problems.append("--lr 0: nothing would be learned")
     if cfg.val_share >= 1:
         problems.append(f"--val_share {cfg.val_share}: must be below 1")
+    if cfg.ema >= 1:
+        problems.append(f"--ema {cfg.ema}: must be below 1")
     if cfg.lora_dropout >= 1:
         problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
+    if cfg.merge_lora and not cfg.lora_r:
+        problems.append("--merge_lora: there is no adapter to merge with --lora_r 0")
     if cfg.lora_r and cfg.lora_alpha == 0:
         problems.append("--lora_alpha 0: the adapter would have no effect")
     if cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0:

@@ -42,6 +42,7 @@ from tqdm import tqdm
 import checkpoint
 import collate
 import data
+import export
 import loss
 import model_patch
 from audio import AudioStore, codec_frame_rate_hz, load_codec
@@ -189,8 +190,7 @@ def build_model(
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
     lora = None
     if cfg.lora_r:
-        targets = _split(cfg.lora_targets)
-        lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
+        lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
         lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
         model_patch.freeze(model, _split(cfg.freeze))
@@ -214,6 +214,53 @@ def _split(patterns: str) -> list[str]:
 # Optimizer
 
 
+class AveragingAdamW(torch.optim.AdamW):
+    """AdamW that also keeps a moving average of the weights it trains, in float32, of each rank's own rows.
+
+    After t steps it is the mean of the weights after each of them, weighted by decay ** (steps ago): the weights before
+    training have no part in it. It is optimizer state like any other, saved and loaded with checkpoints.
+    """
+
+    def __init__(self, groups: list[dict], decay: float, **settings):
+        super().__init__(groups, **settings)
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        super().step(closure)
+        for parameter, state in self.state.items():
+            if "ema" not in state:
+                state["ema"] = torch.zeros_like(parameter)
+            share = (1 - self.decay) / (1 - self.decay ** state["step"])  # 1 at the first step
+            _own(state["ema"]).lerp_(_own(parameter), share)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """While it lasts, the parameters hold their averages; the model has to be sharded at both ends."""
+        self._swap()
+        yield
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, state in self.state.items():
+            mine, average = _own(parameter), _own(state["ema"])
+            before = mine.clone()
+            mine.copy_(average)
+            average.copy_(before)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def averaged(optimizer: torch.optim.Optimizer):
+    """The context in which the model's weights are those to evaluate and export: with --ema their averages."""
+    has_average = isinstance(optimizer, AveragingAdamW) and optimizer.state
+    return optimizer.averaged() if has_average else contextlib.nullcontext()
+
+
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over what trains; weight decay on matrices only. Create it after sharding."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -222,7 +269,8 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=cfg.peak_lr, betas=(0.9, cfg.beta2), fused=True)
+    settings = {"lr": cfg.peak_lr, "betas": (0.9, cfg.beta2), "fused": True}
+    return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
 
 
 def lr_at(step: int, total_steps: int, cfg: Config) -> float:
@@ -509,7 +557,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         step, position, bad_steps = state["step"], data.Position(*state["position"]), state["bad_steps"]
         log(dist, f"resumed from {resume_from}: {step} steps done")
     if dist.is_main:
-        write_run_config(output_dir, cfg, dist)
+        write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples)
     metrics = checkpoint.MetricsFile(output_dir / "metrics.jsonl", steps_done=step)
     flops_per_token = model_patch.train_flops_per_token(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
@@ -527,7 +575,10 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             if alignment is None:
                 (first, *_), _ = next(dist.iterate(val_loader.epoch(data.Position(0, 0))))
                 alignment = check_first_batch(model, first, objective, ids, dist)
-            values = evaluate(model, val_loader, objective, ids, alignment, dist)
+            with averaged(optimizer):
+                values = evaluate(model, val_loader, objective, ids, alignment, dist)
+                if lora and step and not evaluated:
+                    log(dist, export.describe_changes(export.relative_changes(model)))
             evaluated = step
             metrics.write(split="val", step=step, epoch=position.epoch, **values)
             log(
@@ -579,7 +630,12 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         progress.update()
 
     progress.close()
-    checkpoint.export(output_dir / "final", model, config, tokenizer, lora, base=folder)
+    with averaged(optimizer):
+        if lora:
+            log(dist, export.describe_changes(export.relative_changes(model)))
+        merging = export.write_final(output_dir, model, config, tokenizer, lora, base=folder, merge_lora=cfg.merge_lora)
+    if merging:
+        log(dist, f"final/merged: {merging}")
     log(dist, f"finished: {output_dir / 'final'}")
     return model
 
@@ -595,7 +651,7 @@ def iter_steps(loader: data.Loader, position: data.Position):
 
 def same_run(cfg: Config, loader: data.Loader) -> dict:
     """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
-    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens")
+    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens", "ema")
     return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
 
 
@@ -608,7 +664,7 @@ def save(output_dir: Path, state: dict, model, optimizer, keep_last: int, dist: 
             shutil.rmtree(old)
 
 
-def write_run_config(output_dir: Path, cfg: Config, dist: Dist) -> None:
+def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object) -> None:
     """OUTPUT/config.json: the resolved settings and what they ran with."""
     from importlib.metadata import version
 
@@ -618,6 +674,7 @@ def write_run_config(output_dir: Path, cfg: Config, dist: Dist) -> None:
     packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
     record = dataclasses.asdict(cfg) | {
         "lr": cfg.peak_lr,
+        **facts,
         "world_size": dist.world_size,
         "device": dist.device.type,
         "git_commit": git.stdout.strip() or None,

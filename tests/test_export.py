@@ -1,0 +1,324 @@
+"""Finished models: adapters, merging, averaging, training states, model cards, and the official serve engine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from boson_multimodal.data_types import ChatMLSample, Message
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from conftest import make_model, run_ranks
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import export
+import model_patch
+import train
+from audio import import_codec
+from config import Config, parse_config
+from tools import demo, parity
+
+
+def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
+    values = {
+        "train_manifest": toys / "train.jsonl",
+        "base_ckpt": toys / "checkpoint",
+        "output_dir": output_dir,
+        "batch_size": 8,
+        "num_workers": 0,
+        "max_steps": 4,
+        "lr": 5e-3,
+        "mixed_precision": "no",
+        "save_steps": 2,
+        "device": "cpu",
+    }
+    return [item for name, value in (values | extra).items() for item in (f"--{name}", str(value))]
+
+
+def run(argv: list[str]) -> None:
+    """A whole run in this process."""
+    cfg = parse_config(argv)
+    train.train(cfg, train.setup_distributed(cfg.device))
+
+
+@pytest.fixture(scope="module")
+def toys(toys, tmp_path_factory) -> Path:
+    """The demo folder, with a checkpoint that does not stop speaking: the codec wants more than a frame or two."""
+    folder = tmp_path_factory.mktemp("talkative") / "toys"
+    shutil.copytree(toys, folder)
+    path = folder / "checkpoint" / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["audio_decoder_proj.audio_lm_head.weight"]
+    head.view(8, 66, -1)[:, 65] = 0  # the logit of end-of-stream is 0, and the largest of 64 others is above
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(toys, tmp_path_factory) -> Path:
+    """OUTPUT of a short LoRA run with validation; final/merged is written too."""
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    run(settings(toys, output, lora_r=4, merge_lora="True", val_manifest=toys / "val.jsonl", val_steps=2))
+    return output
+
+
+@pytest.fixture(scope="module")
+def full_run(toys, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "full"
+    run(settings(toys, output, lora_r=0, keep_last=0, lr=1e-4))
+    return output
+
+
+@pytest.fixture(scope="module")
+def untrained(toys, tmp_path_factory) -> Path:
+    """An adapter as training would start with it."""
+    folder = tmp_path_factory.mktemp("untrained") / "adapter"
+    base = export.Full(toys / "checkpoint")
+    model = make_model(base.config)
+    lora = model_patch.add_lora(model, 4, 8.0, 0.0)
+    model_patch.init_lora(model, seed=0)
+    named = ((export._adapter_name(n), p.data) for n, p in model.named_parameters() if checkpoint.is_lora(n))
+    export.write_adapter(folder, named, lora, base.tokenizer, "")
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def same(mine: dict, theirs: dict) -> bool:
+    return mine.keys() == theirs.keys() and all(
+        mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine
+    )
+
+
+def command(capsys, *argv) -> str:
+    """A command of checkpoint.py; returns what it printed."""
+    assert export.main([*map(str, argv)]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def error(capsys, *argv) -> str:
+    assert export.main([*map(str, argv)]) == 2
+    return capsys.readouterr().err
+
+
+# ---- adapters
+
+
+def test_merging_is_exact_and_reported(lora_run, toys, tmp_path, capsys):
+    """Measured: merged float32 differs from PEFT's adapter by 4e-7 where the adapter changes logits by 2; bfloat16, merged or not, by 9e-3."""
+    out = command(capsys, "merge", lora_run / "final", tmp_path / "m", "--manifest", toys / "test.jsonl", "--records", 2)
+    adapter, base = export.open_model(lora_run / "final"), export.Full(toys / "checkpoint")
+    alone, merged, rounded, merged_rounded = parity.compare(adapter, base, toys / "test.jsonl", 2, Config.audio_tokenizer).rows
+    assert all(str(row) in out for row in (alone, merged, rounded, merged_rounded))
+    assert merged.largest < 3e-6 and (merged.same_text, merged.same_audio, merged.same_codes) == (1, 1, 1)
+    assert alone.largest > 0.1 and alone.same_codes < 0.5, "the adapter has no effect that merging could lose"
+    assert merged_rounded.largest < min(2 * rounded.largest, 0.1 * alone.largest)
+    assert same(weights(tmp_path / "m"), weights(lora_run / "final" / "merged"))
+    readme = (tmp_path / "m" / "README.md").read_text()
+    assert "same codes" in readme and "checkpoint.py merge" in readme and "validation loss" in readme
+
+    loaded = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(toys / "checkpoint"), lora_run / "final")
+    theirs = loaded.merge_and_unload().state_dict()
+    mine = weights(tmp_path / "m")
+    assert mine.keys() == theirs.keys()
+    assert max((mine[n] - theirs[n]).abs().max().item() for n in mine) < 1e-6  # measured 0
+
+
+def test_merging_rounds_once(lora_run, toys, tmp_path):
+    """Into a bfloat16 base: the float32 sum, rounded; what rounding costs is reported."""
+    base = tmp_path / "base"
+    HiggsAudioModel.from_pretrained(toys / "checkpoint").bfloat16().save_pretrained(base)
+    demo.make_tokenizer().save_pretrained(base)
+    adapter = export.open_model(lora_run / "final")
+    report = export.merge(adapter, export.Full(base), tmp_path / "m")
+    before, after, factors = weights(base), weights(tmp_path / "m"), weights(lora_run / "final")
+    for module in adapter.modules:
+        A, B = (factors[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
+        expected = (before[f"{module}.weight"].float() + adapter.scale * (B @ A)).bfloat16()
+        assert torch.equal(after[f"{module}.weight"], expected)
+    others = before.keys() - {f"{module}.weight" for module in adapter.modules}
+    assert all(torch.equal(after[name], before[name]) for name in others)
+    assert 0 < max(report.rounding.values()) < 0.1 and "rounding to bfloat16 adds an error of" in str(report)
+
+
+def test_an_untrained_adapter_is_reported(untrained, toys, tmp_path, capsys):
+    out = command(capsys, "merge", untrained, toys / "checkpoint", tmp_path / "m")
+    assert out.startswith("warning: the adapter has no effect: it changes none of its 30 layers")
+    assert same(weights(tmp_path / "m"), weights(toys / "checkpoint"))
+    assert "no effect" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_training_reports_the_adapter(toys, tmp_path, capsys):
+    """At the first evaluation after a step, and at the end; an adapter that cannot learn is named as what it is."""
+    run(settings(toys, tmp_path / "o", lora_r=4, max_steps=2, lr=1e-30, val_manifest=toys / "val.jsonl", val_steps=1))
+    assert capsys.readouterr().err.count("warning: the adapter has no effect") == 2
+
+
+def _two_ranks(dist, argv: list[str], blocked: str):
+    """The changes that a sharded model reports, and what all ranks hear if final/ cannot be written."""
+    cfg = parse_config(argv)
+    base = export.Full(Path(cfg.base_ckpt))
+    model, lora = train.build_model(cfg, dist, base.config, base.folder)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.manual_seed(len(name))
+            parameter.data.copy_(parameter.data + 0.01)
+    changes = export.relative_changes(model)
+    export.write_final(Path(cfg.output_dir), model, base.config, base.tokenizer, lora, base.folder, merge_lora=True)
+    try:
+        export.write_final(Path(blocked), model, base.config, base.tokenizer, lora, base.folder)
+        return changes, None
+    except checkpoint.CheckpointError as caught:
+        return changes, str(caught)
+
+
+def test_two_ranks_report_and_fail_together(lora_run, toys, tmp_path):
+    """Relative changes from sharded factors equal those of the merge; a full disk is one error on every rank."""
+    for folder in (tmp_path / "o", tmp_path / "blocked"):
+        folder.mkdir()
+        for name in ("config.json", "metrics.jsonl"):
+            (folder / name).write_text((lora_run / name).read_text())
+    (tmp_path / "blocked" / ".final.tmp").write_text("in the way")
+    argv = settings(toys, tmp_path / "o", lora_r=4)
+    (mine, failure), (theirs, other_failure) = run_ranks(_two_ranks, 2, argv, str(tmp_path / "blocked"))
+    assert mine == theirs and failure == other_failure and "final: cannot be written" in failure
+    adapter, base = export.open_model(tmp_path / "o" / "final"), export.Full(toys / "checkpoint")
+    report = export.merge(adapter, base, tmp_path / "m")
+    assert mine.keys() == report.changes.keys()
+    assert mine == pytest.approx(report.changes, rel=1e-5)  # measured 3.3e-6
+    assert same(weights(tmp_path / "o" / "final" / "merged"), weights(tmp_path / "m"))
+
+
+# ---- training states, averaging
+
+
+@pytest.mark.parametrize("kind", ["lora_run", "full_run"])
+def test_a_training_state_becomes_a_model(kind, request, tmp_path, capsys):
+    """The last state gives exactly what the run itself wrote; an earlier one something else, with a card of its own."""
+    output = request.getfixturevalue(kind)
+    for step in (2, 4):
+        command(capsys, "export", output / "checkpoints" / f"step_{step}", tmp_path / str(step))
+    assert same(weights(tmp_path / "4"), weights(output / "final"))
+    assert not same(weights(tmp_path / "2"), weights(output / "final"))
+    assert "| steps | 2 |" in (tmp_path / "2" / "README.md").read_text()
+    if kind == "lora_run":
+        mine, theirs = (json.loads((p / "adapter_config.json").read_text()) for p in (tmp_path / "4", output / "final"))
+        assert {n: sorted(v) if isinstance(v, list) else v for n, v in mine.items()} == {
+            n: sorted(v) if isinstance(v, list) else v for n, v in theirs.items()
+        }
+
+
+def test_average_is_the_mean(full_run, lora_run, toys, tmp_path, capsys):
+    """Of full models, in float32 however they are stored; of training states, in float32 before rounding; of adapters."""
+    folders = [full_run / "final", toys / "checkpoint"]
+    command(capsys, "average", *folders, tmp_path / "full")
+    parts = [weights(folder) for folder in folders]
+    assert same(weights(tmp_path / "full"), {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]})
+    HiggsAudioModel.from_pretrained(tmp_path / "full")
+
+    states = [full_run / "checkpoints" / f"step_{step}" for step in (2, 4)]
+    command(capsys, "average", *states, tmp_path / "states")
+    parts = [checkpoint.Stored(state) for state in states]
+    for name, mean in weights(tmp_path / "states").items():
+        assert torch.equal(mean, sum(part.read(f"model.{name}") for part in parts) / 2)
+
+    states = [lora_run / "checkpoints" / f"step_{step}" for step in (2, 4)]
+    out = command(capsys, "average", *states, tmp_path / "adapter")
+    assert "away from the mean of the changes" in out
+    PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(toys / "checkpoint"), tmp_path / "adapter")
+
+
+def test_an_average_of_strangers_is_noticed(lora_run, toys, tmp_path):
+    """Adapters of separate runs agree in nothing: their factors' mean is far from the mean of what they add."""
+    run(settings(toys, tmp_path / "o", lora_r=4, seed=5, max_steps=2, save_steps=0))
+    strangers = [export.open_model(lora_run / "final"), export.open_model(tmp_path / "o" / "final")]
+    report = export.average(strangers, tmp_path / "mean")
+    share = float(report.split("is ")[1].split("%")[0])
+    states = [export.open_model(lora_run / "checkpoints" / f"step_{step}") for step in (2, 4)]
+    close = float(export.average(states, tmp_path / "close").split("is ")[1].split("%")[0])
+    assert close < 5 < 20 < share  # measured 0.4 % and 68 %
+
+
+# ---- the card
+
+
+def test_the_card_says_how_to_make_it_again(lora_run):
+    card = (lora_run / "final" / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("train.py "))
+    run = json.loads((lora_run / "config.json").read_text())
+    again = parse_config(shlex.split(line)[1:])
+    assert all(run[name] == value for name, value in vars(again).items())
+    values = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
+    val = [line for line in values if line["split"] == "val"][-1]
+    assert f"| validation loss | {val['loss']:.4g} |" in card and "| records | 31 |" in card
+    trained = [line for line in values if line["split"] == "train"]
+    assert f"| audio targets | {sum(line['audio_targets'] for line in trained)} |" in card
+    assert card.startswith("---\npipeline_tag: text-to-speech\n") and "library_name: peft" in card
+    assert "base_model" not in card, "a local folder is no model of the Hub"
+
+
+# ---- the official engine
+
+
+@pytest.mark.parametrize("kind", ["full", "merged"])
+def test_the_serve_engine_loads_what_we_write(kind, full_run, lora_run, codec_dir):
+    """The official engine with the official codec class (random weights) returns the audio of the codes it generates."""
+    import_codec()
+    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+
+    folder = full_run / "final" if kind == "full" else lora_run / "final" / "merged"
+    engine = HiggsAudioServeEngine(
+        str(folder), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[256, 512]
+    )
+    chat = ChatMLSample([Message("user", "hello there")])
+    response = engine.generate(chat, max_new_tokens=24, temperature=0.0, force_audio_gen=True, ras_win_len=None)
+    num_columns = response.generated_audio_tokens.shape[1]
+    assert num_columns > 10
+    assert response.audio.shape == ((num_columns - 7 - 2) * 960,)
+    assert response.sampling_rate == 24000 and abs(response.audio).max() > 0
+
+
+# ---- mistakes
+
+
+def test_mistakes(lora_run, full_run, untrained, toys, tmp_path, capsys):
+    base = toys / "checkpoint"
+    assert "exists already" in error(capsys, "merge", untrained, base, lora_run)
+    assert "is not an adapter" in error(capsys, "merge", base, base, tmp_path / "m")
+    assert "merge it with --layout transformers" in error(
+        capsys, "export", untrained, tmp_path / "m", "--layout", "transformers"
+    )
+    assert "does not name its base" in error(capsys, "merge", untrained, tmp_path / "m")
+    assert "are not alike" in error(capsys, "average", base, untrained, tmp_path / "m")
+    assert "no config.json" in error(capsys, tmp_path)
+    assert "neither a folder nor" in error(capsys, "merge", untrained, tmp_path / "no" / "such" / "base", tmp_path / "m")
+
+    text = {**demo.tiny_config(demo.make_tokenizer()).text_config.to_dict(), "intermediate_size": 64}
+    wide = demo.make_checkpoint(tmp_path / "wide", text_config=text, audio_embed_avg=True)
+    assert "is made for layers.0.audio_mlp" in error(capsys, "merge", untrained, wide, tmp_path / "m")
+    assert "averaged audio embeddings" in error(capsys, "export", wide, tmp_path / "m", "--layout", "transformers")
+
+    special = tmp_path / "special"
+    special.mkdir()
+    values = json.loads((untrained / "adapter_config.json").read_text())
+    save_file(weights(untrained), special / "adapter_model.safetensors")
+    (special / "adapter_config.json").write_text(json.dumps(values | {"use_dora": True}))
+    assert "not a plain LoRA adapter (use_dora)" in error(capsys, "merge", special, base, tmp_path / "m")
+    (special / "adapter_config.json").write_text("{}")
+    assert "is not a LoRA adapter's" in error(capsys, "merge", special, base, tmp_path / "m")
+
+    assert not (tmp_path / "m").exists()
+
+
+def test_what_a_folder_holds(lora_run, toys, capsys):
+    assert "a run, finished: final; checkpoints: step_2, step_4" in command(capsys, lora_run)
+    assert "a LoRA adapter, r=4" in command(capsys, lora_run / "final")
+    assert '"step": 4' in command(capsys, lora_run / "checkpoints" / "step_4")
+    assert "boson layout" in command(capsys, toys / "checkpoint")
