@@ -58,6 +58,16 @@ def last_text(record: Record) -> str:
     return "".join(part if isinstance(part, str) else getattr(part, "text", "") for part in parts)
 
 
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff"  # scripts in which every character counts as a word
+WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+
+
+def spoken_words(text: str) -> list[str]:
+    """The words of a text as they sound: without speaker tags, punctuation and capitals."""
+    text = re.sub(r"\[SPEAKER\d+\]", " ", text).casefold().replace("'", "").replace("\u2019", "")
+    return WORD.findall(re.sub(r"[^\w\s]|_", " ", text))
+
+
 def as_prompt(sample: ChatMLDatasetSample, tokenizer, force_audio: bool = False) -> ChatMLDatasetSample:
     """A sample whose last turn is the user's, with the assistant's header after it: the model continues from there.
 

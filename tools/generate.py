@@ -44,6 +44,7 @@ from data import ChatMLDataset
 from distributed import USER_ERRORS, Dist, setup_distributed
 from manifest import AudioPart, DataError, Record, parse_record, read_manifest
 from speech import (
+    WORD,
     Sampling,
     Score,
     as_prompt,
@@ -163,8 +164,6 @@ def context(audio: Sequence[str], texts: Sequence[str], scene: str = "", system:
 # ---------------------------------------------------------------------------------------------------------------------
 # Long texts
 
-_UNSPACED = "\u3040-\u30ff\u3400-\u9fff"  # scripts in which every character counts as a word
-WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?:\s+|$)|[。！？]+\s*|\n\s*\n|$)", re.DOTALL)
 TURN = re.compile(r"^(?=[ \t]*\[SPEAKER\d+\])", re.MULTILINE)
 TAG = re.compile(r"\s*(\[SPEAKER\d+\]\s*)?")
