@@ -131,8 +131,6 @@ def load_codec(name_or_path: str, device: str | torch.device):
 
     raises: DataError if its dependencies or files are missing
     """
-    if str(name_or_path) == "none":
-        raise DataError("--audio_tokenizer none: there are waveforms, and no codec to make codes of them")
     module = import_codec()
     folder = download_codec(str(name_or_path))
     try:

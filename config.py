@@ -124,6 +124,11 @@ class Config:
         return self.base_revision or (checkpoint.BASE_REVISION if self.base_ckpt == checkpoint.BASE_CKPT else None)
 
     @property
+    def codec(self) -> str:
+        """Folder or Hub name of the codec, "" for none."""
+        return "" if self.audio_tokenizer == "none" else self.audio_tokenizer
+
+    @property
     def codebook_weight_list(self) -> list[float]:
         return [float(w) for w in self.codebook_weights.split(",")] if self.codebook_weights else []
 
@@ -194,7 +199,7 @@ def _find_problems(cfg: Config) -> list[str]:
         problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
     if cfg.lora_r and cfg.lora_alpha == 0:
         problems.append("--lora_alpha 0: the adapter would have no effect")
-    if cfg.audio_tokenizer == "none" and (cfg.asr_model or cfg.sv_model):
+    if not cfg.codec and (cfg.asr_model or cfg.sv_model):
         problems.append("--asr_model and --sv_model hear waveforms, which need a codec: --audio_tokenizer none")
     if cfg.sample_steps and cfg.num_samples < 1:
         problems.append("--num_samples 0: at least 1 with --sample_steps")

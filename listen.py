@@ -168,8 +168,8 @@ class Listener:
         sampling = Sampling(temperature=cfg.sample_temperature, seed=cfg.seed)
         prompts = choose_prompts(dataset, cfg.num_samples, cfg.seed)
         listener = cls(prompts, dataset.tokenizer, sampling, Path(cfg.output_dir) / "samples")
-        if dist.is_main and cfg.audio_tokenizer != "none":
-            listener.codec = load_codec(cfg.audio_tokenizer, dist.device)
+        if dist.is_main and cfg.codec:
+            listener.codec = load_codec(cfg.codec, dist.device)
             listener.transcriber = Transcriber(cfg.asr_model, dist.device) if cfg.asr_model else None
             listener.similarity = SpeakerSimilarity(cfg.sv_model, dist.device) if cfg.sv_model else None
         return listener

@@ -103,7 +103,7 @@ def build_loaders(
         config.audio_codebook_size,
         codec_frame_rate_hz(cfg.audio_tokenizer),
         cache_dir=Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"),
-        codec=cfg.audio_tokenizer,
+        codec=cfg.codec,
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True, pack=cfg.pack))
     encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import os
 import re
 import sys
 import tempfile
@@ -266,14 +267,10 @@ class Reader:
     context: int = 2
 
     def encode(self, record: Record) -> None:
-        """Encode the record's waveforms where that is not done yet; raises DataError where there is no codec."""
-        missing = self.store.missing([record])
-        if missing and self.codec is None:
-            part, source = missing[0]
-            raise DataError(
-                f"{source}: {part.field}: {part.path or 'raw_audio'} is a waveform, and there is no codec (--audio_tokenizer none)"
-            )
-        self.store.encode(self.codec, missing)
+        """Encode the record's waveforms where that is not done yet; raises DataError for what is no audio."""
+        if missing := self.store.missing([record]):
+            for problem in filter(None, self.store.encode(lambda: self.codec, missing)):
+                raise DataError(problem)
 
     def say(self, line: Line) -> tuple[Tensor, bool]:
         """The codes [K, T] of all chunks, one after the other, and whether each answer ended by itself."""
@@ -371,11 +368,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         problems.append(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     if args.lines and any(value is not None for value in (args.ref_audio, args.ref_text, args.scene, args.system)):
         problems.append("--lines: references, scene and system turn stand in the lines themselves")
-    args.with_codec = args.audio_tokenizer != "none"
+    args.codec = "" if args.audio_tokenizer == "none" else args.audio_tokenizer
     if args.out is None:
-        args.out = Path("said" if args.lines else "speech.wav" if args.with_codec else "speech.npy")
-    if not args.lines and args.out.suffix not in ((".wav", ".npy") if args.with_codec else (".npy",)):
-        problems.append(f"--out {args.out}: expected a {'.wav or ' if args.with_codec else ''}.npy file")
+        args.out = Path("said" if args.lines else "speech.wav" if args.codec else "speech.npy")
+    if not args.lines and args.out.suffix not in ((".wav", ".npy") if args.codec else (".npy",)):
+        problems.append(f"--out {args.out}: expected a {'.wav or ' if args.codec else ''}.npy file")
     if problems:
         raise ConfigError("; ".join(problems))
     return args
@@ -398,11 +395,10 @@ def load_reader(args: argparse.Namespace, dist: Dist, records: Sequence[Record],
     model, tokenizer = dist.main_first(
         lambda: load_model(args.ckpt, args.base_ckpt, args.base_revision or None, dtype, dist.device, args.merge_lora)
     )
-    config, codec_id = model.config, args.audio_tokenizer
-    K, size = config.audio_num_codebooks, config.audio_codebook_size
-    store = AudioStore(K, size, codec_frame_rate_hz(codec_id), scratch, codec_id)
-    needed = args.out.suffix != ".npy" or store.missing(records)
-    codec = dist.main_first(lambda: load_codec(codec_id, dist.device)) if args.with_codec and needed else None
+    K, size = model.config.audio_num_codebooks, model.config.audio_codebook_size
+    store = AudioStore(K, size, codec_frame_rate_hz(args.audio_tokenizer), scratch, args.codec)
+    needed = dist.together(lambda: store.missing(records)) or (args.codec and args.out.suffix != ".npy")
+    codec = dist.main_first(lambda: load_codec(args.codec, dist.device)) if needed else None
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     return Reader(model, tokenizer, codec, sampling, store, scratch, args.force_audio, args.chunk_context)
 
@@ -468,4 +464,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking a gloo group down in good order can abort

@@ -99,18 +99,18 @@ class Curve:
 def charts(run: Run) -> str:
     """Every figure that has at least one point, training and evaluation in one chart."""
 
-    def both(title: str, name: str) -> str:
+    def both(title: str, name: str, **kind: bool) -> str:
         train = Curve("training", *run.series("train", name), smooth=True)
-        return chart(title, [train, Curve("validation", *run.series("val", name))])
+        return chart(title, [train, Curve("validation", *run.series("val", name))], **kind)
 
-    def alone(title: str, name: str, split: str = "train") -> str:
-        return chart(title, [Curve("", *run.series(split, name))])
+    def alone(title: str, name: str, split: str = "train", **kind: bool) -> str:
+        return chart(title, [Curve("", *run.series(split, name))], **kind)
 
-    def codebooks(title: str, name: str) -> str:
+    def codebooks(title: str, name: str, **kind: bool) -> str:
         split = "val" if any(line.get(name) for line in run.lines.get("val", [])) else "train"
         count = max((len(line.get(name) or ()) for line in run.lines.get(split, [])), default=0)
         curves = [Curve(str(k), *run.series(split, name, k), smooth=split == "train") for k in range(count)]
-        return chart(f"{title} by codebook, {'validation' if split == 'val' else 'training'}", curves)
+        return chart(f"{title} by codebook, {'validation' if split == 'val' else 'training'}", curves, **kind)
 
     return "".join(
         [
@@ -119,18 +119,18 @@ def charts(run: Run) -> str:
             both("Audio loss", "audio_loss"),
             both("End-of-speech loss", "eos_loss"),
             codebooks("Audio loss", "codebook_losses"),
-            both("Text accuracy", "text_accuracy"),
-            both("Audio accuracy", "audio_accuracy"),
-            codebooks("Accuracy", "codebook_accuracies"),
-            alone("Samples that end by themselves", "stop_rate", "sample"),
+            both("Text accuracy", "text_accuracy", is_share=True),
+            both("Audio accuracy", "audio_accuracy", is_share=True),
+            codebooks("Accuracy", "codebook_accuracies", is_share=True),
+            alone("Samples that end by themselves", "stop_rate", "sample", is_share=True),
             alone("Length of samples against their targets", "duration_ratio", "sample"),
-            alone("Codes of samples that match", "code_match", "sample"),
+            alone("Codes of samples that match", "code_match", "sample", is_share=True),
             alone("Word error rate of samples", "word_error_rate", "sample"),
             alone("Speaker similarity of samples", "speaker_similarity", "sample"),
             alone("Gradient norm", "grad_norm"),
             alone("Learning rate", "lr"),
             alone("Tokens per second", "tokens_per_sec"),
-            alone("Copy share", "copy_share", "val"),
+            alone("Copy share", "copy_share", "val", is_share=True),
         ]
     )
 
@@ -138,17 +138,20 @@ def charts(run: Run) -> str:
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 46, 10, 8, 22  # of a chart, in SVG units of about a pixel
 
 
-def chart(title: str, curves: Sequence[Curve]) -> str:
-    """Curves over steps as inline SVG; "" if none has a point. Values that span decades are drawn on a log scale."""
+def chart(title: str, curves: Sequence[Curve], is_share: bool = False) -> str:
+    """Curves over steps as inline SVG; "" if none has a point. Values that span decades are drawn on a log scale.
+
+    is_share: values from 0 to 1, all of which is drawn
+    """
     curves = [curve for curve in curves if len(curve.values)]
     if not curves:
         return ""
     values = [value for curve in curves for value in curve.values]
     steps = [step for curve in curves for step in curve.steps]
-    is_log = min(values) > 0 and max(values) > 50 * min(values)
+    is_log = not is_share and min(values) > 0 and max(values) > 50 * min(values)
     low, high = (math.log10(min(values)), math.log10(max(values))) if is_log else (min(values), max(values))
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high = low - margin, high + margin
+    low, high = (0.0, 1.0) if is_share else (low - margin, high + margin)
     first, last = min(steps), max(max(steps), min(steps) + 1)
 
     def x(step: float) -> float:
@@ -331,7 +334,7 @@ def headline(run: Run) -> str:
         "word error rate": _percent(sample.get("word_error_rate")),
         "speaker similarity": sample.get("speaker_similarity"),
         "tokens per second": train.get("tokens_per_sec"),
-        "in training steps": f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min",
+        "in training steps": _duration(seconds),
         "peak memory": f"{train['peak_memory_bytes'] / 2**30:.1f} GiB" if train.get("peak_memory_bytes") else None,
         "steps skipped": train.get("bad_steps") or None,
     }
@@ -344,6 +347,12 @@ def headline(run: Run) -> str:
 
 def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.1%}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def data_summary(run: Run) -> str:
