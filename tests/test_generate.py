@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 from boson_multimodal.data_types import ChatMLSample, Message
-from conftest import make_model, write_manifest
+from conftest import write_manifest
 from test_codec import write_wav
 from test_train import run_here, run_shell, settings
 
@@ -21,16 +21,6 @@ from tools import demo, generate
 
 CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
 GREEDY = ["--temperature", "0", "--ras_win_len", "0", "--max_new_tokens", "40"]
-
-
-@pytest.fixture(scope="module")
-def loud_dir(tmp_path_factory) -> Path:
-    """A checkpoint whose norms are random too: its answers depend on everything in the prompt."""
-    folder = tmp_path_factory.mktemp("loud")
-    tokenizer = demo.make_tokenizer()
-    make_model(demo.tiny_config(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def say(folder: Path, *argv: object) -> torch.Tensor:
