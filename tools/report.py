@@ -33,7 +33,7 @@ from monitor import figure, read_results, sounds
 
 MAX_POINTS = 400  # of a curve; more are averaged
 MAX_RECORDS_READ = 20_000  # of a manifest, for the data's summary
-SMOOTHING = 0.9  # of the training curves, whose raw values stay visible behind
+SMOOTHING = 0.05  # of a training curve's points are averaged around each; the points stay visible behind
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -99,38 +99,38 @@ class Curve:
 def charts(run: Run) -> str:
     """Every figure that has at least one point, training and evaluation in one chart."""
 
-    def both(title: str, name: str, **kind: bool) -> str:
+    def both(title: str, name: str, kind: str = "") -> str:
         train = Curve("training", *run.series("train", name), smooth=True)
-        return chart(title, [train, Curve("validation", *run.series("val", name))], **kind)
+        return chart(title, [train, Curve("validation", *run.series("val", name))], kind)
 
-    def alone(title: str, name: str, split: str = "train", **kind: bool) -> str:
-        return chart(title, [Curve("", *run.series(split, name))], **kind)
+    def alone(title: str, name: str, split: str = "train", kind: str = "") -> str:
+        return chart(title, [Curve("", *run.series(split, name), smooth=split == "train")], kind)
 
-    def codebooks(title: str, name: str, **kind: bool) -> str:
+    def codebooks(title: str, name: str, kind: str = "") -> str:
         split = "val" if any(line.get(name) for line in run.lines.get("val", [])) else "train"
         count = max((len(line.get(name) or ()) for line in run.lines.get(split, [])), default=0)
         curves = [Curve(str(k), *run.series(split, name, k), smooth=split == "train") for k in range(count)]
-        return chart(f"{title} by codebook, {'validation' if split == 'val' else 'training'}", curves, **kind)
+        return chart(f"{title} by codebook, {'validation' if split == 'val' else 'training'}", curves, kind)
 
     return "".join(
         [
-            both("Loss (nats)", "loss"),
-            both("Text loss", "text_loss"),
-            both("Audio loss", "audio_loss"),
-            both("End-of-speech loss", "eos_loss"),
-            codebooks("Audio loss", "codebook_losses"),
-            both("Text accuracy", "text_accuracy", is_share=True),
-            both("Audio accuracy", "audio_accuracy", is_share=True),
-            codebooks("Accuracy", "codebook_accuracies", is_share=True),
-            alone("Samples that end by themselves", "stop_rate", "sample", is_share=True),
+            both("Loss (nats)", "loss", "loss"),
+            both("Text loss", "text_loss", "loss"),
+            both("Audio loss", "audio_loss", "loss"),
+            both("End-of-speech loss", "eos_loss", "loss"),
+            codebooks("Audio loss", "codebook_losses", "loss"),
+            both("Text accuracy", "text_accuracy", "share"),
+            both("Audio accuracy", "audio_accuracy", "share"),
+            codebooks("Accuracy", "codebook_accuracies", "share"),
+            alone("Samples that end by themselves", "stop_rate", "sample", "share"),
             alone("Length of samples against their targets", "duration_ratio", "sample"),
-            alone("Codes of samples that match", "code_match", "sample", is_share=True),
+            alone("Codes of samples that match", "code_match", "sample", "share"),
             alone("Word error rate of samples", "word_error_rate", "sample"),
             alone("Speaker similarity of samples", "speaker_similarity", "sample"),
             alone("Gradient norm", "grad_norm"),
             alone("Learning rate", "lr"),
             alone("Tokens per second", "tokens_per_sec"),
-            alone("Copy share", "copy_share", "val", is_share=True),
+            alone("Copy share", "copy_share", "val", "share"),
         ]
     )
 
@@ -138,20 +138,20 @@ def charts(run: Run) -> str:
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 46, 10, 8, 22  # of a chart, in SVG units of about a pixel
 
 
-def chart(title: str, curves: Sequence[Curve], is_share: bool = False) -> str:
-    """Curves over steps as inline SVG; "" if none has a point. Values that span decades are drawn on a log scale.
+def chart(title: str, curves: Sequence[Curve], kind: str = "") -> str:
+    """Curves over steps as inline SVG; "" if none has a point.
 
-    is_share: values from 0 to 1, all of which is drawn
+    kind: "share" for values from 0 to 1, all of which is drawn; "loss" for those drawn on a log scale if they span decades
     """
     curves = [curve for curve in curves if len(curve.values)]
     if not curves:
         return ""
     values = [value for curve in curves for value in curve.values]
     steps = [step for curve in curves for step in curve.steps]
-    is_log = not is_share and min(values) > 0 and max(values) > 50 * min(values)
+    is_log = kind == "loss" and min(values) > 0 and max(values) > 50 * min(values)
     low, high = (math.log10(min(values)), math.log10(max(values))) if is_log else (min(values), max(values))
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high = (0.0, 1.0) if is_share else (low - margin, high + margin)
+    low, high = (0.0, 1.0) if kind == "share" else (low - margin, high + margin)
     first, last = min(steps), max(max(steps), min(steps) + 1)
 
     def x(step: float) -> float:
@@ -179,10 +179,10 @@ def _draw(curve: Curve, colour: str, x: Callable, y: Callable) -> str:
         return f'<circle class="dot {colour}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
     if not curve.smooth or len(points) < 20:
         return _line(points, colour, x, y)
-    smoothed, mean = [], points[0][1]
-    for step, value in points:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        smoothed.append((step, mean))
+    reach = math.ceil(SMOOTHING * len(points) / 2)
+    values = [value for _, value in points]
+    means = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+    smoothed = [(step, mean) for (step, _), mean in zip(points, means)]
     return _line(points, f"{colour} raw", x, y) + _line(smoothed, colour, x, y)
 
 
@@ -273,7 +273,7 @@ def answer(run: Run, folder: Path, result: dict) -> str:
 
 
 def player(run: Run, path: Path) -> str:
-    return f'<audio controls preload=none src="{data_uri("audio/wav", read_inside(run, path))}"></audio>'
+    return f'<audio controls preload=metadata src="{data_uri("audio/wav", read_inside(run, path))}"></audio>'
 
 
 def picture(run: Run, folder: Path, result: dict) -> str:
@@ -401,7 +401,7 @@ def show(value: float) -> str:
         return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3g}"
+    return f"{value:.2g}".replace("e-0", "e-") if abs(value) < 1e-3 else f"{value:.3g}"
 
 
 def escape(text: Any) -> str:
@@ -435,11 +435,13 @@ svg { display: block; width: 100%; height: auto; margin-top: .4rem } svg text { 
 polyline.raw { stroke-width: 1; opacity: .3 } .dot { fill: currentColor }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .8rem } .legend span::before { content: "— "; font-weight: 700 }
 article .text { font-size: 1.05rem; white-space: pre-wrap; margin: 0 } article footer { margin-top: .8rem; font-size: .75rem }
+.given { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: 0 .8rem }
 audio { display: block; width: 100%; height: 2.4rem }
 .codes { display: block; width: 100%; image-rendering: pixelated; margin: .5rem 0 .2rem; border-radius: .2rem }
 .wide { overflow-x: auto; padding: 0 } table { border-collapse: collapse; width: 100%; font-size: .85rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem; border-bottom: 1px solid var(--line); min-width: 5rem }
-th { color: var(--soft); font-weight: 600 } tbody tr:last-child td { border-bottom: 0 }
+td:nth-child(2) { min-width: 11rem }
+th { color: var(--soft); font-weight: 600; white-space: nowrap } tbody tr:last-child td { border-bottom: 0 }
 """ + "".join(f".c{n} {{ color: var(--c{n}) }}" for n in range(8))
 
 
