@@ -166,20 +166,18 @@ def packed_sums(
 
     rows:    hidden states [n, D] of n sorted positions; see `TrainableHiggsAudioModel._forward_packed`
     packing: a `collate.Packing`
-    returns: `LossSums.pack` [2 * K + 4], part of the graph; `copy_counts` [2], zero unless asked for
+    returns: `LossSums.pack` [3 * K + 6], part of the graph; `copy_counts` [2], zero unless asked for
     """
-    text, _, text_copies = _stream_sums(rows, text_head, packing, "text", stream_eos, with_copies)
-    audio, eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
+    text, _, right_text, _, text_copies = _stream_sums(rows, text_head, packing, "text", stream_eos, with_copies)
+    audio, eos, right, right_eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
     supervised = packing.audio_targets != IGNORE_INDEX
     is_eos = packing.audio_targets == stream_eos
     counts = [eos[None], eos.new_tensor([len(packing.text_rows)]), supervised.sum(0), is_eos.sum()[None]]
-    return torch.cat([text, audio, *counts]), text_copies + audio_copies
+    return torch.cat([text, audio, *counts, right_text, right, right_eos[None]]), text_copies + audio_copies
 
 
-def _stream_sums(
-    rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(nats [K], end-of-stream nats [], copies [2]) of one stream. Pieces are computed again in the backward pass."""
+def _stream_sums(rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool) -> tuple[Tensor, ...]:
+    """(nats [K], end-of-stream nats [], right guesses [K], end-of-stream ones [], copies [2]) of one stream. Pieces are computed again in the backward pass."""
     indices, targets, inputs = (getattr(packing, f"{stream}_{name}") for name in ("rows", "targets", "inputs"))
     size = max(1, MAX_LOGITS // head.out_features)
     total: tuple[Tensor, ...] | None = None
@@ -195,7 +193,7 @@ def _stream_sums(
 
 def _piece_sums(
     hidden: Tensor, targets: Tensor, inputs: Tensor, head: nn.Module, stream_eos: int, with_copies: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     n, K = targets.shape
     logits = head(hidden).float().view(n * K, head.out_features // K)
     flat = targets.flatten()
@@ -207,7 +205,9 @@ def _piece_sums(
             candidates = (flat != IGNORE_INDEX) & (flat != fed)
             probability = (logits.gather(1, fed[:, None]).squeeze(1) - logits.logsumexp(1)).exp()
             copies = torch.stack([candidates.sum(), (candidates & (probability > CONFIDENT_COPY)).sum()]).float()
-    return nats.view(n, K).sum(0), (nats.detach() * (flat == stream_eos)).sum(), copies
+    is_eos, is_right = flat == stream_eos, (logits.detach().argmax(1) == flat).float()
+    eos, right_eos = (nats.detach() * is_eos).sum(), (is_right * is_eos).sum()
+    return nats.view(n, K).sum(0), eos, is_right.view(n, K).sum(0), right_eos, copies
 
 
 def loss_sums(scored: Scored, stream_eos: int) -> LossSums:

@@ -33,7 +33,7 @@ from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast
 
 from audio import import_codec
 from speech import Score
-from tools import generate
+from tools import generate, report
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".made-by-demo"
@@ -387,7 +387,10 @@ def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int) -> 
         "warmup_steps": min(50, steps // 5),
         "codebook_weights": "4,1,1,1,1,1,1,1",  # the letters are the hard part: they are read, the timbre is copied
         "mixed_precision": "no",
-        "val_steps": max(1, steps // 4),
+        "val_steps": max(1, steps // 12),
+        "sample_steps": max(1, steps // 4),
+        "sample_temperature": 0,
+        "audio_tokenizer": "none",  # the toys speak in codes
         "save_steps": max(1, steps // 2),
         "num_workers": 1,
         "seed": seed,
@@ -421,6 +424,7 @@ def main() -> None:
     print_scores("untrained model, official generate():", untrained)
     scores = listen(args.output_dir / "run" / "final", test, said / "trained")
     clones = print_scores(f"trained for {args.steps} steps, held-out speakers and texts, official generate():", scores)
+    report.main([str(args.output_dir / "run")])
     print(f"\ntraining {trained - started:.0f} s, generation {time.perf_counter() - trained:.0f} s")
     if clones.code_match < args.min_match:
         raise SystemExit(f"error: clones match {clones.code_match:.1%} of the codes, expected {args.min_match:.1%}")
