@@ -43,7 +43,8 @@ class Config:
     base_ckpt: str = _setting(checkpoint.BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
     base_revision: str = _setting("", "revision of a Hub checkpoint; default: the original layout of the published one")
     audio_tokenizer: str = _setting(
-        "bosonai/higgs-audio-v2-tokenizer", "audio codec, used when the manifest names waveforms: a folder, or on the Hub"
+        "bosonai/higgs-audio-v2-tokenizer",
+        "audio codec, used when the manifest names waveforms, and to hear samples: a folder, on the Hub, or none",
     )
 
     codes_dir: str = _setting(
@@ -100,6 +101,14 @@ class Config:
     num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
 
     val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
+    sample_steps: int = _setting(0, "speak a few prompts of the validation set every so many steps; 0: never")
+    num_samples: int = _setting(4, "prompts to speak")
+    sample_temperature: float = _setting(0.7, "of the official sampling for these; 0: always the likeliest code")
+    asr_model: str = _setting("", "speech recognition model for their word error rate, of transformers; needs the codec")
+    sv_model: str = _setting(
+        "", "speaker verification model for their likeness to the reference, of transformers; needs the codec"
+    )
+    wandb: str = _setting("", "Weights & Biases project to log to as well", const="higgs-audio")
     save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
     keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
     resume: str = _setting(
@@ -121,6 +130,11 @@ class Config:
     @property
     def lora_target_list(self) -> list[str]:
         return [pattern.strip() for pattern in self.lora_targets.split(",") if pattern.strip()]
+
+    @property
+    def codec(self) -> str:
+        """Folder or Hub name of the codec, "" for none."""
+        return "" if self.audio_tokenizer == "none" else self.audio_tokenizer
 
     @property
     def codebook_weight_list(self) -> list[float]:
@@ -197,6 +211,10 @@ def _find_problems(cfg: Config) -> list[str]:
         problems.append("--merge_lora: there is no adapter to merge with --lora_r 0")
     if cfg.lora_r and cfg.lora_alpha == 0:
         problems.append("--lora_alpha 0: the adapter would have no effect")
+    if not cfg.codec and (cfg.asr_model or cfg.sv_model):
+        problems.append("--asr_model and --sv_model hear waveforms, which need a codec: --audio_tokenizer none")
+    if cfg.sample_steps and cfg.num_samples < 1:
+        problems.append("--num_samples 0: at least 1 with --sample_steps")
     if cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0:
         problems.append("--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned")
     try:

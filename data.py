@@ -441,6 +441,7 @@ class Loader:
             (records.sizes, records.weights) if isinstance(records, Mixture) and shuffle else ([len(records)], [1.0])
         )
         self.num_samples = sum(map(samples_per_epoch, self.sizes, self.weights))
+        self.dataset = dataset
         self.batching = batching
         self.rank = rank
         self.world_size = world_size

@@ -52,7 +52,7 @@ class DivergenceError(RuntimeError):
 
 @dataclass
 class LossSums:
-    """Cross-entropy sums (nats) and target counts of one or more micro-batches; add them with `+`."""
+    """Cross-entropy sums (nats), target counts and right guesses of one or more micro-batches; add them with `+`."""
 
     text: Tensor  # [] float32
     audio: Tensor  # [K] float32
@@ -60,6 +60,9 @@ class LossSums:
     num_text: Tensor  # [] float32
     num_audio: Tensor  # [K] float32
     num_eos: Tensor  # [] float32
+    right_text: Tensor  # [] float32, targets that were the likeliest prediction
+    right_audio: Tensor  # [K] float32
+    right_eos: Tensor  # [] float32
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -68,14 +71,14 @@ class LossSums:
         return LossSums(*(getattr(self, f.name).detach() for f in fields(self)))
 
     def pack(self) -> Tensor:
-        """All values in one vector [2 * K + 4], ready for one all-reduce."""
+        """All values in one vector [3 * K + 6], ready for one all-reduce."""
         return torch.cat([getattr(self, f.name).detach().flatten() for f in fields(self)])
 
     @classmethod
     def unpack(cls, vector: Tensor) -> LossSums:
-        K = (len(vector) - 4) // 2
-        text, audio, eos, num_text, num_audio, num_eos = vector.split([1, K, 1, 1, K, 1])
-        return cls(text[0], audio, eos[0], num_text[0], num_audio, num_eos[0])
+        K = (len(vector) - 6) // 3
+        parts = vector.split([1, K, 1] * 3)
+        return cls(*(part if i % 3 == 1 else part[0] for i, part in enumerate(parts)))
 
 
 def text_targets(output, label_ids: Tensor, input_ids: Tensor, attention_mask: Tensor, ids: AudioIds) -> Tensor:
@@ -163,20 +166,18 @@ def packed_sums(
 
     rows:    hidden states [n, D] of n sorted positions; see `TrainableHiggsAudioModel._forward_packed`
     packing: a `collate.Packing`
-    returns: `LossSums.pack` [2 * K + 4], part of the graph; `copy_counts` [2], zero unless asked for
+    returns: `LossSums.pack` [3 * K + 6], part of the graph; `copy_counts` [2], zero unless asked for
     """
-    text, _, text_copies = _stream_sums(rows, text_head, packing, "text", stream_eos, with_copies)
-    audio, eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
+    text, _, right_text, _, text_copies = _stream_sums(rows, text_head, packing, "text", stream_eos, with_copies)
+    audio, eos, right, right_eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
     supervised = packing.audio_targets != IGNORE_INDEX
     is_eos = packing.audio_targets == stream_eos
     counts = [eos[None], eos.new_tensor([len(packing.text_rows)]), supervised.sum(0), is_eos.sum()[None]]
-    return torch.cat([text, audio, *counts]), text_copies + audio_copies
+    return torch.cat([text, audio, *counts, right_text, right, right_eos[None]]), text_copies + audio_copies
 
 
-def _stream_sums(
-    rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(nats [K], end-of-stream nats [], copies [2]) of one stream. Pieces are computed again in the backward pass."""
+def _stream_sums(rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool) -> tuple[Tensor, ...]:
+    """(nats [K], end-of-stream nats [], right guesses [K], end-of-stream ones [], copies [2]) of one stream. Pieces are computed again in the backward pass."""
     indices, targets, inputs = (getattr(packing, f"{stream}_{name}") for name in ("rows", "targets", "inputs"))
     size = max(1, MAX_LOGITS // head.out_features)
     total: tuple[Tensor, ...] | None = None
@@ -192,7 +193,7 @@ def _stream_sums(
 
 def _piece_sums(
     hidden: Tensor, targets: Tensor, inputs: Tensor, head: nn.Module, stream_eos: int, with_copies: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     n, K = targets.shape
     logits = head(hidden).float().view(n * K, head.out_features // K)
     flat = targets.flatten()
@@ -204,19 +205,23 @@ def _piece_sums(
             candidates = (flat != IGNORE_INDEX) & (flat != fed)
             probability = (logits.gather(1, fed[:, None]).squeeze(1) - logits.logsumexp(1)).exp()
             copies = torch.stack([candidates.sum(), (candidates & (probability > CONFIDENT_COPY)).sum()]).float()
-    return nats.view(n, K).sum(0), (nats.detach() * (flat == stream_eos)).sum(), copies
+    is_eos, is_right = flat == stream_eos, (logits.detach().argmax(1) == flat).float()
+    eos, right_eos = (nats.detach() * is_eos).sum(), (is_right * is_eos).sum()
+    return nats.view(n, K).sum(0), eos, is_right.view(n, K).sum(0), right_eos, copies
 
 
 def loss_sums(scored: Scored, stream_eos: int) -> LossSums:
     """Sums of cross-entropy in float32; zero, and still part of the graph, where there are no targets."""
     supervised = scored.text_labels != IGNORE_INDEX
-    text = F.cross_entropy(scored.text_logits[supervised].float(), scored.text_labels[supervised], reduction="sum")
+    text_logits, text_labels = scored.text_logits[supervised], scored.text_labels[supervised]
+    text = F.cross_entropy(text_logits.float(), text_labels, reduction="sum")
     N, K, C = scored.audio_logits.shape
     labels = scored.audio_labels
     nats = F.cross_entropy(
         scored.audio_logits.float().reshape(N * K, C), labels.reshape(N * K), ignore_index=IGNORE_INDEX, reduction="none"
     ).view(N, K)
     is_eos = labels == stream_eos
+    is_right = scored.audio_logits.argmax(-1) == labels  # [N, K], false where nothing is supervised
     return LossSums(
         text=text,
         audio=nats.sum(0),
@@ -224,6 +229,9 @@ def loss_sums(scored: Scored, stream_eos: int) -> LossSums:
         num_text=supervised.sum().float(),
         num_audio=(labels != IGNORE_INDEX).sum(0).float(),
         num_eos=is_eos.sum().float(),
+        right_text=(text_logits.argmax(-1) == text_labels).sum().float(),
+        right_audio=is_right.sum(0).float(),
+        right_eos=(is_right & is_eos).sum().float(),
     )
 
 
@@ -261,7 +269,7 @@ class Objective:
         return combine(sums, num_text, num_audio, self.text_weight, self.audio_weight, weights)
 
     def metrics(self, sums: LossSums) -> dict:
-        """Losses in nats per target, from global sums; None where nothing was supervised."""
+        """Losses in nats per target and shares of right guesses, from global sums; None where nothing was supervised."""
 
         def ratio(total: Tensor, count: Tensor) -> float | None:
             return (total / count).item() if count > 0 else None
@@ -274,6 +282,10 @@ class Objective:
             "audio_loss": sum(supervised) / len(supervised) if supervised else 0.0,
             "codebook_losses": codebooks,
             "eos_loss": ratio(sums.eos, sums.num_eos),
+            "text_accuracy": ratio(sums.right_text, sums.num_text),
+            "audio_accuracy": ratio(sums.right_audio.sum(), sums.num_audio.sum()),
+            "codebook_accuracies": [ratio(s, n) for s, n in zip(sums.right_audio, sums.num_audio)],
+            "eos_accuracy": ratio(sums.right_eos, sums.num_eos),
             "text_targets": int(sums.num_text.item()),
             "audio_targets": int(sums.num_audio.sum().item()),
         }

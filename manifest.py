@@ -306,8 +306,12 @@ def split_weights(spec: str) -> list[tuple[str, float]]:
 # One record
 
 
-def parse_record(value: Any, folder: Path, source: str) -> Record:
-    """Turn a decoded JSON value into a Record. folder: what relative paths start from."""
+def parse_record(value: Any, folder: Path, source: str, to_train: bool = True) -> Record:
+    """Turn a decoded JSON value into a Record.
+
+    folder:   what relative paths start from
+    to_train: some turn has to train; a prompt has none
+    """
 
     def fail(where: str, problem: str, kind: type[DataError] = DataError):
         raise kind(f"{source}: {where}: {problem}")
@@ -329,7 +333,7 @@ def parse_record(value: Any, folder: Path, source: str) -> Record:
             fail("start_index", f"expected a whole number of turns, found {_shown(start)}")
         if not 0 <= start < len(turns):
             fail("start_index", f"{start} leaves no turn to train; the record has {len(turns)} turns (0 to {len(turns) - 1})")
-    if not any(turn.role == "assistant" for turn in turns[int(start or 0) :]):
+    if to_train and not any(turn.role == "assistant" for turn in turns[int(start or 0) :]):
         fail("messages", "no assistant turn from start_index on, so there is nothing to train")
     speaker, misc = _absent_if_nan(value.get("speaker")), _absent_if_nan(value.get("misc"))
     if speaker is not None and not isinstance(speaker, str):

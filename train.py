@@ -49,8 +49,10 @@ from audio import AudioStore, codec_frame_rate_hz, load_codec
 from collate import ExtendedHiggsAudioBatchInput
 from config import Config, ConfigError, parse_config
 from distributed import USER_ERRORS, Dist, Signals, setup_distributed
+from listen import Listener
 from loss import Objective
 from manifest import DataError, Mixture
+from monitor import Monitor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -102,7 +104,7 @@ def build_loaders(
         config.audio_codebook_size,
         codec_frame_rate_hz(cfg.audio_tokenizer),
         cache_dir=Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"),
-        codec=cfg.audio_tokenizer,
+        codec=cfg.codec,
     )
     collator = dist.together(lambda: collate.create_collator(config, strict=True, pack=cfg.pack))
     encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
@@ -460,6 +462,15 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
     return metrics | {"copy_share": loss.copy_share(dist.sum(copies))}
 
 
+def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Listener:
+    """What speaks a few prompts every --sample_steps. Collective."""
+    if config.encode_whisper_embed:
+        raise ConfigError("--sample_steps: this checkpoint hears references through Whisper, which sampling lacks")
+    listener = dist.together(lambda: Listener.build(cfg, dataset, dist))
+    log(dist, f"{len(listener.prompts)} prompts are spoken every {cfg.sample_steps} steps, into {listener.folder}")
+    return listener
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
@@ -522,7 +533,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
 
 
 def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggsAudioModel:
-    """Build everything, then the loop: evaluate, save, stop, step, log, always in that order."""
+    """Build everything, then the loop: evaluate, sample, save, stop, step, log, always in that order."""
     output_dir = Path(cfg.output_dir)
     resume_from = None
     if cfg.resume == "none":
@@ -556,9 +567,9 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         checkpoint.load_state(resume_from, model, optimizer)
         step, position, bad_steps = state["step"], data.Position(*state["position"]), state["bad_steps"]
         log(dist, f"resumed from {resume_from}: {step} steps done")
-    if dist.is_main:
-        write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples)
-    metrics = checkpoint.MetricsFile(output_dir / "metrics.jsonl", steps_done=step)
+    settings = write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples) if dist.is_main else {}
+    metrics = dist.together(lambda: Monitor(output_dir, settings, step, cfg.wandb, dist.is_main))
+    listener = build_listener(cfg, dist, config, (val_loader or loader).dataset) if cfg.sample_steps else None
     flops_per_token = model_patch.train_flops_per_token(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
     seconds = bar_interval_sec()
@@ -567,7 +578,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     model.train()
     steps = dist.iterate(iter_steps(loader, position))
     alignment = None
-    evaluated = saved = step  # the step at which each was last done
+    evaluated = sampled = saved = step  # the step at which each was last done
     bad_in_a_row = 0
     while True:
         done = step >= total_steps
@@ -585,6 +596,15 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
                 dist,
                 f"step {step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})",
             )
+
+        if listener and step != sampled and (done or step % cfg.sample_steps == 0):
+            with evaluating(model):
+                values = listener.listen(model, step, dist)
+            sampled = step
+            metrics.write(split="sample", step=step, epoch=position.epoch, **values)
+            if dist.is_main:
+                metrics.write_samples(step, listener.folder / f"step_{step}")
+            log(dist, f"step {step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
 
         diverged = 0 < cfg.max_bad_steps <= bad_in_a_row
         stop = dist.any(signals.received is not None)  # a signal may reach one rank alone
@@ -664,8 +684,8 @@ def save(output_dir: Path, state: dict, model, optimizer, keep_last: int, dist: 
             shutil.rmtree(old)
 
 
-def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object) -> None:
-    """OUTPUT/config.json: the resolved settings and what they ran with."""
+def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object) -> dict:
+    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too."""
     from importlib.metadata import version
 
     git = subprocess.run(
@@ -682,6 +702,7 @@ def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object)
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def main(argv: Sequence[str]) -> int:

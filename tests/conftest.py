@@ -84,6 +84,15 @@ def make_model(config: HiggsAudioConfig, seed: int = 0) -> HiggsAudioModel:
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def loud_dir(tmp_path_factory, tokenizer) -> Path:
+    """A checkpoint whose norms are random too: its answers depend on everything in the prompt."""
+    folder = tmp_path_factory.mktemp("loud")
+    make_model(demo.tiny_config(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_sample(tokenizer, *turns, start_index: int | None = None, seed: int = 0) -> ChatMLDatasetSample:
     """A sample from ("user", "text"), ("assistant", T) turns, where a number is a clip of so many random frames."""
     from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent

@@ -13,8 +13,8 @@ from conftest import CASES, case_samples, make_model, make_sample
 from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 from collate import CollateError, create_collator
+from speech import official_collator
 from tools import demo
-from tools.generate import official_collator
 
 TOWER = {
     "model_type": "higgs_audio_encoder",

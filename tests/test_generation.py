@@ -12,7 +12,7 @@ from conftest import make_model, make_sample
 import loss
 import model_patch
 from collate import create_collator
-from tools.generate import as_prompt, speak
+from speech import as_prompt, speak
 
 TURNS = [[("user", "first"), ("assistant", 11)], [("user", "second one"), ("assistant", 7)]]
 

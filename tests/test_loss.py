@@ -58,7 +58,7 @@ def test_sums_equal_the_slow_reference(case, config, tokenizer):
 
 
 def test_combine_by_hand():
-    sums = loss.LossSums(*(torch.tensor(v) for v in (6.0, [4.0, 9.0], 0.0, 3.0, [2.0, 3.0], 0.0)))
+    sums = loss.LossSums(*(torch.tensor(v) for v in (6.0, [4.0, 9.0], 0.0, 3.0, [2.0, 3.0], 0.0, 0.0, [0.0, 0.0], 0.0)))
     assert loss.combine(sums, sums.num_text, sums.num_audio) == pytest.approx(6 / 3 + (4 / 2 + 9 / 3) / 2)
     weighted = loss.combine(sums, sums.num_text, sums.num_audio, 0.5, 2.0, torch.tensor([1.0, 3.0]))
     assert weighted == pytest.approx(0.5 * 2 + 2 * (0.5 * 2 + 1.5 * 3) / 2)
@@ -87,11 +87,27 @@ def test_micro_batches_share_one_denominator(config, tokenizer):
 def test_the_mean_of_means_is_something_else():
     """3 targets at 2 nats and 1 at 1 nat: 7 / 4 nats per target, not (2 + 1) / 2."""
     parts = [
-        loss.LossSums(*map(torch.tensor, v)) for v in ((6.0, [0.0], 0.0, 3.0, [0.0], 0.0), (1.0, [0.0], 0.0, 1.0, [0.0], 0.0))
+        loss.LossSums(*map(torch.tensor, (text, [0.0], 0.0, count, [0.0], 0.0, 0.0, [0.0], 0.0)))
+        for text, count in ((6.0, 3.0), (1.0, 1.0))
     ]
     counts = parts[0].num_text + parts[1].num_text, parts[0].num_audio
     assert sum(loss.combine(p, *counts) for p in parts) == 7 / 4
     assert sum(loss.combine(p, p.num_text, p.num_audio) for p in parts) / 2 == 1.5
+
+
+def test_right_guesses_by_hand():
+    """Text: 2 of 3 right. Audio: codebook 0 right at 1 of 2, codebook 1 at its only target, an end of stream (5)."""
+    text, audio = torch.zeros(1, 4, 7), torch.zeros(3, 2, 6)
+    for position, token in enumerate((3, 4, 5, 6)):
+        text[0, position, token] = 1.0
+    for row, codes in enumerate(((1, 2), (3, 5), (4, 4))):
+        audio[row, 0, codes[0]] = audio[row, 1, codes[1]] = 1.0
+    labels = torch.tensor([[3, -100, 5, 1]]), torch.tensor([[1, -100], [2, 5], [-100, -100]])
+    sums = loss.loss_sums(loss.Scored(text, labels[0], labels[0], audio, labels[1], labels[1]), stream_eos=5)
+    assert (sums.right_text, sums.right_audio.tolist(), sums.right_eos) == (2, [1, 1], 1)
+    values = loss.Objective().metrics(sums)
+    assert values["text_accuracy"] == pytest.approx(2 / 3) and values["audio_accuracy"] == pytest.approx(2 / 3)
+    assert values["codebook_accuracies"] == [0.5, 1.0] and values["eos_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("masked", ["text", "audio", "both"])

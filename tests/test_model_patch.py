@@ -85,7 +85,7 @@ def test_activation_checkpointing_changes_nothing_but_the_work(config, tokenizer
 
 def test_generation_is_upstreams(config, tokenizer):
     """With a cache the patched model runs upstream's layers: generated codes are equal."""
-    from tools.generate import as_prompt, speak
+    from speech import as_prompt, speak
 
     model = make_model(config)
     prompt = case_samples("reference and target", tokenizer)[0]

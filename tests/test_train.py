@@ -25,8 +25,8 @@ import model_patch
 import train
 from audio import AudioStore
 from manifest import read_manifest
+from speech import as_prompt, speak
 from tools import demo
-from tools.generate import as_prompt, speak
 
 
 def run_shell(command: str, timeout_sec: int = 180) -> subprocess.CompletedProcess:

@@ -1,0 +1,171 @@
+"""Where figures and samples go: metrics.jsonl always, TensorBoard where it is installed, Weights & Biases where asked for.
+
+Rank 0 writes; on the others a `Monitor` does nothing. metrics.jsonl and samples/ are complete by themselves:
+`python -m tools.report OUTPUT_DIR` makes a page of them.
+
+Legend: K codebooks, T frames.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from checkpoint import MetricsFile
+from config import ConfigError
+
+AGREES, DIFFERS, NOTHING = (214, 224, 214), (200, 60, 50), (255, 255, 255)
+
+
+class Monitor:
+    """One run's figures and samples.
+
+    settings:   the run's, for the record
+    steps_done: what a resumed run repeats after that is dropped
+    project:    of Weights & Biases; "" for none
+    """
+
+    def __init__(self, output_dir: Path, settings: dict, steps_done: int = 0, project: str = "", is_main: bool = True):
+        self.metrics = MetricsFile(output_dir / "metrics.jsonl", steps_done)
+        self.sinks: list[TensorBoard | WeightsAndBiases] = []
+        if is_main and importlib.util.find_spec("tensorboard"):
+            self.sinks.append(TensorBoard(output_dir / "tensorboard", settings, steps_done))
+        if is_main and project:
+            self.sinks.append(WeightsAndBiases(output_dir, settings, project))
+
+    def write(self, *, split: str, step: int, **values: Any) -> None:
+        """One line of metrics.jsonl; numbers and lists of numbers are curves elsewhere."""
+        self.metrics.write(split=split, step=step, **values)
+        curves = {f"{split}/{name}": value for name, value in flatten(values)}
+        for sink in self.sinks:
+            sink.write(step, curves)
+
+    def write_samples(self, step: int, folder: Path) -> None:
+        """What the results.jsonl in `folder` describes, to be seen and heard."""
+        for sink in self.sinks:
+            sink.write_samples(step, folder, read_results(folder))
+
+
+def flatten(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers among values, those in lists by their index."""
+    for name, value in values.items():
+        for suffix, item in ((f"/{i}", v) for i, v in enumerate(value)) if isinstance(value, list) else [("", value)]:
+            if isinstance(item, (int, float)) and not isinstance(item, bool):
+                yield name + suffix, item
+
+
+def read_results(folder: Path) -> list[dict]:
+    """The lines of a folder's results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+class TensorBoard:
+    """Scalars; the settings and each prompt's text; what was said beside its target and reference, as a figure and a sound."""
+
+    def __init__(self, folder: Path, settings: dict, steps_done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+        self.writer.add_text("settings", f"```\n{json.dumps(settings, indent=2)}\n```", steps_done)
+
+    def write(self, step: int, curves: dict[str, float]) -> None:
+        for name, value in curves.items():
+            self.writer.add_scalar(name, value, step)
+
+    def write_samples(self, step: int, folder: Path, results: Sequence[dict]) -> None:
+        for result in results:
+            tag = f"samples/{result['name']}"
+            self.writer.add_text(f"{tag}/text", result["text"], step)
+            self.writer.add_image(f"{tag}/codes", enlarge(figure(folder, result)), step, dataformats="HWC")
+            for kind, name in sounds(result):
+                samples, rate = soundfile.read(folder / name, dtype="float32")
+                self.writer.add_audio(f"{tag}/{kind}", samples[None], step, sample_rate=rate)
+        self.writer.flush()
+
+
+class WeightsAndBiases:
+    """The same at wandb.ai, or in OUTPUT/wandb with WANDB_MODE=offline."""
+
+    def __init__(self, output_dir: Path, settings: dict, project: str):
+        self.wandb = import_wandb()
+        kept = output_dir / ".wandb-id"  # a resumed run goes on in the same place
+        if not kept.is_file():
+            kept.write_text(self.wandb.util.generate_id())
+        self.run = self.wandb.init(
+            project=project, name=output_dir.name, dir=str(output_dir), config=settings, id=kept.read_text(), resume="allow"
+        )
+
+    def write(self, step: int, curves: dict[str, float]) -> None:
+        self.run.log(curves, step=step)
+
+    def write_samples(self, step: int, folder: Path, results: Sequence[dict]) -> None:
+        media = {}
+        for result in results:
+            tag = f"samples/{result['name']}"
+            media[f"{tag}/codes"] = self.wandb.Image(enlarge(figure(folder, result)), caption=result["text"])
+            for kind, name in sounds(result):
+                media[f"{tag}/{kind}"] = self.wandb.Audio(str(folder / name), caption=result["text"])
+        self.run.log(media, step=step)
+
+
+def import_wandb() -> Any:
+    """raises: ConfigError where it is not installed"""
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("--wandb: the package is not installed; pip install wandb, or leave the flag out") from None
+    return wandb
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def sounds(result: dict) -> list[tuple[str, str]]:
+    """(what, file) of the wavs of a line of results.jsonl."""
+    kinds = (("said", "wav"), ("target", "target_wav"), ("reference", "reference_wav"))
+    return [(kind, result[key]) for kind, key in kinds if key in result]
+
+
+def figure(folder: Path, result: dict) -> np.ndarray:
+    """`codes_figure` of a line of results.jsonl."""
+    codes = np.load(folder / result["codes"], allow_pickle=False)
+    target = np.load(folder / result["target_codes"], allow_pickle=False) if "target_codes" in result else None
+    return codes_figure(codes, target)
+
+
+def codes_figure(codes: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
+    """What was said against its target: the target's codes, the codes said, and below where they differ (red).
+
+    codes, target: [K, T], of different T perhaps
+    returns: [rows, T, 3] uint8, a pixel for a code, equal codes in equal colours; without a target the codes alone
+    """
+    if target is None:
+        return paint(codes)
+    T = max(codes.shape[1], target.shape[1])
+    said, wanted = (np.pad(c.astype(np.int64), ((0, 0), (0, T - c.shape[1])), constant_values=-1) for c in (codes, target))
+    agreement = np.where((said == wanted)[..., None], np.uint8(AGREES), np.uint8(DIFFERS))
+    gap = np.full((1, T, 3), NOTHING, np.uint8)
+    return np.concatenate([paint(wanted), gap, paint(said), gap, agreement])
+
+
+def paint(codes: np.ndarray) -> np.ndarray:
+    """[K, T] -> [K, T, 3] uint8: neighbouring codes get distant hues, and a missing code (-1) is white."""
+    palette = [
+        colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.35 + 0.4 * (code % 3) / 2, 0.92)
+        for code in range(np.max(codes, initial=0) + 1)
+    ]
+    colours = np.array([*(tuple(round(255 * part) for part in colour) for colour in palette), NOTHING], np.uint8)
+    return colours[codes]
+
+
+def enlarge(image: np.ndarray, scale: int = 8) -> np.ndarray:
+    """Every pixel as a square of pixels."""
+    return image.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -1,0 +1,265 @@
+"""tools/generate.py: what it says is what the official engine says; every kind of checkpoint, prompt and mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from boson_multimodal.data_types import ChatMLSample, Message
+from conftest import run_ranks, write_manifest
+from test_codec import write_wav
+from test_train import run_here, settings
+
+from audio import import_codec, load_codec
+from manifest import parse_record
+from speech import Sampling, Score, join
+from tools import demo, generate
+
+CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
+GREEDY = ["--temperature", "0", "--ras_win_len", "0", "--max_new_tokens", "40"]
+
+
+def say(folder: Path, *argv: object) -> torch.Tensor:
+    """The codes of one text."""
+    out = folder / "said.npy"
+    out.unlink(missing_ok=True)
+    assert generate.main([*map(str, argv), "--out", str(out), "--force_audio"]) == 0
+    return torch.from_numpy(np.load(out))
+
+
+# ---- against the official engine
+
+
+def test_codes_equal_the_official_engines(loud_dir, codec_dir, tmp_path):
+    """The serve engine with its static cache, and this command: the same codes, greedy and sampled, and the same wav."""
+    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+
+    import_codec()  # upstream's module, importable where torchaudio is not
+    engine = HiggsAudioServeEngine(
+        str(loud_dir), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[128, 256]
+    )
+    argv = f"--ckpt {loud_dir} --device cpu --seed 3 --max_new_tokens 30 --force_audio --text hello --temperature"
+    prompt = ChatMLSample([Message("system", generate.INSTRUCTION), Message("user", "hello")])
+    for temperature in (0.0, 1.0):
+        expected = engine.generate(prompt, 30, temperature, top_k=50, force_audio_gen=True, seed=3)
+        delayed = expected.generated_audio_tokens
+        undelayed = np.stack([delayed[k, k : delayed.shape[1] - 7 + k] for k in range(8)]).clip(0, 63)[:, 1:-1]
+        codes = say(tmp_path, *argv.split(), temperature, *CODES)
+        assert codes.shape[1] >= 10 and np.array_equal(codes, undelayed)
+    out = str(tmp_path / "a.wav")
+    assert generate.main([*argv.split(), "1.0", "--audio_tokenizer", str(codec_dir), "--out", out]) == 0
+    samples, rate = soundfile.read(out)
+    assert rate == expected.sampling_rate and samples == pytest.approx(expected.audio, abs=1 / 32768)  # 16 bit
+
+
+# ---- every kind of checkpoint
+
+
+def test_an_adapter_merged_or_not_speaks_as_it_was_trained(toys, tmp_path):
+    """The adapter changes what is said, and merging it does not."""
+    run_here(settings(toys, tmp_path / "o", lora_r=8, mixed_precision="no", max_steps=3))
+    argv = ["--text", "hello", *CODES, *GREEDY]
+    base = say(tmp_path, "--ckpt", toys / "checkpoint", *argv)
+    adapted = say(tmp_path, "--ckpt", tmp_path / "o" / "final", *argv)
+    merged = say(tmp_path, "--ckpt", tmp_path / "o" / "final", "--merge_lora", *argv)
+    assert torch.equal(adapted, merged) and not torch.equal(adapted, base)
+    config = json.loads((tmp_path / "o" / "final" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "moved")
+    (tmp_path / "o" / "final" / "adapter_config.json").write_text(json.dumps(config))
+    again = say(tmp_path, "--ckpt", tmp_path / "o" / "final", "--base_ckpt", toys / "checkpoint", *argv)
+    assert torch.equal(again, adapted)
+
+
+# ---- every kind of prompt
+
+
+def test_context_is_the_official_phrasing(tmp_path):
+    """The turns before the text, for the cases of upstream's examples/generation.py."""
+
+    def prompt(*args, **kwargs) -> list[tuple]:
+        turns = generate.context(*args, **kwargs)
+        for clip in ("a.npy", "b.npy"):
+            np.save(tmp_path / clip, np.zeros((8, 2), np.int64))
+        messages = [*turns, {"role": "user", "content": "text"}]
+        messages = parse_record({"messages": messages}, tmp_path, "here", to_train=False).chatml.messages
+        parts = [(m.role, m.content if isinstance(m.content, list) else [m.content]) for m in messages]
+        return [(role, "".join(getattr(p, "text", "<clip>") if not isinstance(p, str) else p for p in c)) for role, c in parts]
+
+    text = ("user", "text")
+    start, end = "Generate audio following instruction.\n\n<|scene_desc_start|>\n", "\n<|scene_desc_end|>"
+    assert prompt([], []) == [("system", "Generate audio following instruction."), text]
+    assert prompt([], [], "Rain.") == [("system", f"{start}Rain.{end}"), text]
+    assert prompt([], [], system="") == [text]
+    assert prompt(["a.npy"], ["hi"]) == [("user", "hi"), ("assistant", "<clip>"), text]
+    two = [("user", "[SPEAKER0] hi"), ("assistant", "<clip>"), ("user", "[SPEAKER1] ho"), ("assistant", "<clip>"), text]
+    assert prompt(["a.npy", "b.npy"], ["hi", "ho"]) == two
+    assert prompt(["a.npy", "b.npy"], ["hi", "ho"], "Rain.") == [("system", f"{start}Rain.{end}"), *two]
+    assert prompt(["a.npy"], []) == [("system", f"{start}SPEAKER0: <clip>{end}"), text]
+    in_system = f"{start}Rain.\n\nSPEAKER0: <clip>\nSPEAKER1: <clip>{end}"
+    assert prompt(["a.npy", "b.npy"], [], "Rain.") == [("system", in_system), text]
+
+
+def test_split_text():
+    text = "One two three. Four five! Is that so? A very long sentence of just ten words goes here now."
+    assert generate.split_text(text) == [text]
+    assert generate.split_text(text, 5) == [
+        "One two three. Four five!",
+        "Is that so?",
+        "A very long sentence of",
+        "just ten words goes here",
+        "now.",
+    ]
+    script = "[SPEAKER0] Hello there.\n[SPEAKER1] Hi. How are you?\n[SPEAKER0] Fine."
+    assert generate.split_text(script) == [script]
+    assert generate.split_text(script, max_turns=2) == [
+        "[SPEAKER0] Hello there.\n[SPEAKER1] Hi. How are you?",
+        "[SPEAKER0] Fine.",
+    ]
+    assert generate.split_text(script, 3) == [
+        "[SPEAKER0] Hello there.\n[SPEAKER1] Hi.",
+        "[SPEAKER1] How are you?",
+        "[SPEAKER0] Fine.",
+    ]
+    assert generate.split_text("今天天气很好。我们去公园吧。", 7) == ["今天天气很好。", "我们去公园吧。"]
+    every = "a b  c\n\nd. e? f"
+    for size in range(1, 8):
+        assert "".join("".join(generate.split_text(every, size)).split()) == "".join(every.split())
+
+
+def test_chunks_carry_their_context(loud_dir, tmp_path, monkeypatch):
+    """A long text: each chunk's prompt holds the reference and the two chunks before it, text and codes."""
+    reference = np.random.default_rng(0).integers(0, 64, (8, 5))
+    np.save(tmp_path / "ref.npy", reference)
+    prompts, answers = [], []
+    original = generate.speak
+
+    def spy(model, tokenizer, prompt, **sampling):
+        prompts.append(prompt)
+        answers.append(original(model, tokenizer, prompt, **sampling))
+        return answers[-1]
+
+    monkeypatch.setattr(generate, "speak", spy)
+    argv = ["--ckpt", loud_dir, "--ref_audio", tmp_path / "ref.npy", "--ref_text", "me", *CODES, "--max_new_tokens", "25"]
+    said = say(tmp_path, *argv, "--text", "One. Two. Three. Four.", "--chunk_words", 1)
+    clips = [join(answer.codes, 8) for answer in answers]
+    assert len(clips) == 4 and all(clip.shape[1] for clip in clips)
+    assert torch.equal(said, torch.cat(clips, dim=1).to(said.dtype))
+    tokenizer = demo.make_tokenizer()
+    assert tokenizer.decode(prompts[3].input_ids).count("<|AUDIO_OUT|>") == 3  # the reference and chunks 1 and 2
+    expected = torch.cat([torch.from_numpy(reference), clips[1], clips[2]], dim=1)
+    assert torch.equal(prompts[3].audio_ids_concat, expected)
+    assert "Two." in tokenizer.decode(prompts[3].input_ids) and "One." not in tokenizer.decode(prompts[3].input_ids)
+    alone = say(tmp_path, *argv, "--text", "One. Two. Three. Four.", "--chunk_words", 1, "--chunk_context", 0)
+    assert not torch.equal(said, alone) and torch.equal(prompts[-1].audio_ids_concat, torch.from_numpy(reference))
+
+
+def test_seeds_and_sampling(loud_dir, tmp_path):
+    argv = ["--ckpt", loud_dir, *CODES, "--text", "x", "--max_new_tokens", "30"]
+    one, again, other = (say(tmp_path, *argv, "--seed", seed) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    greedy = say(tmp_path, *argv, "--temperature", "0", "--ras_win_len", "0")
+    assert torch.equal(greedy, say(tmp_path, *argv, "--top_k", "1", "--ras_win_len", "0"))
+    assert Sampling(temperature=0, ras_win_len=0).arguments() == {"max_new_tokens": 2048, "seed": 0}
+
+
+def test_waveforms_in_and_out(loud_dir, codec_dir, tmp_path):
+    """A wav reference through the codec is the same prompt as its codes."""
+    write_wav(tmp_path / "ref.wav", 0.4)
+    np.save(tmp_path / "ref.npy", load_codec(str(codec_dir), "cpu").encode(str(tmp_path / "ref.wav")).numpy())
+    argv = ["--ckpt", loud_dir, "--device", "cpu", *GREEDY]
+    (tmp_path / "lines.jsonl").write_text('{"text": "x", "ref_audio": "ref.wav", "id": "a/b"}\n')
+    out = tmp_path / "said"
+    lines = [*argv, "--audio_tokenizer", codec_dir, "--force_audio", "--lines", tmp_path / "lines.jsonl", "--out", out]
+    assert generate.main(list(map(str, lines))) == 0
+    (result,) = (json.loads(line) for line in (out / "results.jsonl").read_text().splitlines())
+    assert (result["codes"], result["wav"]) == ("a-b.npy", "a-b.wav")
+    codes = np.load(out / "a-b.npy")
+    assert np.array_equal(codes, say(tmp_path, *argv, "--text", "x", "--ref_audio", tmp_path / "ref.npy", *CODES))
+    samples, rate = soundfile.read(out / "a-b.wav")
+    assert rate == 24000 and len(samples) == pytest.approx(codes.shape[1] * 960, abs=960)
+
+
+# ---- many at once
+
+
+def say_on(dist, argv: list[str]):
+    return generate.run([*argv[:-1], f"{argv[-1]}/{dist.world_size}"])
+
+
+def test_lines_and_records_over_ranks(toys, tmp_path):
+    """Two ranks say what one says: records of a manifest with their scores, requests, and a prompt without an answer."""
+    records = [json.loads(line) for line in (toys / "test.jsonl").read_text().splitlines()[:3]]
+    question = {"messages": records[0]["messages"][:-1]}
+    requests = [{"text": "hello", "seed": 5, "id": "hello"}, {"text": "a clip", "ref_audio": "clips/00000.npy"}]
+    lines = write_manifest(toys / "lines.jsonl", [*records, question, *requests])
+    argv = f"--ckpt {toys / 'checkpoint'} --lines {lines} {' '.join(CODES + GREEDY)} --force_audio --out {tmp_path}"
+    ((results, scores),) = run_ranks(say_on, 1, argv.split())
+    for shared, same_scores in run_ranks(say_on, 2, argv.split()):
+        assert [r | {"seconds": 0} for r in shared] == [r | {"seconds": 0} for r in results] and same_scores == scores
+    for result in results:
+        assert np.array_equal(np.load(tmp_path / "1" / result["codes"]), np.load(tmp_path / "2" / result["codes"]))
+    for name in ("1", "2"):
+        kept = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        assert [k | {"seconds": 0} for k in kept] == [r | {"seconds": 0} for r in results]
+    assert [r["name"] for r in results] == ["00000", "00001", "00002", "00003", "hello", "00005"]
+    assert np.array_equal(np.load(tmp_path / "1" / "00000.npy"), np.load(tmp_path / "1" / "00003.npy"))
+    assert ["code_match" in r for r in results] == [True] * 3 + [False] * 3 and results[4]["seed"] == 5
+    (kind,) = scores
+    assert scores[kind].num_clips == 3
+
+
+def test_score():
+    target = torch.arange(12).reshape(2, 6)
+    assert Score.of(target, True, target).metrics() == {
+        "num_samples": 1, "stop_rate": 1.0, "duration_ratio": 1.0, "code_match": 1.0, "exact_clips": 1,
+    }  # fmt: skip
+    longer = torch.cat([target, target[:, :2]], dim=1)
+    assert Score.of(longer, True, target) == Score(1, 1, 0, 0, 12, 16, 8, 6)
+    assert Score.of(target[:, :0], False, target) == Score(1, 0, 0, 0, 0, 12, 0, 6)
+    both = Score.of(longer, True, target) + Score.of(target[:, :0], False, target)
+    assert both.metrics()["duration_ratio"] == 8 / 12 and both.code_match == 12 / 28
+
+
+# ---- mistakes: one clear message, exit status 2, no traceback
+
+
+def test_mistakes(toys, tmp_path, capsys):
+    def error(*argv: object) -> str:
+        assert generate.main(["--ckpt", str(toys / "checkpoint"), *map(str, argv)]) == 2
+        return capsys.readouterr().err
+
+    assert "--top_p 2.0: must be above 0" in error("--text", "x", "--top_p", 2)
+    assert "--out a.mp3: expected a .wav or .npy file" in error("--text", "x", "--out", "a.mp3")
+    assert "--lines: references, scene" in error("--lines", "l", "--scene", "s")
+    assert "2 ref_audio but 1 ref_text" in error("--text", "x", "--ref_audio", "a", "b", "--ref_text", "t", *CODES)
+    assert "no.npy does not exist" in error("--text", "x", "--ref_audio", "no.npy", *CODES)
+    write_wav(tmp_path / "a.wav", 0.1)
+    assert "no codec was given" in error("--text", "x", "--ref_audio", tmp_path / "a.wav", *CODES)
+    assert "no.txt: cannot be read" in error("--text_file", tmp_path / "no.txt", *CODES)
+    for line, problem in {
+        '{"txt": "x"}': 'record 0 (line 1): expected {"text": ...}',
+        '{"text": "x", "speed": 2}': "unknown keys ['speed']",
+        '{"text": "x", "seed": -1}': "seed: expected a whole number",
+        '{"text": "x", "ref_audio": 3}': "ref_audio: expected text, or a list",
+        '{"messages": [{"role": "system", "content": "x"}]}': "the answer has to follow a user turn",
+        '{"messages": 3}': "messages: expected a non-empty list",
+        '{"text": "x", "id": "a"}\n{"text": "y", "id": "a"}': "several lines are called a",
+    }.items():
+        (tmp_path / "l.jsonl").write_text(line)
+        assert problem in error("--lines", tmp_path / "l.jsonl", *CODES)
+    assert "--ckpt " in (said := error("--ckpt", tmp_path, "--text", "x", *CODES)) and "no config.json" in said
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gone"}))
+    assert "without adapter_model.safetensors" in error("--ckpt", tmp_path, "--text", "x", *CODES)
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert "--base_ckpt gone: neither a folder" in error("--ckpt", tmp_path, "--text", "x", *CODES)
+
+
+def test_a_silent_model_is_reported(toys, tmp_path, capsys):
+    """An untrained model that writes text instead: no file, and an exit status that says so."""
+    argv = ["--ckpt", str(toys / "checkpoint"), "--text", "x", *CODES, "--temperature", "0", "--max_new_tokens", "3"]
+    assert generate.main([*argv, "--out", str(tmp_path / "a.npy")]) == 1
+    assert "nothing was said" in capsys.readouterr().err and not (tmp_path / "a.npy").exists()

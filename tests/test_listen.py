@@ -1,0 +1,237 @@
+"""What evaluation measures and keeps: the same on any number of ranks, samples with their sounds, judges, TensorBoard."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import run_ranks
+from test_codec import write_wav
+from test_train import main_error, metrics, run_here, settings
+
+import checkpoint
+import listen
+import monitor
+import speech
+import train
+from listen import Listener, SpeakerSimilarity, Transcriber, word_errors
+from monitor import Monitor
+from tools import demo
+
+# ---- teacher-forced and free-running, on any number of ranks
+
+
+def evaluate_and_listen(dist, argv: list[str]) -> tuple[list[dict], dict]:
+    """Two evaluations and a round of samples, as in the loop of train.py; also the codes that were said."""
+    # An untrained model would not speak by itself.
+    listen.as_prompt = functools.partial(speech.as_prompt, force_audio=True)
+    cfg = train.parse_config([*argv, "--output_dir", f"{argv[-1]}/{dist.world_size}"])
+    records, val_records = train.read_records(cfg, dist)
+    folder = Path(cfg.base_ckpt)
+    config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
+    _, loader = train.build_loaders(cfg, dist, config, tokenizer, records, val_records)
+    model, _ = train.build_model(cfg, dist, config, folder)
+    arguments = train.build_objective(cfg, config), train.loss.AudioIds.of(config), train.Alignment(), dist
+    figures = [train.evaluate(model, loader, *arguments) for _ in range(2)]
+    listener = train.build_listener(cfg, dist, config, loader.dataset)
+    with train.evaluating(model):
+        figures.append(listener.listen(model, 7, dist))
+    said = listener.folder / "step_7"
+    return figures, {path.name: np.load(path) for path in said.glob("*.npy")}
+
+
+@pytest.mark.parametrize("num_records", [1, 5])
+def test_figures_do_not_depend_on_ranks_or_repetition(num_records, toys, loud_dir, tmp_path):
+    """One and two ranks, and fewer records than ranks; losses measured within 3e-7, the samples' codes equal."""
+    val = tmp_path / "val.jsonl"
+    lines = [json.loads(line) for line in (toys / "val.jsonl").read_text().splitlines()[:num_records]]
+    for turn in (turn for line in lines for turn in line["messages"]):
+        for part in turn["content"] if isinstance(turn["content"], list) else [turn["content"]]:
+            if isinstance(part, dict) and "audio_url" in part:
+                part["audio_url"] = str(toys / part["audio_url"])
+    val.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = {"train_manifest": val, "val_manifest": val, "base_ckpt": loud_dir, "audio_tokenizer": "none", "lora_r": 0}
+    values |= {"device": "cpu", "num_workers": 0, "sample_steps": 1, "num_samples": 3, "mixed_precision": "no"}
+    argv = [item for name, value in values.items() for item in (f"--{name}", str(value))] + ["--codes_dir", str(tmp_path)]
+    ((one, codes),) = run_ranks(evaluate_and_listen, 1, argv)
+    two, again = run_ranks(evaluate_and_listen, 2, argv)
+    assert two[0] == again[0], "every rank knows the same figures"
+    assert one[0] == one[1] and two[0][0] == two[0][1], "the same set each time"
+    assert one[0].keys() >= {"text_accuracy", "codebook_accuracies", "eos_loss", "eos_accuracy", "copy_share"}
+    for name, value in one[0].items():
+        assert two[0][0][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    assert two[0][2] == one[2] and one[2]["num_samples"] == min(3, num_records)
+    assert codes.keys() == two[1].keys() and len(codes) == min(3, num_records)
+    assert all(np.array_equal(codes[name], two[1][name]) and codes[name].shape[1] for name in codes)
+
+
+def test_sampling_in_a_run(toys, tmp_path):
+    """Every so many steps, into metrics.jsonl and samples/; and nothing about the training changes."""
+    quiet = run_here(settings(toys, tmp_path / "a", max_steps=3, mixed_precision="no"))
+    extra = {"sample_steps": 2, "num_samples": 2, "audio_tokenizer": "none", "val_manifest": toys / "val.jsonl"}
+    busy = run_here(settings(toys, tmp_path / "b", max_steps=3, mixed_precision="no", **extra))
+    assert all(torch.equal(p.full_tensor(), q.full_tensor()) for p, q in zip(quiet.parameters(), busy.parameters()))
+    lines = metrics(tmp_path / "b", "sample")
+    assert [line["step"] for line in lines] == [2, 3]
+    assert lines[0].keys() >= {"stop_rate", "duration_ratio", "code_match", "num_samples"}
+    for step in (2, 3):
+        results = monitor.read_results(tmp_path / "b" / "samples" / f"step_{step}")
+        assert [r["name"] for r in results] == ["0", "1"] and "wav" not in results[0]
+        target = np.load(tmp_path / "b" / "samples" / f"step_{step}" / results[0]["target_codes"])
+        assert target.shape == (8, results[0]["target_frames"])
+
+
+def test_mistakes(toys, tmp_path, capsys):
+    def error(**changes) -> str:
+        return main_error(settings(toys, tmp_path / "o", **({"sample_steps": 1} | changes)), capsys)
+
+    assert "--asr_model and --sv_model hear waveforms" in error(audio_tokenizer="none", asr_model="x")
+    assert "--num_samples 0: at least 1" in error(num_samples=0)
+    assert "--audio_tokenizer" in error(audio_tokenizer=tmp_path)
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    assert "no record looked at ends with a spoken answer" in error(train_manifest=silent, audio_tokenizer="none")
+    if not importlib.util.find_spec("wandb"):
+        assert "--wandb: the package is not installed; pip install wandb" in error(wandb="project", audio_tokenizer="none")
+
+
+# ---- judges and sounds
+
+
+def test_word_errors():
+    assert word_errors([], ["a", "b"]) == 2 and word_errors(["a", "b"], []) == 2
+    assert word_errors(["the", "cat", "sat"], ["the", "cat", "sat"]) == 0
+    assert word_errors(["a", "cat", "sat", "down"], ["the", "cat", "sat"]) == 2
+    draw = random.Random(0)
+
+    @functools.cache
+    def slow(a: str, b: str) -> int:
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    for _ in range(50):
+        a, b = ("".join(draw.choices("xyz", k=draw.randrange(7))) for _ in range(2))
+        assert word_errors(a, b) == slow(a, b)
+    assert speech.spoken_words("[SPEAKER0] Don't stop -- it's “good”!\n[SPEAKER1] 今天。") == [
+        "dont",
+        "stop",
+        "its",
+        "good",
+        "今",
+        "天",
+    ]
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a speech recogniser and a speaker verifier: real classes of transformers, tiny, with random weights."""
+    from transformers import (
+        Wav2Vec2Config,
+        Wav2Vec2CTCTokenizer,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2ForCTC,
+        Wav2Vec2Processor,
+        WavLMConfig,
+        WavLMForXVector,
+    )  # fmt: skip
+
+    asr, sv = tmp_path_factory.mktemp("asr"), tmp_path_factory.mktemp("sv")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    size |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    extractor = Wav2Vec2FeatureExtractor()
+    (asr / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(["<pad>", "<unk>", "|", *"abcdefg"])}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(asr / "vocab.json"), pad_token="<pad>", unk_token="<unk>")
+    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(asr)
+    torch.manual_seed(0)
+    Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=10, **size)).save_pretrained(asr)
+    WavLMForXVector(WavLMConfig(tdnn_dim=(16, 16, 32), tdnn_kernel=(3, 1, 1), tdnn_dilation=(1, 1, 1), **size)).save_pretrained(
+        sv
+    )
+    extractor.save_pretrained(sv)
+    return asr, sv
+
+
+def test_judges_are_the_named_models(judges, tmp_path):
+    from transformers import AutoProcessor, Wav2Vec2ForCTC
+
+    asr, sv = judges
+    device = torch.device("cpu")
+    write_wav(tmp_path / "a.wav", 1.0, rate=16000)
+    write_wav(tmp_path / "b.wav", 1.0, rate=16000, seed=1)
+    a, b = (soundfile.read(tmp_path / name, dtype="float32")[0] for name in ("a.wav", "b.wav"))
+    processor, model = AutoProcessor.from_pretrained(asr), Wav2Vec2ForCTC.from_pretrained(asr)
+    with torch.no_grad():
+        ids = model(**processor(a, sampling_rate=16000, return_tensors="pt")).logits.argmax(-1)
+    assert Transcriber(str(asr), device)(a, 16000) == processor.batch_decode(ids)[0]
+    similarity = SpeakerSimilarity(str(sv), device)
+    assert similarity(a, a, 16000) == pytest.approx(1.0, abs=1e-5) and similarity(a, b, 16000) < 1.0 - 1e-5
+    for build, flag in ((Transcriber, "--asr_model"), (SpeakerSimilarity, "--sv_model")):
+        with pytest.raises(train.ConfigError, match=f"{flag} {tmp_path}: cannot be loaded"):
+            build(str(tmp_path), device)
+
+
+def test_sounds_judgements_and_tensorboard(judges, codec_dir, toys, tmp_path):
+    """With a codec and judges: wavs, figures, and all of it in TensorBoard."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    asr, sv = judges
+    dist = train.setup_distributed("cpu")
+    argv = settings(toys, tmp_path, audio_tokenizer=codec_dir, asr_model=asr, sv_model=sv, num_samples=2, sample_steps=1)
+    cfg = train.parse_config(argv)
+    tokenizer = demo.make_tokenizer()
+    config = demo.tiny_config(tokenizer)
+    loader, _ = train.build_loaders(cfg, dist, config, tokenizer, *train.read_records(cfg, dist))
+    listener = Listener.build(cfg, loader.dataset, dist)
+    first, second = listener.prompts
+    silence = torch.zeros((8, 0), dtype=torch.long)
+    figures = listener._keep(5, [(0, [first.target[:, :-1]], True, 0.1), (1, [silence], False, 0.1)])
+    assert figures["stop_rate"] == 0.5 and figures["exact_clips"] == 0
+    assert -1 <= figures["speaker_similarity"] <= 1 and figures["word_error_rate"] > 0
+    folder = tmp_path / "samples" / "step_5"
+    said, silent = monitor.read_results(folder)
+    samples, rate = soundfile.read(folder / said["wav"])
+    assert rate == 24000 and len(samples) == pytest.approx((first.target.shape[1] - 1) * 960, abs=960)
+    assert "wav" not in silent and silent["word_errors"] == silent["words"] == len(speech.spoken_words(second.text))
+
+    kept = Monitor(tmp_path, {"lr": 1.0})
+    kept.write(split="val", step=5, epoch=0, loss=0.5, codebook_losses=[0.25, None], eos_loss=None)
+    kept.write_samples(5, folder)
+    Monitor(tmp_path, {"lr": 1.0}, steps_done=5).write(split="val", step=6, loss=0.125)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(5, 0.5), (6, 0.125)]
+    assert [e.value for e in events.Scalars("val/codebook_losses/0")] == [0.25] and "val/eos_loss" not in events.Tags()[
+        "scalars"
+    ]
+    image = events.Images("samples/0/codes")[0]
+    assert (image.width, image.height) == (8 * first.target.shape[1], 8 * (3 * 8 + 2))
+    assert set(events.Tags()["audio"]) >= {"samples/0/said", "samples/0/target", "samples/1/target"}
+    assert events.Tags()["tensors"]  # the texts
+
+
+# ---- the figure
+
+
+def test_codes_figure():
+    target = np.arange(16).reshape(2, 8)
+    said = target[:, :7].copy()
+    said[1, 3] = 0
+    image = monitor.codes_figure(said, target)
+    wanted, spoken, differs = image[:2], image[3:5], image[6:]
+    assert image.shape == (8, 8, 3)
+    assert np.array_equal(wanted[:, :7][said == target[:, :7]], spoken[:, :7][said == target[:, :7]])
+    assert len(np.unique(wanted.reshape(16, 3), axis=0)) == 16, "different codes, different colours"
+    red = (differs == monitor.DIFFERS).all(-1)
+    assert red.sum() == 3 and red[1, 3] and red[:, 7].all()
+    assert (spoken[:, 7] == 255).all()
+    assert monitor.codes_figure(said[:, :0]).shape == (2, 0, 3)
+    assert monitor.codes_figure(said[:, :0], target).shape == (8, 8, 3)
+    assert np.array_equal(monitor.enlarge(image, 2)[::2, ::2], image)
