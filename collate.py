@@ -151,6 +151,7 @@ class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
     """
 
     sources: list[str] = field(default_factory=list)  # where each row came from, for error messages
+    unreadable: list[str] = field(default_factory=list)  # what is wrong with samples that should be here and are not
     clamped: dict[str, int] = field(default_factory=dict)  # clamped audio indices by source
     has_label_overrides: bool = False  # some labels came from `audio_label_ids_concat`, not from the inputs
     packing: Packing | None = None  # the same batch without padding; None where the audio comes through Whisper

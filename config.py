@@ -111,10 +111,22 @@ class Config:
     wandb: str = _setting("", "Weights & Biases project to log to as well", const="higgs-audio")
     save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
     keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
+    best_by: str = _setting(
+        "loss",
+        "with --save_steps, the checkpoint whose validation has the lowest such value is saved and kept, too; '': none",
+        choices=("loss", "text_loss", "audio_loss", "eos_loss", ""),
+    )
     resume: str = _setting(
         "none", "'auto': continue from the newest checkpoint in output_dir; or a checkpoint's path", const="auto"
     )
     max_bad_steps: int = _setting(10, "stop after so many steps in a row whose loss or gradient is not finite")
+    max_bad_samples: int = _setting(
+        100, "samples that turn out to be unreadable are left out and counted; stop after more than so many"
+    )
+    spike_threshold: float = _setting(
+        8.0, "a loss so many robust standard deviations above its running median has its batches kept in spikes/; 0: off"
+    )
+    dist_timeout: float = _setting(60.0, "minutes that ranks wait for each other before the run fails; downloads count")
     seed: int = _setting(0, "order of the data, dropout and adapter initialisation")
     device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
@@ -199,6 +211,8 @@ def _find_problems(cfg: Config) -> list[str]:
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
     if cfg.seed >= 2**31:
         problems.append(f"--seed {cfg.seed}: must be below 2147483648")
+    if cfg.dist_timeout == 0:
+        problems.append("--dist_timeout 0: ranks have to wait for each other")
     if cfg.lr == 0:
         problems.append("--lr 0: nothing would be learned")
     if cfg.val_share >= 1:

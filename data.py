@@ -371,38 +371,55 @@ def _cut(lengths: np.ndarray, batching: Batching) -> np.ndarray:
 def plan_steps(order: np.ndarray, bounds: np.ndarray, world_size: int, grad_accum: int) -> Iterator[list[list[int]]]:
     """The optimizer steps of an epoch, each of up to world_size * grad_accum micro-batches of sample indices.
 
-    A short last step is filled up with micro-batches of one sample, written as -1 - index, whose labels are masked: every
-    rank takes part equally often, and nothing counts twice.
+    A short last step is filled up with empty micro-batches: every rank takes part equally often, and nothing counts twice.
     """
     per_step = world_size * grad_accum
     for first in range(0, len(bounds) - 1, per_step):
         limits = bounds[first : first + per_step + 1].tolist()
         step = [order[start:stop].tolist() for start, stop in pairwise(limits)]
         while len(step) % world_size:
-            step.append([-1 - step[0][0]])
+            step.append([])
         yield step
 
 
 class _MicroBatches(Dataset):
-    """Collated micro-batches by sample indices; a DataError is returned, so that it reaches the user without the
-    traceback of a worker process."""
+    """Collated micro-batches by sample indices; a CollateError is returned, so that it reaches the user without the
+    traceback of a worker process.
+
+    Samples that cannot be read are left out and noted in the batch. Where none is left, one token that nothing is learned
+    from stands in, because every rank has to take part in every step.
+    """
 
     def __init__(self, dataset: ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator):
         self.dataset = dataset
         self.collator = collator
 
     def __getitem__(self, indices: list[int]) -> ExtendedHiggsAudioBatchInput | Exception:
+        samples, unreadable = [], []
+        for index in indices:
+            try:
+                samples.append(self.dataset[index])
+            except DataError as error:
+                unreadable.append(str(error))
         try:
-            return self.collator([self._sample(index) for index in indices])
-        except (DataError, CollateError) as error:
+            batch = self.collator(samples or [self._filler()])
+        except CollateError as error:
             return DataError(str(error))
+        return dataclasses.replace(batch, unreadable=unreadable)
 
-    def _sample(self, index: int) -> Sample:
-        if index >= 0:
-            return self.dataset[index]
-        sample = self.dataset[-1 - index]
-        sample.label_ids = torch.full_like(sample.label_ids, IGNORE_INDEX)
-        return sample
+    def _filler(self) -> Sample:
+        nothing = torch.zeros(0, dtype=torch.long)
+        return Sample(
+            input_ids=torch.zeros(1, dtype=torch.long),
+            label_ids=torch.full((1,), IGNORE_INDEX),
+            audio_ids_concat=nothing.reshape(self.dataset.store.num_codebooks, 0),
+            audio_ids_start=nothing,
+            audio_waveforms_concat=torch.zeros(0),
+            audio_waveforms_start=nothing,
+            audio_sample_rate=torch.zeros(0),
+            audio_speaker_indices=nothing,
+            source="(filler)",
+        )
 
 
 class _EpochSampler(Sampler):
@@ -479,7 +496,7 @@ class Loader:
         return math.ceil((len(bounds) - 1) / (self.world_size * self.grad_accum))
 
     def epoch(self, position: Position) -> Iterator[tuple[list[ExtendedHiggsAudioBatchInput], Position]]:
-        """The optimizer steps of an epoch from `position` on; raises DataError for a sample that cannot be read."""
+        """The optimizer steps of an epoch from `position` on; raises DataError for samples that make no batch."""
         order, bounds = self.plan(position)
         rank, world_size = self.rank, self.world_size
         # Planned twice, step by step: the workers are ahead of the training.
@@ -491,7 +508,7 @@ class Loader:
             for micro_batch in micro_batches:
                 if isinstance(micro_batch, Exception):
                     raise micro_batch
-            done += sum(index >= 0 for indices in step for index in indices)
+            done += sum(map(len, step))
             yield micro_batches, Position(position.epoch, done)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
@@ -80,7 +82,11 @@ class Dist:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return self.each(flag)[0]
+
+    def each(self, *flags: bool) -> list[bool]:
+        """Whether each of the flags is set on any rank. Collective."""
+        return (self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)) > 0).tolist()
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank. Collective."""
@@ -93,11 +99,21 @@ class Dist:
         ahead = self.together(lambda: function() if self.local_rank == 0 else None)
         return self.together(lambda: ahead if self.local_rank == 0 else function())
 
+    def launchers(self) -> list[str]:
+        """What started the ranks: with torchrun the agent of each node, which outlives them. Collective."""
+        process = psutil.Process(os.getppid())
+        return sorted(set(self.gather(f"{socket.gethostname()} {process.pid} {process.create_time():.2f}")))
 
-def setup_distributed(device: str = "auto", replicate: int = 1, patience_hours: float = 1) -> Dist:
+    def is_restart_of(self, launchers: Sequence[str]) -> bool:
+        """Whether torchrun starts, once more after a failure, a run whose first launchers were these. Collective."""
+        is_restart = self.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
+        return self.from_main(is_restart and not set(launchers).isdisjoint(self.launchers()))
+
+
+def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: float = 60.0) -> Dist:
     """Join the other ranks; without torchrun this process is the only one.
 
-    patience_hours: how long ranks wait for each other
+    timeout_min: how long ranks wait for each other, for one that downloads, too
     raises: ConfigError if the ranks cannot be divided into `replicate` equal groups
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -115,7 +131,7 @@ def setup_distributed(device: str = "auto", replicate: int = 1, patience_hours: 
     if not torch_dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": torch_dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        timeout = datetime.timedelta(hours=patience_hours)  # the others wait while one rank downloads
+        timeout = datetime.timedelta(minutes=timeout_min)
         torch_dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
     if replicate > 1:
         shape, names = (replicate, world_size // replicate), ("replicate", "shard")
@@ -123,6 +139,11 @@ def setup_distributed(device: str = "auto", replicate: int = 1, patience_hours: 
         shape, names = (world_size,), ("shard",)
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
     return Dist(rank, local_rank, world_size, here, mesh)
+
+
+def lost_others(error: Exception) -> bool:
+    """Whether an error only says that other ranks are gone or do not answer."""
+    return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
 
 
 class Signals:

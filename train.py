@@ -21,13 +21,12 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ import torch.distributed as torch_dist
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -45,10 +45,11 @@ import data
 import export
 import loss
 import model_patch
+import spikes
 from audio import AudioStore, codec_frame_rate_hz, load_codec
 from collate import ExtendedHiggsAudioBatchInput
 from config import Config, ConfigError, parse_config
-from distributed import USER_ERRORS, Dist, Signals, setup_distributed
+from distributed import USER_ERRORS, Dist, Signals, lost_others, setup_distributed
 from listen import Listener
 from loss import Objective
 from manifest import DataError, Mixture
@@ -304,15 +305,16 @@ class Totals:
     num_tokens: Tensor  # [] float32, without padding
     num_positions: Tensor  # [] float32, with padding
     num_frames: Tensor  # [] float32, audio frames without delay columns
+    num_unreadable: Tensor  # [] float32, samples that are missing
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
     def sum_over(self, dist: Dist) -> Totals:
         """The same over all ranks, in one all-reduce. Collective."""
-        counts = torch.stack([self.num_tokens, self.num_positions, self.num_frames])
+        counts = torch.stack([self.num_tokens, self.num_positions, self.num_frames, self.num_unreadable])
         packed = dist.sum(torch.cat([self.losses.pack(), counts]))
-        return Totals(loss.LossSums.unpack(packed[:-3]), *packed[-3:])
+        return Totals(loss.LossSums.unpack(packed[:-4]), *packed[-4:])
 
 
 def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[Tensor, Totals]:
@@ -325,13 +327,16 @@ def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alig
         head_loss = functools.partial(loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies)
         sums, copies = model(**batch.model_inputs(), packing=batch.packing, head_loss=head_loss)
         sums, tokens = loss.LossSums.unpack(sums), torch.tensor(float(batch.packing.num_positions), device=sums.device)
-        return copies, Totals(sums, tokens, tokens, tokens.new_tensor(batch.num_frames()))
+        return copies, Totals(
+            sums, tokens, tokens, tokens.new_tensor(float(batch.num_frames())), tokens.new_tensor(float(len(batch.unreadable)))
+        )
     output = model(**batch.model_inputs())
     scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
     copies = loss.copy_counts(scored) if with_copies else torch.zeros(2, device=output.logits.device)
     mask = output.attention_mask
-    positions, frames = (torch.tensor(float(number), device=mask.device) for number in (mask.numel(), batch.num_frames()))
-    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), mask.sum().float(), positions, frames)
+    numbers = (mask.numel(), batch.num_frames(), len(batch.unreadable))
+    positions, *others = (torch.tensor(float(number), device=mask.device) for number in numbers)
+    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), mask.sum().float(), positions, *others)
 
 
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
@@ -452,14 +457,33 @@ def evaluating(model):
 
 def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioIds, alignment: Alignment, dist: Dist) -> dict:
     """Teacher-forced losses on the whole validation set, from sums and counts over all ranks. Collective."""
-    total, copies = None, torch.zeros(2, device=dist.device)
+    total, copies, unreadable = None, torch.zeros(2, device=dist.device), []
     with evaluating(model):
         for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
             copied, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
             copies += copied
             total = part if total is None else total + part
-    metrics = objective.metrics(total.sum_over(dist).losses)
-    return metrics | {"copy_share": loss.copy_share(dist.sum(copies))}
+            unreadable += batch.unreadable
+    total = total.sum_over(dist)
+    bad_samples = report_unreadable(unreadable, total, "validation", dist)
+    return objective.metrics(total.losses) | {"bad_samples": bad_samples, "copy_share": loss.copy_share(dist.sum(copies))}
+
+
+def report_unreadable(mine: Sequence[str], total: Totals, when: str, dist: Dist) -> int:
+    """Name the samples that were left out, this rank's being `mine`; returns how many there are. Collective."""
+    count = int(total.num_unreadable.item())
+    if count:
+        everyones = [problem for part in dist.gather(list(mine)) for problem in part]
+        log_list(dist, f"{when}: {count} samples cannot be read and are left out", everyones)
+    return count
+
+
+def improves(values: dict, name: str, best: dict) -> bool:
+    """Whether an evaluation is the best so far by metric `name`; one that lacks samples is not comparable."""
+    value = values.get(name)
+    if value is None or not math.isfinite(value) or values["bad_samples"]:
+        return False
+    return best.get("metric") != name or value < best["value"]
 
 
 def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Listener:
@@ -532,16 +556,36 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
         return run(cfg, dist, signals)
 
 
+@dataclass
+class Standing:
+    """Where a run stands; a checkpoint keeps it beside the tensors."""
+
+    step: int = 0  # optimizer steps done
+    position: data.Position = field(default_factory=lambda: data.Position(0, 0))
+    bad_steps: int = 0  # skipped because they were not finite
+    bad_samples: int = 0  # left out because they could not be read, each time they were met
+    spikes: int = 0
+    losses: list[float] = field(default_factory=list)  # the last ones, to tell spikes by
+    best: dict = field(default_factory=dict)  # among the evaluations: metric, value, step
+
+    @classmethod
+    def of(cls, state: dict) -> Standing:
+        values = {f.name: state[f.name] for f in dataclasses.fields(cls)}
+        return cls(**values | {"position": data.Position(*state["position"])})
+
+    def add_loss(self, value: float, threshold: float) -> bool:
+        """Count in the loss of a step; returns whether it is a spike among the last ones."""
+        is_spike = spikes.is_spike(value, self.losses, threshold)
+        self.spikes += is_spike
+        if math.isfinite(value):
+            self.losses = [*self.losses, value][-spikes.WINDOW :]
+        return is_spike
+
+
 def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggsAudioModel:
     """Build everything, then the loop: evaluate, sample, save, stop, step, log, always in that order."""
     output_dir = Path(cfg.output_dir)
-    resume_from = None
-    if cfg.resume == "none":
-        dist.together(lambda: checkpoint.refuse_used(output_dir))
-    else:
-        resume_from, passed_over = checkpoint.find_resume(output_dir, cfg.resume)
-        for damage in passed_over:
-            log(dist, f"passed over {damage}")
+    resume_from = choose_resume(cfg, dist)
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
     folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
@@ -561,90 +605,125 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     )
     if cfg.dry_run:
         return model
-    step, position, bad_steps = 0, data.Position(0, 0), 0
+    at = Standing()
     if resume_from:
         state = dist.together(lambda: checkpoint.check_state(resume_from, model, optimizer, same_run(cfg, loader)))
         checkpoint.load_state(resume_from, model, optimizer)
-        step, position, bad_steps = state["step"], data.Position(*state["position"]), state["bad_steps"]
-        log(dist, f"resumed from {resume_from}: {step} steps done")
-    settings = write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples) if dist.is_main else {}
-    metrics = dist.together(lambda: Monitor(output_dir, settings, step, cfg.wandb, dist.is_main))
+        at = Standing.of(state)
+        log(dist, f"resumed from {resume_from}: {at.step} steps done")
+    settings = write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples)
+    metrics = dist.together(lambda: Monitor(output_dir, settings, at.step, cfg.wandb, dist.is_main))
     listener = build_listener(cfg, dist, config, (val_loader or loader).dataset) if cfg.sample_steps else None
+    saver = checkpoint.Saver(output_dir / "checkpoints", model, optimizer, cfg.keep_last)
     flops_per_token = model_patch.train_flops_per_token(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
-    seconds = bar_interval_sec()
-    progress = tqdm(total=total_steps, initial=step, disable=not dist.is_main, desc="train", unit="step", mininterval=seconds)
+    progress = tqdm(
+        total=total_steps,
+        initial=at.step,
+        disable=not dist.is_main,
+        desc="train",
+        unit="step",
+        mininterval=bar_interval_sec(),
+    )
 
     model.train()
-    steps = dist.iterate(iter_steps(loader, position))
-    alignment = None
-    evaluated = sampled = saved = step  # the step at which each was last done
+    steps = dist.iterate(iter_steps(loader, at.position))
+    alignment = failure = None
+    evaluated = sampled = saved = at.step  # the step at which each was last done
     bad_in_a_row = 0
     while True:
-        done = step >= total_steps
-        if val_loader and step != evaluated and (done or (cfg.val_steps and step and step % cfg.val_steps == 0)):
+        done = at.step >= total_steps
+        if val_loader and at.step != evaluated and (done or (cfg.val_steps and at.step % cfg.val_steps == 0)):
             if alignment is None:
                 (first, *_), _ = next(dist.iterate(val_loader.epoch(data.Position(0, 0))))
                 alignment = check_first_batch(model, first, objective, ids, dist)
             with averaged(optimizer):
                 values = evaluate(model, val_loader, objective, ids, alignment, dist)
-                if lora and step and not evaluated:
+                if lora and at.step and not evaluated:
                     log(dist, export.describe_changes(export.relative_changes(model)))
-            evaluated = step
-            metrics.write(split="val", step=step, epoch=position.epoch, **values)
+            evaluated = at.step
+            metrics.write(split="val", step=at.step, epoch=at.position.epoch, **values)
+            is_best = improves(values, cfg.best_by, at.best)
+            if is_best:
+                at.best = {"metric": cfg.best_by, "value": values[cfg.best_by], "step": at.step}
             log(
                 dist,
-                f"step {step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})",
+                f"step {at.step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, "
+                f"audio {values['audio_loss']:.4f}){', the best so far' * is_best}",
             )
 
-        if listener and step != sampled and (done or step % cfg.sample_steps == 0):
+        if listener and at.step != sampled and (done or at.step % cfg.sample_steps == 0):
             with evaluating(model):
-                values = listener.listen(model, step, dist)
-            sampled = step
-            metrics.write(split="sample", step=step, epoch=position.epoch, **values)
+                values = listener.listen(model, at.step, dist)
+            sampled = at.step
+            metrics.write(split="sample", step=at.step, epoch=at.position.epoch, **values)
             if dist.is_main:
-                metrics.write_samples(step, listener.folder / f"step_{step}")
-            log(dist, f"step {step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
+                metrics.write_samples(at.step, listener.folder / f"step_{at.step}")
+            log(dist, f"step {at.step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
 
-        diverged = 0 < cfg.max_bad_steps <= bad_in_a_row
-        stop = dist.any(signals.received is not None)  # a signal may reach one rank alone
-        due = cfg.save_steps and (step % cfg.save_steps == 0 or done)
-        if step != saved and (due or stop or diverged):
-            state = {"step": step, "position": list(position), "bad_steps": bad_steps, "run": same_run(cfg, loader)}
-            save(output_dir, state, model, optimizer, cfg.keep_last, dist)
-            saved = step
+        stop, is_writing = dist.each(signals.received is not None, saver.is_writing)  # either may be so on one rank alone
+        due = cfg.save_steps and (at.step % cfg.save_steps == 0 or done or at.best.get("step") == at.step)
+        if at.step != saved and (due or stop or failure):
+            saver.start(dataclasses.asdict(at) | {"run": same_run(cfg, loader)})
+            saved = at.step
+        if stop or failure or done or not is_writing:
+            saver.commit()
 
-        if diverged:
-            raise loss.DivergenceError(
-                f"{bad_in_a_row} steps in a row were not finite. Saved at step {step}; look at the samples named above, or lower --lr"
-            )
+        if failure:
+            raise failure
         if done:
             break
         if stop:
             progress.close()
             received = next(s.name for s in dist.gather(signals.received) if s)
-            log(dist, f"received {received}: stopped after step {step}; continue with --resume auto")
+            log(dist, f"received {received}: stopped after step {at.step}; continue with --resume auto")
             return model
 
-        epoch = position.epoch
-        batches, position = next(steps)
+        epoch = at.position.epoch
+        batches, at.position = next(steps)
         if alignment is None:
             log(dist, "first batch:")
+            check_readable(batches, cfg.max_bad_samples, dist)
             alignment = check_first_batch(model, batches[0], objective, ids, dist)
         started = time.perf_counter()
-        lr = lr_at(step, total_steps, cfg)
+        lr = lr_at(at.step, total_steps, cfg)
         total, grad_norm, culprits = train_step(
-            model, optimizer, batches, objective, ids, alignment, dist, lr=lr, grad_clip=cfg.grad_clip, seed=cfg.seed, step=step
+            model,
+            optimizer,
+            batches,
+            objective,
+            ids,
+            alignment,
+            dist,
+            lr=lr,
+            grad_clip=cfg.grad_clip,
+            seed=cfg.seed,
+            step=at.step,
         )
         total = total.sum_over(dist)
         values = step_metrics(total, objective, time.perf_counter() - started, flops_per_token, frame_rate_hz, dist)
-        step += 1
-        bad_steps += bool(culprits)
+        at.step += 1
+        at.bad_steps += bool(culprits)
         bad_in_a_row = bad_in_a_row + 1 if culprits else 0
+        unreadable = [problem for batch in batches for problem in batch.unreadable]
+        at.bad_samples += report_unreadable(unreadable, total, f"step {at.step}", dist)
+        is_spike = at.add_loss(values["loss"], cfg.spike_threshold if at.step > cfg.warmup_steps else 0.0)
 
-        metrics.write(split="train", step=step, epoch=epoch, lr=lr, grad_norm=grad_norm, bad_steps=bad_steps, **values)
+        counts = {"bad_steps": at.bad_steps, "bad_samples": at.bad_samples, "spikes": at.spikes}
+        metrics.write(split="train", step=at.step, epoch=epoch, lr=lr, grad_norm=grad_norm, **counts, **values)
         if culprits:
-            log(dist, f"step {step}: not finite, skipped; samples: {', '.join(culprits)}")
+            log(dist, f"step {at.step}: not finite, skipped; samples: {', '.join(culprits)}")
+        if is_spike:
+            log(dist, f"step {at.step}: loss {values['loss']:.4f} is far above the median of the last steps")
+        if (culprits or is_spike) and at.bad_steps + at.spikes <= spikes.MAX_DUMPS:
+            about = {
+                "step": at.step,
+                "loss": values["loss"],
+                "grad_norm": grad_norm,
+                "alignment": list(vars(alignment).values()),
+            }
+            dump(cfg, dist, about | {"resume": str(saver.newest or resume_from or "")}, batches)
+        failure = find_failure(at, bad_in_a_row, cfg)
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
         progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
         progress.update()
@@ -669,23 +748,72 @@ def iter_steps(loader: data.Loader, position: data.Position):
         position = data.Position(position.epoch + 1, 0)
 
 
+def choose_resume(cfg: Config, dist: Dist) -> Path | None:
+    """The checkpoint to continue from, if any. Collective.
+
+    raises: CheckpointError, on all ranks, for a folder in use without --resume, or a checkpoint that cannot be used
+
+    Started again by torchrun after a failure (--max_restarts), a run continues what it has itself begun, whatever --resume
+    says; what it has begun it knows by its launcher, so that a first attempt refused is not let in at the second.
+    """
+    output_dir = Path(cfg.output_dir)
+    is_restart = dist.is_restart_of(checkpoint.read_launchers(output_dir))
+    if cfg.resume == "none" and not is_restart:
+        dist.together(lambda: checkpoint.refuse_used(output_dir))
+        return None
+    found, passed_over = checkpoint.find_resume(output_dir, "auto" if is_restart else cfg.resume)
+    for damage in passed_over:
+        log(dist, f"passed over {damage}")
+    if is_restart and not found and cfg.resume not in ("none", "auto"):
+        found, _ = checkpoint.find_resume(output_dir, cfg.resume)
+    return found
+
+
+def check_readable(batches: Sequence[ExtendedHiggsAudioBatchInput], max_bad_samples: int, dist: Dist) -> None:
+    """DataError, on all ranks, if the first step finds nothing to read or too much that is unreadable. Collective."""
+    mine = [problem for batch in batches for problem in batch.unreadable]
+    has_targets = any(sum(map(Tensor.sum, batch.num_targets())) > 0 for batch in batches)
+    problems, readable = zip(*dist.gather((mine, has_targets)))
+    problems = [problem for part in problems for problem in part]
+    if len(problems) > max_bad_samples or not any(readable):
+        raise DataError(
+            "\n  ".join([f"{len(problems)} samples of the first step cannot be read:", *problems[: data.MAX_SHOWN]])
+        )
+
+
+def dump(cfg: Config, dist: Dist, about: dict, batches: Sequence[ExtendedHiggsAudioBatchInput]) -> None:
+    """Keep a step's micro-batches for tools.replay; a disk that refuses them is no reason to stop."""
+    about |= {"rank": dist.rank, "world_size": dist.world_size, "config": dataclasses.asdict(cfg)}
+    folder = Path(cfg.output_dir) / "spikes"
+    try:
+        spikes.write_dump(folder, about, batches)
+    except OSError as error:
+        print(f"rank {dist.rank}: {folder}: the batches cannot be kept: {error}", file=sys.stderr, flush=True)
+    log(dist, f"step {about['step']}: look again with python -m tools.replay {folder}/step_{about['step']}-rank0.safetensors")
+
+
+def find_failure(at: Standing, bad_in_a_row: int, cfg: Config) -> Exception | None:
+    """Why the run has to end here, if it has to."""
+    if 0 < cfg.max_bad_steps <= bad_in_a_row:
+        return loss.DivergenceError(
+            f"{bad_in_a_row} steps in a row were not finite. Saved at step {at.step}; look at the samples named above, or lower --lr"
+        )
+    if at.bad_samples > cfg.max_bad_samples:
+        return DataError(
+            f"{at.bad_samples} samples could not be read, more than --max_bad_samples {cfg.max_bad_samples}. Saved at step "
+            f"{at.step}; mend what is named above, or allow for more, then continue with --resume auto"
+        )
+    return None
+
+
 def same_run(cfg: Config, loader: data.Loader) -> dict:
     """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
     names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens", "ema")
     return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
 
 
-def save(output_dir: Path, state: dict, model, optimizer, keep_last: int, dist: Dist) -> None:
-    """A resumable checkpoint; older ones beyond `keep_last` are removed. Collective."""
-    folder = output_dir / "checkpoints" / f"step_{state['step']}"
-    checkpoint.save_state(folder, model, optimizer, state)
-    if dist.is_main and keep_last:
-        for old in checkpoint.list_states(folder.parent)[:-keep_last]:
-            shutil.rmtree(old)
-
-
 def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object) -> dict:
-    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too."""
+    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too. Collective."""
     from importlib.metadata import version
 
     git = subprocess.run(
@@ -699,16 +827,18 @@ def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object)
         "device": dist.device.type,
         "git_commit": git.stdout.strip() or None,
         "versions": {name: version(name) for name in packages},
+        "launchers": dist.launchers(),
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    if dist.is_main:
+        content = json.dumps(record, indent=2) + "\n"
+        checkpoint.write_whole(output_dir / "config.json", lambda file: file.write(content.encode()))
     return record
 
 
 def main(argv: Sequence[str]) -> int:
     try:
         cfg = parse_config(argv, description=__doc__)
-        dist = setup_distributed(cfg.device, cfg.replicate)
+        dist = setup_distributed(cfg.device, cfg.replicate, cfg.dist_timeout)
         train(cfg, dist)
     except USER_ERRORS as error:
         report(error)
@@ -726,12 +856,19 @@ def report(error: Exception) -> None:
         time.sleep(10)
 
 
-if __name__ == "__main__":
+def run_and_exit(argv: Sequence[str]) -> None:
+    """`main` as a process of its own. Ranks that merely lost the others wait a moment: the one that failed speaks first."""
     try:
-        status = main(sys.argv[1:])
-    except Exception:
+        status = record(main)(argv)  # which leaves the traceback to the launcher, too
+    except Exception as error:
+        if lost_others(error):
+            time.sleep(10)
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # the work is done or lost: taking process groups down in good order can hang (NCCL) or abort (gloo)
+
+
+if __name__ == "__main__":
+    run_and_exit(sys.argv[1:])

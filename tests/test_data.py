@@ -226,11 +226,10 @@ def test_waveforms(folder):
 def test_every_sample_once_and_equal_ranks(world_size, num_samples):
     order, bounds = plan_micro_batches(epoch_order([num_samples], [1], seed=3, epoch=0), Batching(2), ())
     steps = list(data.plan_steps(order, bounds, world_size, grad_accum=2))
-    used = [index for step in steps for micro_batch in step for index in micro_batch if index >= 0]
+    used = [index for step in steps for micro_batch in step for index in micro_batch]
     assert used == order.tolist() and sorted(used) == list(range(num_samples))
     assert all(len(step) % world_size == 0 for step in steps)
-    fillers = [micro_batch for step in steps for micro_batch in step if micro_batch[0] < 0]
-    assert len(fillers) < world_size and all(len(micro_batch) == 1 for micro_batch in fillers)
+    assert sum(not micro_batch for step in steps for micro_batch in step) < world_size
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -288,12 +287,22 @@ def test_fillers_are_not_trained(toy_loader):
     assert loader.num_samples % 12 <= 8 and text == 0 and audio.sum() == 0 and len(batches[0]) == 1
 
 
-def test_a_bad_sample_is_reported_from_a_worker_without_its_traceback(folder, config, tokenizer):
-    np.save(folder / "a.npy", np.full((8, 5), 99))
-    dataset = open_dataset(write_manifest(folder / "m.jsonl", [clone()]), config, tokenizer)
-    loader = data.Loader(dataset, create_collator(config), Batching(1), num_workers=1)
-    with pytest.raises(DataError, match=r"^.*record 0 .*codes 99 to 99[^\n]*$"):
-        next(loader.epoch(Position(0, 0)))
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_sample_is_left_out_and_named(num_workers, folder, config, tokenizer):
+    """Its micro-batch goes on with the others; one that has no other sample becomes a filler without targets."""
+    np.save(folder / "bad.npy", np.full((8, 5), 99))
+    bad = clone()
+    bad["messages"][2]["content"]["audio_url"] = "bad.npy"
+    dataset = open_dataset(write_manifest(folder / "m.jsonl", [clone(), bad, bad]), config, tokenizer)
+    loader = data.Loader(dataset, create_collator(config), Batching(2), num_workers=num_workers, shuffle=False)
+    ((mixed,), half), ((empty,), end) = loader.epoch(Position(0, 0))
+    assert (half.samples_done, end.samples_done) == (2, 3)
+    assert len(mixed.sources) == 1 and "record 0 " in mixed.sources[0]
+    for batch, record in ((mixed, 1), (empty, 2)):
+        (problem,) = batch.unreadable
+        assert f"record {record} " in problem and "bad.npy holds codes 99 to 99" in problem and "\n" not in problem
+    assert mixed.num_targets()[0] > 0 and mixed.num_targets()[1].sum() > 0
+    assert empty.num_targets()[0] == 0 and empty.num_targets()[1].sum() == 0 and len(empty) == 1
 
 
 def test_special_tokens_in_text_are_an_error(folder, config, tokenizer):

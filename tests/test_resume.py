@@ -122,7 +122,9 @@ def small_model(dist):
 def save_on_a_full_disk(dist, folder: str):
     """Saving to a disk that is full leaves nothing behind, says so on all ranks, and the old checkpoint still loads."""
     model, optimizer = small_model(dist)
-    checkpoint.save_state(Path(folder) / "step_1", model, optimizer, {"step": 1, "run": {}})
+    saver = checkpoint.Saver(Path(folder), model, optimizer)
+    saver.start({"step": 1, "run": {}})
+    saver.commit()
     before = full(model.weight)
     with torch.no_grad():
         model.weight.add_(1)
@@ -130,7 +132,8 @@ def save_on_a_full_disk(dist, folder: str):
     for room in (0, 10**12):  # noticed beforehand; then a disk that fills up while it is written
         checkpoint.shutil.disk_usage = lambda path, room=room: SimpleNamespace(free=room)
         try:
-            checkpoint.save_state(Path(folder) / "step_2", model, optimizer, {"step": 2, "run": {}})
+            saver.start({"step": 2, "run": {}})
+            saver.commit()
         except checkpoint.CheckpointError as error:
             messages.append(str(error))
     left = sorted(p.name for p in Path(folder).iterdir())

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    dist = setup_distributed("cpu", patience_hours=1000)  # gloo: ranks only agree on who encodes what, and wait at the end
+    dist = setup_distributed("cpu", timeout_min=60_000)  # gloo: ranks only agree on who encodes what, and wait at the end
     try:
         problems = encode(args, dist)
         if problems:
