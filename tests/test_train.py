@@ -274,7 +274,7 @@ def test_bad_data(bad, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"messages": [}')
     assert "broken.jsonl line 1: broken JSON" in bad(train_manifest=tmp_path / "broken.jsonl")
     manifest = tmp_path / "m.jsonl"
-    assert "messages: expected" in bad(train_manifest=write_manifest(manifest, [{"text": "hi"}]))
+    assert "found keys ['text']" in bad(train_manifest=write_manifest(manifest, [{"text": "hi"}]))
     untrained = {"messages": [{"role": "user", "content": "x"}]}
     assert "nothing to train" in bad(train_manifest=write_manifest(manifest, [untrained]))
     record = {"messages": [{"role": "robot", "content": "x"}]}
