@@ -598,7 +598,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             )
 
         if listener and step != sampled and (done or step % cfg.sample_steps == 0):
-            with evaluating(model):
+            with averaged(optimizer), evaluating(model):
                 values = listener.listen(model, step, dist)
             sampled = step
             metrics.write(split="sample", step=step, epoch=position.epoch, **values)
