@@ -11,6 +11,7 @@ from __future__ import annotations
 import colorsys
 import importlib.util
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,12 @@ class WeightsAndBiases:
         self.wandb = import_wandb()
         kept = output_dir / ".wandb-id"  # a resumed run goes on in the same place
         if not kept.is_file():
-            kept.write_text(self.wandb.util.generate_id())
-        self.run = self.wandb.init(
-            project=project, name=output_dir.name, dir=str(output_dir), config=settings, id=kept.read_text(), resume="allow"
-        )
+            kept.write_text(uuid.uuid4().hex[:12])
+        where = {"project": project, "name": output_dir.name, "dir": str(output_dir)}
+        try:
+            self.run = self.wandb.init(**where, config=settings, id=kept.read_text(), resume="allow")
+        except self.wandb.Error as error:  # not logged in, no network
+            raise ConfigError(f"--wandb {project}: {error}; or keep it here with WANDB_MODE=offline") from None
 
     def write(self, step: int, curves: dict[str, float]) -> None:
         self.run.log(curves, step=step)
@@ -116,11 +119,11 @@ class WeightsAndBiases:
 
 
 def import_wandb() -> Any:
-    """raises: ConfigError where it is not installed"""
+    """raises: ConfigError where it cannot be imported"""
     try:
         import wandb
-    except ImportError:
-        raise ConfigError("--wandb: the package is not installed; pip install wandb, or leave the flag out") from None
+    except ImportError as error:
+        raise ConfigError(f"--wandb: {error}; pip install wandb, or leave the flag out") from None
     return wandb
 
 

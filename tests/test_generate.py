@@ -14,6 +14,7 @@ from conftest import run_ranks, write_manifest
 from test_codec import write_wav
 from test_train import run_here, settings
 
+import export
 from audio import import_codec, load_codec
 from manifest import parse_record
 from speech import Sampling, Score, join
@@ -59,17 +60,21 @@ def test_codes_equal_the_official_engines(loud_dir, codec_dir, tmp_path):
 # ---- every kind of checkpoint
 
 
-def test_an_adapter_merged_or_not_speaks_as_it_was_trained(toys, tmp_path):
-    """The adapter changes what is said, and merging it does not."""
-    run_here(settings(toys, tmp_path / "o", lora_r=8, mixed_precision="no", max_steps=3))
+def test_every_kind_of_checkpoint(toys, tmp_path):
+    """An adapter changes what is said; merging it does not, nor taking it from the run's checkpoint, nor another layout."""
+    run_here(settings(toys, tmp_path / "o", lora_r=8, mixed_precision="no", max_steps=3, save_steps=3))
     argv = ["--text", "hello", *CODES, *GREEDY]
     base = say(tmp_path, "--ckpt", toys / "checkpoint", *argv)
     adapted = say(tmp_path, "--ckpt", tmp_path / "o" / "final", *argv)
     merged = say(tmp_path, "--ckpt", tmp_path / "o" / "final", "--merge_lora", *argv)
     assert torch.equal(adapted, merged) and not torch.equal(adapted, base)
+    assert torch.equal(adapted, say(tmp_path, "--ckpt", tmp_path / "o" / "checkpoints" / "step_3", *argv))
+    export.convert(export.open_model(toys / "checkpoint"), tmp_path / "other", "transformers")
+    assert torch.equal(base, say(tmp_path, "--ckpt", tmp_path / "other", *argv))
     config = json.loads((tmp_path / "o" / "final" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "moved")
     (tmp_path / "o" / "final" / "adapter_config.json").write_text(json.dumps(config))
+    assert generate.main(["--ckpt", str(tmp_path / "o" / "final"), *argv]) == 2, "its base is not there"
     again = say(tmp_path, "--ckpt", tmp_path / "o" / "final", "--base_ckpt", toys / "checkpoint", *argv)
     assert torch.equal(again, adapted)
 
@@ -251,11 +256,12 @@ def test_mistakes(toys, tmp_path, capsys):
     }.items():
         (tmp_path / "l.jsonl").write_text(line)
         assert problem in error("--lines", tmp_path / "l.jsonl", *CODES)
-    assert "--ckpt " in (said := error("--ckpt", tmp_path, "--text", "x", *CODES)) and "no config.json" in said
+    assert "no config.json" in error("--ckpt", tmp_path, "--text", "x", *CODES)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gone"}))
-    assert "without adapter_model.safetensors" in error("--ckpt", tmp_path, "--text", "x", *CODES)
-    (tmp_path / "adapter_model.safetensors").touch()
-    assert "--base_ckpt gone: neither a folder" in error("--ckpt", tmp_path, "--text", "x", *CODES)
+    assert "checkpoint gone: neither a folder" in error("--ckpt", tmp_path, "--text", "x", *CODES)
+    (tmp_path / "config.json").write_text((toys / "checkpoint" / "config.json").read_text())
+    (tmp_path / "adapter_config.json").unlink()
+    assert "no *.safetensors" in error("--ckpt", tmp_path, "--text", "x", *CODES)
 
 
 def test_a_silent_model_is_reported(toys, tmp_path, capsys):

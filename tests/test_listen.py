@@ -99,7 +99,7 @@ def test_mistakes(toys, tmp_path, capsys):
     silent.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     assert "no record looked at ends with a spoken answer" in error(train_manifest=silent, audio_tokenizer="none")
     if not importlib.util.find_spec("wandb"):
-        assert "--wandb: the package is not installed; pip install wandb" in error(wandb="project", audio_tokenizer="none")
+        assert "--wandb: No module named 'wandb'; pip install wandb" in error(wandb="project", audio_tokenizer="none")
 
 
 # ---- judges and sounds

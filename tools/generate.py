@@ -1,4 +1,4 @@
-"""Speech from a model: the base, a full fine-tune or an adapter, by the official `generate()` and the official collator.
+"""Speech from a model: the base, a full fine-tune, an adapter or a training checkpoint, by the official `generate()` and the official collator.
 
 One text, in the voice of a clip (with its transcript the clip is put as an earlier exchange, without in the system turn):
     python -m tools.generate --ckpt runs/voice/final --text "What shall I say?" --ref_audio a.wav --ref_text "..." --out b.wav
@@ -26,7 +26,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,19 @@ from typing import Any
 import numpy as np
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from peft import PeftConfig, PeftModel
+from peft import inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor
+from transformers import GenerationConfig
 
 import checkpoint
+import layouts
+import model_patch
 from audio import AudioStore, codec_frame_rate_hz, load_codec
 from checkpoint import CheckpointError
 from config import Config, ConfigError
 from data import ChatMLDataset
 from distributed import USER_ERRORS, Dist, setup_distributed
+from export import ADAPTER_PREFIX, Adapter, Full, merged, open_model
 from manifest import AudioPart, DataError, Record, parse_record, read_manifest
 from speech import (
     WORD,
@@ -204,44 +208,53 @@ def _pieces(text: str, max_words: int) -> Iterator[str]:
 
 
 def load_model(
-    ckpt: str, base_ckpt: str, revision: str | None, dtype: torch.dtype | str, device: torch.device, merge_lora: bool = False
+    ckpt: str, base_ckpt: str, revision: str | None, dtype: torch.dtype | None, device: torch.device, merge_lora: bool = False
 ) -> tuple[HiggsAudioModel, Any]:
-    """(model, tokenizer) of a checkpoint in the original layout, or of an adapter and its base.
+    """(model, tokenizer) of a full checkpoint in either layout, of an adapter and its base, or of a training checkpoint.
 
     base_ckpt, revision: an adapter's base, where that is not what the adapter names
+    dtype:               None for the checkpoint's
     raises: CheckpointError
     """
-    pinned = checkpoint.BASE_REVISION if ckpt == checkpoint.BASE_CKPT else None
-    try:
-        folder = checkpoint.find_base(ckpt, revision or pinned)
-        is_adapter = (folder / "adapter_config.json").is_file()
-        if not is_adapter:
-            return _load_base(folder, dtype, device), checkpoint.load_tokenizer(folder)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace("--base_ckpt", "--ckpt")) from None
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise CheckpointError(f"--ckpt {folder}: an adapter without adapter_model.safetensors")
-    named = PeftConfig.from_pretrained(folder)
-    base = checkpoint.find_base(base_ckpt or named.base_model_name_or_path, revision or named.revision)
-    adapted = PeftModel.from_pretrained(_load_base(base, dtype, device), folder)
-    model = adapted.merge_and_unload() if merge_lora else adapted.get_base_model()
-    return model.eval(), checkpoint.load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base)
+    source = open_model(checkpoint.find_base(ckpt, revision))
+    if isinstance(source, Full):
+        return load_full(source, ((name, source.read(name)) for name in source.shapes), dtype, device), source.tokenizer
+    base = open_model(checkpoint.find_base(base_ckpt or source.base, revision or source.lora.revision))
+    if not isinstance(base, Full):
+        raise CheckpointError(f"{base.folder}: an adapter cannot be the base of another; give --base_ckpt")
+    if merge_lora:
+        return load_full(base, merged(source, base), dtype, device), base.tokenizer
+    model = load_full(base, ((name, base.read(name)) for name in base.shapes), dtype, device)
+    insert_adapter(source, model)
+    return model, base.tokenizer
 
 
-def _load_base(folder: Path, dtype: torch.dtype | str, device: torch.device) -> HiggsAudioModel:
-    config = checkpoint.read_base_config(folder)
-    if config.encode_whisper_embed:
-        raise CheckpointError(
-            f"--base_ckpt {folder}: hears through Whisper (encode_whisper_embed), which generation here lacks"
-        )
-    try:
-        model, info = HiggsAudioModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # transformers and safetensors have many for a damaged file
-        raise CheckpointError(f"--base_ckpt {folder}: cannot be loaded: {error}") from None
-    if info["missing_keys"]:
-        missing = info["missing_keys"]
-        raise CheckpointError(f"--base_ckpt {folder}: {len(missing)} tensors are missing, first {missing[0]}")
-    return model.to(device).eval()
+def load_full(
+    base: Full, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> HiggsAudioModel:
+    """The official model with these weights, which go to the device one tensor at a time; dtype None is the checkpoint's."""
+    if base.config.encode_whisper_embed:
+        raise CheckpointError(f"{base.folder}: hears through Whisper (encode_whisper_embed), which generation here lacks")
+    model = model_patch.build_on_meta(base.config)
+    checkpoint.check_base(model, base.config_folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or base.config.torch_dtype or torch.float32)
+    model_patch.materialize(model, torch.device(device))
+    targets = dict(model.named_parameters())
+    for name, tensor in named:
+        if name in targets:  # a checkpoint may hold more than the model
+            targets[name].data.copy_(tensor)
+    if layouts.layout_of(base.config_folder) == "boson" and (base.config_folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base.config_folder)
+    return model.eval()
+
+
+def insert_adapter(adapter: Adapter, model: HiggsAudioModel) -> None:
+    """PEFT's own adapter layers, with the adapter's weights."""
+    inject_adapter_in_model(adapter.lora, model)
+    weights = {name.removeprefix(ADAPTER_PREFIX): adapter.read(name) for name in adapter.shapes}
+    set_peft_model_state_dict(model, weights)
+    model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +345,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--ckpt", required=True, help="a finished model or adapter (final/), the base, or one on the Hub")
+    parser.add_argument("--ckpt", required=True, help="a full model or adapter (final/), checkpoints/step_N, or one on the Hub")
     parser.add_argument("--base_ckpt", default="", help="an adapter's base; default: the one it was trained on")
     parser.add_argument("--base_revision", default="", help="revision of a checkpoint on the Hub")
     parser.add_argument(
@@ -391,7 +404,7 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
 
 def load_reader(args: argparse.Namespace, dist: Dist, records: Sequence[Record], scratch: Path) -> Reader:
     """The model, and the codec where waveforms come out or, in `records`, go in. Collective."""
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, tokenizer = dist.main_first(
         lambda: load_model(args.ckpt, args.base_ckpt, args.base_revision or None, dtype, dist.device, args.merge_lora)
     )

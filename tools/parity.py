@@ -12,24 +12,22 @@ Legend: P supervised text positions, N supervised audio positions, K codebooks, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from peft import inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor
 
 import collate
 import data
-import model_patch
 from audio import AudioStore, codec_frame_rate_hz, load_codec
-from export import ADAPTER_PREFIX, Adapter, Full, merged
+from export import Adapter, Full, merged
 from forms import open_manifest
 from loss import IGNORE_INDEX
 from manifest import DataError, Record
-from tools.generate import as_prompt, speak
+from speech import as_prompt, speak
+from tools.generate import insert_adapter, load_full
 
 
 @dataclass
@@ -98,36 +96,18 @@ def compare(adapter: Adapter, base: Full, manifest: Path, num_records: int, audi
     def say(model: HiggsAudioModel) -> Said:
         return _say(model, base.tokenizer, batches, prompts)
 
-    model = _load(base, ((name, base.read(name)) for name in base.shapes))
+    model = load_full(base, ((name, base.read(name)) for name in base.shapes), torch.float32)
     alone = say(model)
-    _insert(adapter, model)
+    insert_adapter(adapter, model)
     reference = say(model)
     rows = [Row.of("base alone", alone, reference)]
     unmerged = say(_to_bf16(model))
     del model
-    model = _load(base, merged(adapter, base))
+    model = load_full(base, merged(adapter, base), torch.float32)
     rows.append(Row.of("merged, float32", say(model), reference))
     rows.append(Row.of("adapter, bfloat16", unmerged, reference))
     rows.append(Row.of("merged, bfloat16", say(_to_bf16(model)), reference))
     return Report(rows, len(records), len(prompts))
-
-
-def _load(base: Full, named: Iterable[tuple[str, Tensor]]) -> HiggsAudioModel:
-    """The official model in float32 with these weights."""
-    model = model_patch.build_on_meta(base.config)
-    model_patch.materialize(model, torch.device("cpu"))
-    targets = dict(model.named_parameters())
-    for name, tensor in named:
-        targets[name].data.copy_(tensor)
-    return model.eval()
-
-
-def _insert(adapter: Adapter, model: HiggsAudioModel) -> None:
-    """PEFT's own adapter layers, with the adapter's weights."""
-    inject_adapter_in_model(adapter.lora, model)
-    weights = {name.removeprefix(ADAPTER_PREFIX): adapter.read(name) for name in adapter.shapes}
-    set_peft_model_state_dict(model, weights)
-    model.eval()
 
 
 def _to_bf16(model: HiggsAudioModel) -> HiggsAudioModel:
