@@ -653,7 +653,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             )
 
         if listener and at.step != sampled and (done or at.step % cfg.sample_steps == 0):
-            with evaluating(model):
+            with averaged(optimizer), evaluating(model):
                 values = listener.listen(model, at.step, dist)
             sampled = at.step
             metrics.write(split="sample", step=at.step, epoch=at.position.epoch, **values)
