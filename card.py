@@ -22,7 +22,7 @@ def of_run(output_dir: Path, last_step: float = math.inf) -> str:
     run = json.loads((output_dir / "config.json").read_text())
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["step"] <= last_step]
-    train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
+    train, val, heard = ([line for line in lines if line["split"] == split] for split in ("train", "val", "sample"))
     known = {f.name: f for f in dataclasses.fields(Config)}
     changed = {name: run[name] for name, field in known.items() if name in run and run[name] != field.default}
     command = shlex.join(["train.py", *(item for name, value in changed.items() for item in (f"--{name}", str(value)))])
@@ -36,6 +36,7 @@ def of_run(output_dir: Path, last_step: float = math.inf) -> str:
     }
     names = ("step", "loss", "text_loss", "audio_loss", "eos_loss")
     results = {f"validation {name}": val[-1].get(name) for name in names} if val else {}
+    results |= {f"samples: {name}": value for name, value in heard[-1].items() if isinstance(value, float)} if heard else {}
     results |= {f"last training {name}": train[-1].get(name) for name in names} if train else {}
     weights = {"weights": f"moving average, decay {run['ema']} per step"} if run.get("ema") else {}
     ran = {"steps": len(train), "ranks": run.get("world_size"), "device": run.get("device"), "code": run.get("git_commit")}

@@ -15,6 +15,7 @@ from conftest import make_model, run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+import card
 import checkpoint
 import export
 import model_patch
@@ -250,18 +251,27 @@ def test_an_average_of_strangers_is_noticed(lora_run, toys, tmp_path):
 
 
 def test_the_card_says_how_to_make_it_again(lora_run):
-    card = (lora_run / "final" / "README.md").read_text()
-    line = next(line for line in card.splitlines() if line.startswith("train.py "))
+    text = (lora_run / "final" / "README.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("train.py "))
     run = json.loads((lora_run / "config.json").read_text())
     again = parse_config(shlex.split(line)[1:])
     assert all(run[name] == value for name, value in vars(again).items())
     values = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
     val = [line for line in values if line["split"] == "val"][-1]
-    assert f"| validation loss | {val['loss']:.4g} |" in card and "| records | 31 |" in card
+    assert f"| validation loss | {val['loss']:.4g} |" in text and "| records | 31 |" in text
     trained = [line for line in values if line["split"] == "train"]
-    assert f"| audio targets | {sum(line['audio_targets'] for line in trained)} |" in card
-    assert card.startswith("---\npipeline_tag: text-to-speech\n") and "library_name: peft" in card
-    assert "base_model" not in card, "a local folder is no model of the Hub"
+    assert f"| audio targets | {sum(line['audio_targets'] for line in trained)} |" in text
+    assert text.startswith("---\npipeline_tag: text-to-speech\n") and "library_name: peft" in text
+    assert "base_model" not in text, "a local folder is no model of the Hub"
+
+
+def test_the_card_of_an_earlier_step(lora_run, tmp_path):
+    """Only what had happened by then counts; what was heard counts too."""
+    (tmp_path / "config.json").write_text((lora_run / "config.json").read_text())
+    heard = [json.dumps({"split": "sample", "step": step, "epoch": 0, "stop_rate": step / 8}) for step in (1, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*heard, (lora_run / "metrics.jsonl").read_text()]))
+    text = card.of_run(tmp_path, last_step=2)
+    assert "| steps | 2 |" in text and "| validation step | 2 |" in text and "| samples: stop_rate | 0.125 |" in text
 
 
 # ---- the official engine
