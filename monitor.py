@@ -169,6 +169,6 @@ def paint(codes: np.ndarray) -> np.ndarray:
     return colours[codes]
 
 
-def enlarge(image: np.ndarray, scale: int = 8) -> np.ndarray:
-    """Every pixel as a square of pixels."""
-    return image.repeat(scale, axis=0).repeat(scale, axis=1)
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """Every pixel as a block of pixels, so that a figure of few frames is wide as well."""
+    return image.repeat(6, axis=0).repeat(max(4, 640 // max(1, image.shape[1])), axis=1)

@@ -135,7 +135,7 @@ def charts(run: Run) -> str:
     )
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 46, 10, 8, 22  # of a chart, in SVG units of about a pixel
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 46, 18, 8, 22  # of a chart, in SVG units of about a pixel
 
 
 def chart(title: str, curves: Sequence[Curve], kind: str = "") -> str:
@@ -148,8 +148,9 @@ def chart(title: str, curves: Sequence[Curve], kind: str = "") -> str:
         return ""
     values = [value for curve in curves for value in curve.values]
     steps = [step for curve in curves for step in curve.steps]
-    is_log = kind == "loss" and min(values) > 0 and max(values) > 50 * min(values)
-    low, high = (math.log10(min(values)), math.log10(max(values))) if is_log else (min(values), max(values))
+    least = min((value for value in values if value > 0), default=math.inf)
+    is_log = kind == "loss" and max(values) > 50 * least
+    low, high = (math.log10(least), math.log10(max(values))) if is_log else (min(values), max(values))
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     low, high = (0.0, 1.0) if kind == "share" else (low - margin, high + margin)
     first, last = min(steps), max(max(steps), min(steps) + 1)
@@ -158,7 +159,7 @@ def chart(title: str, curves: Sequence[Curve], kind: str = "") -> str:
         return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        value = math.log10(value) if is_log else value
+        value = math.log10(max(value, least)) if is_log else value  # 0 stands at the bottom
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [_grid(low, high, is_log, y), _step_axis(first, last, x)]
@@ -440,7 +441,7 @@ audio { display: block; width: 100%; height: 2.4rem }
 .codes { display: block; width: 100%; image-rendering: pixelated; margin: .5rem 0 .2rem; border-radius: .2rem }
 .wide { overflow-x: auto; padding: 0 } table { border-collapse: collapse; width: 100%; font-size: .85rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem; border-bottom: 1px solid var(--line); min-width: 5rem }
-td:nth-child(2) { min-width: 11rem }
+td:first-child { white-space: nowrap } td:nth-child(2), td:last-child { min-width: 13rem }
 th { color: var(--soft); font-weight: 600; white-space: nowrap } tbody tr:last-child td { border-bottom: 0 }
 """ + "".join(f".c{n} {{ color: var(--c{n}) }}" for n in range(8))
 
@@ -452,7 +453,7 @@ def page(run: Run, max_shown: int = 4) -> str:
     method = f"LoRA of rank {settings['lora_r']}" if settings.get("lora_r") else "full fine-tune"
     commit = f", commit {str(settings['git_commit'])[:10]}" if settings.get("git_commit") else ""
     lead = f"{method} of {settings.get('base_ckpt', '?')}, {device}{commit}"
-    title = run.folder.resolve().name
+    title = "/".join(run.folder.resolve().parts[-2:]).lstrip("/")
     heard = ""
     if run.samples:
         explained = "Pictures show codes, a column for a frame: the target, what was said, and in red where they differ."
