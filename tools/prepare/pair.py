@@ -1,16 +1,16 @@
 """References for zero-shot cloning, and train / val / test without leaks.
 
-    python -m tools.prepare pair lines.jsonl paired/ --val_share 0.02 --test_share 0.02
+    python -m tools.prepare pair lines.jsonl paired --val_share 0.02 --test_share 0.02
 
 Each plain line (a text and its audio, with `speaker` set) gets another utterance of the same speaker as its reference, phrased
-as the official inference phrases it: as an earlier exchange (`turn`) or in the system turn (`system`). Records of any other
-shape are kept as they are.
+as the official inference phrases it: as an earlier exchange (`turn`) or in the system turn (`system`). A line that has a text
+for a system turn keeps it, and its reference is an earlier exchange. Records of any other shape are kept as they are.
 
-Records that share a clip (by content) or a speaker's text go into one split together, and a reference comes from the split of
-its line, so that nothing heard in training is met again in val or test. Held-out lines are taken a few at a time from one
-speaker after the other, so that they have references too. The same seed gives the same files.
+Records that share audio (by content; parts of one file that overlap), or a speaker's text, go into one split together, and a
+reference comes from the split of its line, so that nothing heard in training is met again in val or test. Held-out lines are
+taken a few at a time from one speaker after the other, so that they have references too. The same seed gives the same files.
 
-Writes train.jsonl, val.jsonl and test.jsonl (those that are not empty) and leakage.json into the output folder.
+Writes train.jsonl, val.jsonl and test.jsonl (those that are not empty) and leakage.json, which is found in the files written.
 """
 
 from __future__ import annotations
@@ -19,22 +19,31 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
-import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from boson_multimodal.data_types import AudioContent, Message, TextContent
 
 from checkpoint import write_whole
 from forms import make_record, open_manifest
-from manifest import AudioPart, DataError, Manifest, check
+from manifest import AudioPart, DataError, Manifest, Record, check
 from tools.prepare.convert import move_paths
 
 SPLITS = ("train", "val", "test")
 STYLES = ("turn", "system")
+TOUCHING_SEC = 0.001  # spans that overlap by less only touch: seconds in manifests are rounded
+
+T = TypeVar("T")
+Source = str | tuple[int, str]  # what clips are cut from: a file's path, or size and digest of `raw_audio`
+Span = tuple[Source, float, float]  # a clip: from where to where, in seconds
 
 
 @dataclass
@@ -43,11 +52,16 @@ class Line:
 
     index: int  # in the manifest
     speaker: str | None
-    text: str  # normalised; "" unless the record is plain
-    clips: list[str]  # identities of all its clips
-    is_plain: bool  # one user text, one assistant clip: can be a line with a reference, and a reference
+    said: list[str]  # see `transcripts`; normalised
+    context: list[Span]
+    targets: list[Span]  # the clips that train, and their label audio
+    is_plain: bool  # one text and one clip that says it: can have a reference, and be one
     group: int = -1  # records that have to stay together
     split: str = "train"
+
+    @property
+    def spans(self) -> list[Span]:
+        return self.context + self.targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,25 +71,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ref_per_line", type=int, default=1, help="records made of each line, each with another reference")
     parser.add_argument("--ref_drop", type=float, default=0.1, help="share of records that get no reference")
     parser.add_argument("--styles", default="turn=0.7,system=0.3", help="mixture of phrasings")
-    parser.add_argument("--val_share", type=float, default=0.02, help="share of the records for val.jsonl")
-    parser.add_argument("--test_share", type=float, default=0.0, help="share of the records for test.jsonl")
+    parser.add_argument("--val_share", type=float, default=0.02, help="share of the input's records for val.jsonl")
+    parser.add_argument("--test_share", type=float, default=0.0, help="share of the input's records for test.jsonl")
     parser.add_argument(
-        "--hold_out_speakers", default="", help="speakers that are in test.jsonl alone: a number, or names a,b,c"
+        "--hold_out_speakers",
+        default="",
+        help="speakers that are in test.jsonl alone: how many, or their names a,b,c (a single name that is a number: 1034,)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     styles = parse_styles(args.styles)
-    if args.ref_per_line < 1 or not 0 <= args.ref_drop <= 1 or min(args.val_share, args.test_share) < 0:
-        raise DataError("--ref_per_line is 1 or more, --ref_drop between 0 and 1, shares are not negative")
-    if args.val_share + args.test_share >= 1:
-        raise DataError("--val_share and --test_share leave nothing to train on")
+    if args.ref_per_line < 1 or not 0 <= args.ref_drop <= 1:
+        raise DataError("--ref_per_line is 1 or more, --ref_drop between 0 and 1")
+    if not (min(args.val_share, args.test_share) >= 0 and args.val_share + args.test_share < 1):
+        raise DataError("--val_share and --test_share leave nothing to train on, or are negative")
+    refuse_used(args.output_dir)
     manifest, _ = check(open_manifest(args.input)[0])
     lines = list(read_lines(manifest))
     group_lines(lines)
-    split_lines(lines, args.val_share, args.test_share, find_speakers(lines, args.hold_out_speakers, args.seed), args.seed)
+    shares = {"test": args.test_share, "val": args.val_share}
+    split_lines(lines, shares, find_speakers(lines, args.hold_out_speakers, args.seed), args.seed)
     counts = write_splits(manifest, lines, styles, args)
-    report = {"written": counts, **find_leaks(args.output_dir)}
+    report = {"written": counts, "not filled": find_short(lines, shares), **find_leaks(args.output_dir)}
     write_whole(args.output_dir / "leakage.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode()))
     show_report(report, args.output_dir)
     return 1 if report["leaks"] else 0
@@ -92,85 +110,146 @@ def parse_styles(spec: str) -> dict[str, float]:
     return styles
 
 
+def refuse_used(folder: Path) -> None:
+    """DataError where writing would replace something: perhaps the input, or splits made by hand."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: this is a file; name a folder for the splits")
+    found = [name for name in (*(f"{split}.jsonl" for split in SPLITS), "leakage.json") if (folder / name).exists()]
+    if found:
+        raise DataError(f"{folder}: holds {', '.join(found)} already; choose another folder, or delete what is there")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is the same
 
 
 def read_lines(manifest: Manifest) -> Iterator[Line]:
-    identify = Identities(part for record in manifest for part in record.audio)
     for index, record in enumerate(manifest):
-        turns = record.chatml.messages
-        is_plain = (
-            [turn.role for turn in turns] == ["user", "assistant"] and len(record.audio) == 1 and record.audio[0].is_output
-        )
-        said = sole_text(turns[0].content)
-        is_plain = is_plain and said is not None and sole_text(turns[1].content) is None and not several(turns[1].content)
-        clips = [identify(part) for part in record.audio]
-        yield Line(index, record.chatml.speaker, normalise(said) if is_plain else "", clips, is_plain)
+        said = transcripts(record)
+        num_before = len(record.cropped(record.chatml.start_index or 0).audio)
+        context, targets = [], []
+        for number, part in enumerate(record.audio):
+            spans = targets if part.is_output and number >= num_before else context
+            spans += [span_of(clip) for clip in (part, part.label) if clip is not None]
+        is_plain = len(said) == len(record.audio) == 1
+        yield Line(index, record.chatml.speaker, [normalise(text) for text in said], context, targets, is_plain)
 
 
-def several(content: Any) -> bool:
-    return isinstance(content, list) and len(content) != 1
+def transcripts(record: Record) -> list[str]:
+    """The texts of a line, or of a reference as an earlier exchange and a line, perhaps after a system turn.
+
+    None of a record of any other shape: the user's texts of a dialogue may be prompts, not what its clips say.
+    """
+    turns = record.chatml.messages
+    start = len(turns) - 1
+    turns = turns[turns[0].role == "system" :]
+    if len(turns) != 2 and not (len(turns) == 4 and record.chatml.start_index == start):
+        return []
+    exchanges = list(zip(turns[::2], turns[1::2]))
+    texts = [sole_text(user.content) for user, _ in exchanges]
+    return texts if all(map(is_exchange, *zip(*exchanges))) else []
+
+
+def is_exchange(user: Message, assistant: Message) -> bool:
+    """Whether a turn is one text and the next one clip that says it."""
+    roles = user.role == "user" and assistant.role == "assistant" and assistant.recipient is None
+    return roles and sole_text(user.content) is not None and isinstance(sole(assistant.content), AudioContent)
+
+
+def sole(content: Any) -> Any:
+    """The part of a turn that has no other; of decoded JSON or of the official message."""
+    return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
 def sole_text(content: Any) -> str | None:
-    """The text of a turn that is one text and nothing else; of decoded JSON or of the official message."""
-    if isinstance(content, list) and len(content) == 1:
-        content = content[0]
-    if isinstance(content, dict):
-        return content.get("text") if content.get("type") == "text" else None
-    return getattr(content, "text", content if isinstance(content, str) else None)
+    """The text of a turn that is one text and nothing else."""
+    part = sole(content)
+    if isinstance(part, dict):
+        return part.get("text")
+    return part.text if isinstance(part, TextContent) else part if isinstance(part, str) else None
+
+
+class _Words(dict):
+    """For `str.translate`: letters, digits and the marks on them stay, anything else becomes a space."""
+
+    def __missing__(self, code: int) -> int | str:
+        self[code] = code if unicodedata.category(chr(code))[0] in "LMN" else " "
+        return self[code]
+
+
+WORDS = _Words()
 
 
 def normalise(text: str) -> str:
     """The words alone: the same for two spellings of one sentence."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(WORDS).split())
 
 
-class Identities:
-    """What a clip is, by content: files are only read where another one has the same size."""
+def span_of(part: AudioPart) -> Span:
+    source = str(part.path) if part.path is not None else (len(part.raw_audio), hashlib.sha256(part.raw_audio).hexdigest())
+    start = part.offset_sec or 0.0
+    return source, start, math.inf if part.duration_sec is None else start + part.duration_sec
 
-    def __init__(self, parts: Iterable[AudioPart]):
-        paths = {part.path for part in parts if part.path is not None}
-        self._sizes = {path: path.stat().st_size for path in paths}
+
+class Contents:
+    """What is the same under different names: files are only read where another source has the same size."""
+
+    def __init__(self, lines: Iterable[Line]):
+        sources = {source for line in lines for source, _, _ in line.spans}
+        self._sizes = {source: source[0] if isinstance(source, tuple) else os.stat(source).st_size for source in sources}
         self._count = Counter(self._sizes.values())
-        self._known: dict[Path, str] = {}
+        self._known: dict[Source, str] = {}
 
-    def __call__(self, part: AudioPart) -> str:
-        if part.path is None:
-            content = hashlib.sha256(part.raw_audio).hexdigest()
-        else:
-            if part.path not in self._known:
-                self._known[part.path] = self._content(part.path)
-            content = self._known[part.path]
-        return f"{content} {part.offset_sec or 0} {part.duration_sec or ''}"
+    def __getitem__(self, source: Source) -> str:
+        if source not in self._known:
+            self._known[source] = self._digest(source)
+        return self._known[source]
 
-    def _content(self, path: Path) -> str:
-        size = self._sizes[path]
-        if self._count[size] == 1:
-            return f"size {size}"
+    def _digest(self, source: Source) -> str:
+        if isinstance(source, tuple):
+            return source[1]
+        if self._count[self._sizes[source]] == 1:
+            return f"size {self._sizes[source]}"
         digest = hashlib.sha256()
-        with open(path, "rb") as file:
+        with open(source, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
 
 
+def overlapping(spans: Iterable[tuple[Span, T]], contents: Contents) -> Iterator[list[T]]:
+    """The owners of spans that overlap, directly or through others: one list for each such stretch of audio."""
+    owners: list[T] = []
+    last, end = "", 0.0
+    named = ((contents[source], start, stop, owner) for (source, start, stop), owner in spans)
+    for content, start, stop, owner in sorted(named, key=itemgetter(0, 1)):
+        if owners and (content != last or start > end - TOUCHING_SEC):
+            yield owners
+            owners = []
+        last, end = content, max(stop, end if owners else 0.0)
+        owners.append(owner)
+    if owners:
+        yield owners
+
+
 def group_lines(lines: Sequence[Line]) -> None:
-    """Number the groups: lines that share a clip, or a speaker and a text, directly or through others."""
+    """Number the groups: lines that share audio, or a speaker and a text, directly or through others."""
     parents = list(range(len(lines)))
 
-    def root(index: int) -> int:
-        while parents[index] != index:
-            parents[index] = parents[parents[index]]
-            index = parents[index]
-        return index
+    def root(number: int) -> int:
+        while parents[number] != number:
+            parents[number] = parents[parents[number]]
+            number = parents[number]
+        return number
 
     first: dict[Any, int] = {}
     for number, line in enumerate(lines):
-        keys = [*line.clips, *([(line.speaker, line.text)] if line.text else [])]
-        for key in keys:
-            parents[root(number)] = root(first.setdefault(key, number))
+        for text in filter(None, line.said):
+            parents[root(number)] = root(first.setdefault((line.speaker, text), number))
+    spans = ((span, number) for number, line in enumerate(lines) for span in line.spans)
+    for numbers in overlapping(spans, Contents(lines)):
+        for number in numbers[1:]:
+            parents[root(number)] = root(numbers[0])
     for number, line in enumerate(lines):
         line.group = root(number)
 
@@ -184,7 +263,7 @@ def find_speakers(lines: Sequence[Line], spec: str, seed: int) -> set[str]:
     speakers = sorted({line.speaker for line in lines if line.speaker is not None})
     if spec.isdecimal():
         if int(spec) >= len(speakers):
-            raise DataError(f"--hold_out_speakers {spec}: there are {len(speakers)} speakers")
+            raise DataError(f"--hold_out_speakers {spec}: there are {len(speakers)} speakers; a name is written '{spec},'")
         return set(random.Random(f"speakers {seed}").sample(speakers, int(spec)))
     names = {name.strip() for name in spec.split(",") if name.strip()}
     unknown = sorted(names - set(speakers))
@@ -193,8 +272,11 @@ def find_speakers(lines: Sequence[Line], spec: str, seed: int) -> set[str]:
     return names
 
 
-def split_lines(lines: Sequence[Line], val_share: float, test_share: float, held_out: set[str], seed: int) -> None:
-    """Set the split of every line; groups stay together, and a speaker who is held out is so with every line."""
+def split_lines(lines: Sequence[Line], shares: dict[str, float], held_out: set[str], seed: int) -> None:
+    """Set the split of every line; groups stay together, and a speaker who is held out is so with every line.
+
+    raises: DataError if nothing is left to train on
+    """
     groups: dict[int, list[Line]] = defaultdict(list)
     for line in lines:
         groups[line.group].append(line)
@@ -207,22 +289,50 @@ def split_lines(lines: Sequence[Line], val_share: float, test_share: float, held
     rng = random.Random(f"splits {seed}")
     speakers = list(free)
     rng.shuffle(speakers)
-    for members in free.values():
-        rng.shuffle(members)
-    for split, share in (("test", test_share), ("val", val_share)):
-        wanted = round(share * len(lines))
-        for speaker in speakers * 2:  # a second round where one was not enough
-            quota = max(2, math.ceil(share * sum(map(len, free[speaker]))))
-            while quota > 0 and wanted > 0 and free[speaker]:
-                members = free[speaker].pop()
-                assign(members, split)
-                quota -= len(members)
-                wanted -= len(members)
+    for of_speaker in free.values():
+        rng.shuffle(of_speaker)
+    for split, share in shares.items():
+        wanted, before = round(share * len(lines)), math.inf
+        while 0 < wanted < before:  # another round where one was not enough, until nothing fits
+            before = wanted
+            for speaker in speakers:
+                quota = max(2, math.ceil(share * len(free[speaker])))
+                wanted -= take(free[speaker], split, quota, wanted)
+    if not any(line.split == "train" for line in lines):
+        raise DataError(
+            "nothing is left to train on: all records share audio, or a speaker's text, with those held out, directly or "
+            "through others"
+        )
+
+
+def take(groups: list[list[Line]], split: str, quota: int, wanted: int) -> int:
+    """Move up to `quota` groups that together have at most `wanted` lines into the split; returns how many lines these are."""
+    taken, left = 0, []
+    for members in groups:
+        if quota > 0 and len(members) <= wanted - taken:
+            assign(members, split)
+            quota, taken = quota - 1, taken + len(members)
+        else:
+            left.append(members)
+    groups[:] = left
+    return taken
 
 
 def assign(members: Iterable[Line], split: str) -> None:
     for line in members:
         line.split = split
+
+
+def find_short(lines: Sequence[Line], shares: dict[str, float]) -> dict[str, str]:
+    """The splits that got fewer lines than they should have, and why."""
+    got = Counter(line.split for line in lines)
+    largest = max(Counter(line.group for line in lines).values())
+    return {
+        split: f"{got[split]} of {round(share * len(lines))} records: all others share audio or text with too many more "
+        f"(up to {largest} belong together)"
+        for split, share in shares.items()
+        if got[split] < round(share * len(lines))
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,27 +341,34 @@ def assign(members: Iterable[Line], split: str) -> None:
 
 def write_splits(manifest: Manifest, lines: Sequence[Line], styles: dict[str, float], args: argparse.Namespace) -> dict:
     """Write each split; returns how many records of which kind it got."""
-    pools: dict[tuple, list[Line]] = defaultdict(list)
-    for line in lines:
-        if line.is_plain and line.speaker is not None:
-            pools[line.split, line.speaker].append(line)
+    pools = make_pools(lines)
     counts: dict[str, Counter] = {}
     for split in SPLITS:
-        path = args.output_dir / f"{split}.jsonl"
         members = [line for line in lines if line.split == split]
-        path.unlink(missing_ok=True)
         if members:
             counts[split] = Counter()
             records = make_records(manifest, members, pools, styles, args, counts[split])
             content = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_whole(path, lambda file, content=content: file.writelines(text.encode() for text in content))
+            write_whole(
+                args.output_dir / f"{split}.jsonl",
+                lambda file, content=content: file.writelines(text.encode() for text in content),
+            )
     return {split: dict(count) for split, count in counts.items()}
+
+
+def make_pools(lines: Iterable[Line]) -> dict[tuple, list[list[Line]]]:
+    """What can be a reference, by split and speaker: lines of one group are alternatives to each other."""
+    pools: dict[tuple, dict[int, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if line.is_plain and line.speaker is not None:
+            pools[line.split, line.speaker][line.group].append(line)
+    return {key: list(groups.values()) for key, groups in pools.items()}
 
 
 def make_records(
     manifest: Manifest,
     lines: Sequence[Line],
-    pools: dict[tuple, list[Line]],
+    pools: dict[tuple, list[list[Line]]],
     styles: dict[str, float],
     args: argparse.Namespace,
     count: Counter,
@@ -263,39 +380,43 @@ def make_records(
             count["kept as they were"] += 1
             yield moved_value(manifest, line, args.output_dir)
             continue
-        references = find_references(line, pools[line.split, line.speaker] if line.speaker else [], args.ref_per_line, rng)
+        references = find_references(line, pools.get((line.split, line.speaker), []), args.ref_per_line, rng)
         for reference in references or [None]:
             record = moved_value(manifest, line, args.output_dir)
             if reference is None:
-                count["without a speaker" if line.speaker is None else "no other line of the speaker"] += 1
+                count[
+                    "without a speaker" if line.speaker is None else "no other line of the speaker that shares nothing with it"
+                ] += 1
             elif rng.random() < args.ref_drop:
                 count["reference dropped"] += 1
             else:
-                (style,) = rng.choices(list(styles), list(styles.values()))
+                style = choose_style(record, styles, rng)
                 count[f"reference: {style}"] += 1
                 record = with_reference(record, moved_value(manifest, reference, args.output_dir), style)
             yield record
 
 
-def find_references(line: Line, pool: Sequence[Line], count: int, rng: random.Random) -> list[Line]:
-    """Up to `count` different lines of the pool that are of another group."""
-    found: dict[int, Line] = {}
-    for candidate in pool if len(pool) <= 2 * count + 8 else rng.sample(pool, 2 * count + 8):
-        if candidate.group != line.group:
-            found.setdefault(candidate.group, candidate)
-    if len(found) < count and len(pool) > 2 * count + 8:  # a pool of a few large groups
-        for candidate in rng.sample(pool, len(pool)):
-            if candidate.group != line.group and len(found) < count:
-                found.setdefault(candidate.group, candidate)
-    return rng.sample(list(found.values()), min(count, len(found)))
+def find_references(line: Line, pool: Sequence[Sequence[Line]], count: int, rng: random.Random) -> list[Line]:
+    """Up to `count` lines of the pool, of other groups than the line's and each other's."""
+    groups = rng.sample(pool, min(count + 1, len(pool)))
+    return [rng.choice(group) for group in groups if group[0].group != line.group][:count]
+
+
+def choose_style(record: dict, styles: dict[str, float], rng: random.Random) -> str:
+    (style,) = rng.choices(list(styles), list(styles.values()))
+    return "turn" if record["messages"][0]["role"] == "system" else style
 
 
 def with_reference(record: dict, reference: dict, style: str) -> dict:
-    (text, clip), (words, voice) = (
-        (sole_text(said["content"]), audio["content"][0] if isinstance(audio["content"], list) else audio["content"])
-        for said, audio in (value["messages"] for value in (record, reference))
-    )
-    made = make_record(text, clip, record.get("speaker"), [(words if style == "turn" else None, voice)])
+    """The record after a reference, both plain lines; the reference does not train, so its label audio goes."""
+    *before, user, assistant = record["messages"]
+    *_, ref_user, ref_assistant = reference["messages"]
+    voice = {name: value for name, value in sole(ref_assistant["content"]).items() if name != "audio_label_url"}
+    words = sole_text(ref_user["content"]) if style == "turn" else None
+    text, clip = sole_text(user["content"]), sole(assistant["content"])
+    made = make_record(text, clip, record.get("speaker"), [(words, voice)])
+    if before:
+        made |= {"messages": before + made["messages"], "start_index": made["start_index"] + len(before)}
     return made | {name: record[name] for name in ("misc",) if name in record}
 
 
@@ -311,29 +432,34 @@ def moved_value(manifest: Manifest, line: Line, folder: Path) -> dict:
 
 def find_leaks(folder: Path) -> dict:
     """What the splits on the disk share, found in the files themselves."""
-    splits = {split: open_manifest(folder / f"{split}.jsonl")[0] for split in SPLITS if (folder / f"{split}.jsonl").exists()}
-    identify = Identities(part for manifest in splits.values() for record in manifest for part in record.audio)
-    clips, said, speakers = ({split: set() for split in splits} for _ in range(3))
-    own_reference = 0
-    for split, manifest in splits.items():
-        for record in manifest:
-            heard = [identify(part) for part in record.audio]
-            own_reference += len(heard) != len(set(heard))
-            clips[split].update(heard)
-            speakers[split].add(record.chatml.speaker)
-            texts = [sole_text(turn.content) for turn in record.chatml.messages if turn.role == "user"]
-            said[split].update((record.chatml.speaker, normalise(text)) for text in texts if text is not None)
-    shared = {}
-    for a, b in combinations(splits, 2):
-        texts = {text for _, text in said[a]} & {text for _, text in said[b]}
-        shared[f"{a} and {b}"] = {
-            "clips": len(clips[a] & clips[b]),
-            "lines of one speaker": len({pair for pair in said[a] & said[b] if pair[0] is not None}),
-            "texts, whoever says them": len(texts),
-            "speakers": len((speakers[a] & speakers[b]) - {None}),
+    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    splits = {split: list(read_lines(open_manifest(path)[0])) for split, path in paths.items() if path.exists()}
+    lines = [line for members in splits.values() for line in members]
+    contents = Contents(lines)
+    clips: Counter[tuple[str, str]] = Counter()
+    spans = {(span, split) for split, members in splits.items() for line in members for span in line.spans}
+    for owners in overlapping(spans, contents):
+        clips.update(combinations([split for split in SPLITS if split in owners], 2))
+    said = {split: {(line.speaker, text) for line in members for text in line.said} for split, members in splits.items()}
+    speakers = {split: {line.speaker for line in members} - {None} for split, members in splits.items()}
+    shared = {
+        f"{a} and {b}": {
+            "stretches of audio": clips[a, b],
+            "lines of one speaker": sum(bool(text) for _, text in said[a] & said[b]),
+            "texts, whoever says them": len({text for _, text in said[a]} & {text for _, text in said[b]} - {""}),
+            "speakers": len(speakers[a] & speakers[b]),
         }
-    leaks = own_reference + sum(pair["clips"] + pair["lines of one speaker"] for pair in shared.values())
-    return {"shared": shared, "records that hear their own target": own_reference, "leaks": leaks}
+        for a, b in combinations(splits, 2)
+    }
+    hear_target = sum(hears_target(line, contents) for line in lines)
+    leaks = hear_target + sum(pair["stretches of audio"] + pair["lines of one speaker"] for pair in shared.values())
+    return {"shared": shared, "records that hear their own target": hear_target, "leaks": leaks}
+
+
+def hears_target(line: Line, contents: Contents) -> bool:
+    """Whether audio that trains is also given as context."""
+    spans = [*((span, "context") for span in line.context), *((span, "target") for span in line.targets)]
+    return any(len(set(owners)) > 1 for owners in overlapping(spans, contents))
 
 
 def show_report(report: dict, folder: Path) -> None:
@@ -341,6 +467,8 @@ def show_report(report: dict, folder: Path) -> None:
         print(f"{folder / split}.jsonl: {sum(count.values())} records")
         for kind, number in sorted(count.items()):
             print(f"  {number:8} {kind}")
+    for split, reason in report["not filled"].items():
+        print(f"{split} got only {reason}")
     for pair, shared in report["shared"].items():
         print(f"{pair} share: " + ", ".join(f"{number} {what}" for what, number in shared.items()))
     print("no leaks" if not report["leaks"] else f"{report['leaks']} LEAKS: see leakage.json")
