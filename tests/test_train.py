@@ -289,7 +289,7 @@ def test_bad_data(bad, tmp_path):
         assert "holds codes 1024 to 1024" in bad(train_manifest=wrong, num_workers=workers)
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 24000)
     waves = write_manifest(manifest, [turns({"type": "audio", "audio_url": "a.wav"})])
-    assert "cannot load the codec" in bad(train_manifest=waves, audio_tokenizer=tmp_path)
+    assert "config.json is not the codec's" in bad(train_manifest=waves, audio_tokenizer=tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert "config.json is not the codec's" in bad(train_manifest=waves, audio_tokenizer=tmp_path)
 
