@@ -6,6 +6,7 @@ import datetime
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,12 +16,13 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tqdm import tqdm
 
 from checkpoint import CheckpointError
 from collate import CollateError
 from config import ConfigError
 from loss import AlignmentError, CopyCollapseError, DivergenceError
-from manifest import DataError
+from manifest import MAX_SHOWN, DataError
 from model_patch import PatchError
 
 T = TypeVar("T")
@@ -167,3 +169,26 @@ class Signals:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What rank 0 says
+
+
+def log(dist: Dist, message: str) -> None:
+    if dist.is_main and sys.stderr.isatty():
+        tqdm.write(message, file=sys.stderr)  # above the bar
+    elif dist.is_main:
+        print(message, file=sys.stderr, flush=True)
+
+
+def bar_interval_sec() -> float:
+    """How often a progress bar is drawn: seldom where each drawing is a new line."""
+    return 0.5 if sys.stderr.isatty() else 10
+
+
+def log_list(dist: Dist, title: str, items: Sequence[str]) -> None:
+    """A title and the first items below it, if there are any."""
+    if items:
+        more = [f"... and {len(items) - MAX_SHOWN} more"] * (len(items) > MAX_SHOWN)
+        log(dist, "\n  ".join([title, *items[:MAX_SHOWN], *more]))

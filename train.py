@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import itertools
 import json
 import math
 import os
@@ -29,7 +27,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as torch_dist
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
@@ -40,143 +37,21 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
-import collate
 import data
 import export
 import loss
 import model_patch
 import spikes
-from audio import AudioStore, codec_frame_rate_hz, load_codec
+from audio import codec_frame_rate_hz
 from collate import ExtendedHiggsAudioBatchInput
 from config import Config, ConfigError, parse_config
-from distributed import USER_ERRORS, Dist, Signals, lost_others, setup_distributed
+from distributed import USER_ERRORS, Dist, Signals, bar_interval_sec, log, log_list, lost_others, setup_distributed
 from listen import Listener
+from loading import build_loaders, check_agreement, read_records
 from loss import Objective
-from manifest import DataError, Mixture
+from manifest import DataError
 from monitor import Monitor
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
-    """The records to train on and those to evaluate on, if any. Collective."""
-
-    def read(spec: str) -> Mixture:
-        records, skipped, conversions = dist.together(lambda: data.open_records(spec, cfg.missing_audio == "skip"))
-        for found in conversions:
-            repairs = [f"{count} x {repair}" for repair, count in found.repairs.most_common()]
-            log(dist, f"{found.form}, read as ChatML: {len(found.records)} records")
-            log_list(dist, "repaired on the way:", repairs)
-        log_list(dist, f"{len(skipped)} records without their audio are skipped (--missing_audio skip)", skipped)
-        return records
-
-    records = read(cfg.train_manifest)
-    if cfg.val_manifest:
-        return records, read(cfg.val_manifest)
-    if not cfg.val_steps or not cfg.val_share or len(records) == 1:
-        return records, None
-    records, held_out = data.hold_out(records, cfg.val_share, cfg.seed)
-    log(dist, f"no --val_manifest: {len(held_out)} training records are held out to evaluate on, {len(records)} train")
-    return records, held_out
-
-
-def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixture | None) -> None:
-    """ConfigError, on all ranks, unless all of them have the same settings, manifests and code. Collective."""
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()} | {
-        f"the content of {cfg.train_manifest}": records.digest,
-        f"the content of {cfg.val_manifest}": val_records and val_records.digest,
-        "the training code": hashlib.sha256(code).hexdigest(),
-    }
-    first, *others = dist.gather(mine)
-    for rank, other in enumerate(others, start=1):
-        different = [name for name, value in first.items() if other.get(name) != value]
-        if different:
-            raise ConfigError(f"rank {rank} disagrees with rank 0 about {', '.join(different)}; start all nodes alike")
-
-
-def build_loaders(
-    cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer, records: Mixture, val_records: Mixture | None
-) -> tuple[data.Loader, data.Loader | None]:
-    """The training loader and the evaluation loader, if any; encodes waveforms that need it first. Collective."""
-    store = AudioStore(
-        config.audio_num_codebooks,
-        config.audio_codebook_size,
-        codec_frame_rate_hz(cfg.audio_tokenizer),
-        cache_dir=Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"),
-        codec=cfg.codec,
-    )
-    collator = dist.together(lambda: collate.create_collator(config, strict=True, pack=cfg.pack))
-    encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
-
-    def build(records: Mixture, grad_accum: int, shuffle: bool) -> data.Loader:
-        dataset = data.ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None)
-        lengths = None
-        if cfg.max_tokens:
-            dataset, lengths = fit_to_budget(cfg, dist, dataset, collator)
-        return data.Loader(
-            dataset,
-            collator,
-            data.Batching(cfg.batch_size, cfg.max_tokens, lengths, packed=collator.pack),
-            dist.rank,
-            dist.world_size,
-            grad_accum,
-            cfg.seed,
-            shuffle=shuffle,
-            num_workers=cfg.num_workers,
-            pin_memory=dist.device.type == "cuda",
-        )
-
-    val_loader = build(val_records, grad_accum=1, shuffle=False) if val_records else None
-    return build(records, cfg.grad_accum, shuffle=True), val_loader
-
-
-def fit_to_budget(cfg: Config, dist: Dist, dataset: data.ChatMLDataset, collator) -> tuple[data.ChatMLDataset, np.ndarray]:
-    """The dataset without what exceeds --max_tokens, and its lengths, measured once and kept. Collective."""
-    key = hashlib.sha256(f"{dataset.records.digest} {len(dataset)} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
-    path = dataset.store.cache_dir / f"lengths-{key.hexdigest()[:16]}.npy"
-    lengths = dist.from_main(np.load(path) if dist.is_main and path.is_file() else None)
-    if lengths is None:
-        log(dist, f"measuring {len(dataset)} records for --max_tokens")
-        lengths, problems = dist.together(
-            lambda: data.measure_lengths(dataset, collator, dist.rank, dist.world_size, cfg.num_workers)
-        )
-        problems = [problem for part in dist.gather(problems) for problem in part]
-        if problems:
-            raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[: data.MAX_SHOWN]]))
-        lengths = sum(dist.gather(lengths))
-        if dist.is_main:
-            checkpoint.write_whole(path, lambda file: np.save(file, lengths))
-    dataset, lengths, changes = dist.together(lambda: data.fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
-    log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
-    return dataset, lengths
-
-
-def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequence[Mixture]) -> None:
-    """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
-    parts = [part for mixture in mixtures for part in mixture.parts]
-    for part in parts:
-        if len(part) > data.CHECKED_AT_START:
-            log(
-                dist,
-                f"{part.path}: {len(part)} records are checked as they are read; python -m tools.prepare reads them before",
-            )
-    small = itertools.chain.from_iterable(part for part in parts if len(part) <= data.CHECKED_AT_START)
-    clips = dist.main_first(lambda: store.missing(small))
-    clips = dist.from_main(clips)  # one list for all: codes appear while ranks look
-    if not clips:
-        return
-    log(dist, f"encoding {len(clips)} audio clips with {cfg.audio_tokenizer}")
-    share = clips[dist.rank :: dist.world_size]
-    outcomes = store.encode(lambda: load_codec(cfg.audio_tokenizer, dist.device), share)
-    outcomes = tqdm(outcomes, "encode", len(share), unit="clip", mininterval=bar_interval_sec(), disable=not dist.is_main)
-    problems = dist.together(lambda: [problem for problem in outcomes if problem])
-    problems = [problem for part in dist.gather(problems) for problem in part]
-    if problems:
-        raise DataError("\n  ".join([f"{len(problems)} audio clips cannot be encoded:", *problems[: data.MAX_SHOWN]]))
-    store.refresh()  # with what other ranks have added
-
+from optimizer import averaged, build_optimizer, lr_at
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -211,78 +86,6 @@ def build_model(
 
 def _split(patterns: str) -> list[str]:
     return [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
-
-
-class AveragingAdamW(torch.optim.AdamW):
-    """AdamW that also keeps a moving average of the weights it trains, in float32, of each rank's own rows.
-
-    After t steps it is the mean of the weights after each of them, weighted by decay ** (steps ago): the weights before
-    training have no part in it. It is optimizer state like any other, saved and loaded with checkpoints.
-    """
-
-    def __init__(self, groups: list[dict], decay: float, **settings):
-        super().__init__(groups, **settings)
-        self.decay = decay
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        super().step(closure)
-        for parameter, state in self.state.items():
-            if "ema" not in state:
-                state["ema"] = torch.zeros_like(parameter)
-            share = (1 - self.decay) / (1 - self.decay ** state["step"])  # 1 at the first step
-            _own(state["ema"]).lerp_(_own(parameter), share)
-
-    @contextlib.contextmanager
-    def averaged(self):
-        """While it lasts, the parameters hold their averages; the model has to be sharded at both ends."""
-        self._swap()
-        yield
-        self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, state in self.state.items():
-            mine, average = _own(parameter), _own(state["ema"])
-            before = mine.clone()
-            mine.copy_(average)
-            average.copy_(before)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """This rank's rows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def averaged(optimizer: torch.optim.Optimizer):
-    """The context in which the model's weights are those to evaluate and export: with --ema their averages."""
-    has_average = isinstance(optimizer, AveragingAdamW) and optimizer.state
-    return optimizer.averaged() if has_average else contextlib.nullcontext()
-
-
-def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over what trains; weight decay on matrices only. Create it after sharding."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    settings = {"lr": cfg.peak_lr, "betas": (0.9, cfg.beta2), "fused": True}
-    return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
-
-
-def lr_at(step: int, total_steps: int, cfg: Config) -> float:
-    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then cosine to min_lr_ratio."""
-    if step < cfg.warmup_steps:
-        return cfg.peak_lr * (step + 1) / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.peak_lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,25 +327,6 @@ def _peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
     peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
     return next((value for key, value in peaks.items() if key in name), None)
-
-
-def log(dist: Dist, message: str) -> None:
-    if dist.is_main and sys.stderr.isatty():
-        tqdm.write(message, file=sys.stderr)  # above the bar
-    elif dist.is_main:
-        print(message, file=sys.stderr, flush=True)
-
-
-def bar_interval_sec() -> float:
-    """How often a progress bar is drawn: seldom where each drawing is a new line."""
-    return 0.5 if sys.stderr.isatty() else 10
-
-
-def log_list(dist: Dist, title: str, items: Sequence[str]) -> None:
-    """A title and the first items below it, if there are any."""
-    if items:
-        more = [f"... and {len(items) - data.MAX_SHOWN} more"] * (len(items) > data.MAX_SHOWN)
-        log(dist, "\n  ".join([title, *items[: data.MAX_SHOWN], *more]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

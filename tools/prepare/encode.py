@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from audio import AudioStore, duration_sec, find_codec, load_codec
 from config import Config
-from distributed import Dist, setup_distributed
+from distributed import Dist, bar_interval_sec, log, setup_distributed
 from forms import open_manifest
 from manifest import AudioPart, DataError, Record, check
-from train import bar_interval_sec, log, report
+from train import report
 
 Clip = tuple[AudioPart, str]
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.3f}/{total:.3f} h [{elapsed}<{remaining}{postfix}]"
