@@ -36,6 +36,7 @@ CODE_SUFFIXES = (".npy", ".safetensors")
 
 
 MAX_SHOWN = 20  # problems in one message
+MAX_SEC = 1e7  # no clip is four months long
 
 
 class DataError(ValueError):
@@ -151,11 +152,11 @@ class Manifest(Sequence[Record]):
         """(source, decoded JSON) of a record, not validated."""
         start, stop = self.spans[index].tolist()
         if self._blob is not None:
-            return tuple(json.loads(self._blob[start:stop].decode("utf-8", "surrogatepass"), parse_constant=_reject_constant))
+            return tuple(json.loads(self._blob[start:stop].decode("utf-8", "surrogatepass")))
         record, line = self.places[index].tolist()
         with open(self.path, "rb") as file:
             file.seek(start)
-            text = _decode(file.read(stop - start), self.path)
+            text = _decode(file.read(stop - start), f"{self.path} line {line}")
         return f"{self.path} record {record} (line {line})", parse_json(text, self.path, line)
 
     def subset(self, indices: np.ndarray) -> Manifest:
@@ -216,17 +217,17 @@ def report_problems(problems: Sequence[str]) -> None:
         raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:MAX_SHOWN], *more]))
 
 
-def _decode(content: bytes, path: Path) -> str:
+def _decode(content: bytes, source: Path | str) -> str:
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); save the manifest as UTF-8 JSON or JSONL") from None
+        raise DataError(f"{source}: not UTF-8 text ({error}); save the manifest as UTF-8 JSON or JSONL") from None
 
 
 def parse_json(text: str, path: Path, line: int) -> Any:
     """Decode JSON that begins at `line` of a file; DataError with the line of a mistake. NaN stays NaN."""
     try:
-        return json.loads(text, parse_constant=_reject_constant)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         at = line + error.lineno - 1
         raise DataError(
@@ -235,10 +236,8 @@ def parse_json(text: str, path: Path, line: int) -> Any:
         ) from None
     except RecursionError:
         raise DataError(f"{path} line {line}: JSON nested too deeply to be a record") from None
-
-
-def _reject_constant(name: str):
-    return math.nan  # NaN stands for "absent" in exported tables; upstream reads it as None, and so do the checks below
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path} line {line}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,7 +313,8 @@ def parse_record(value: Any, folder: Path, source: str, to_train: bool = True) -
     """
 
     def fail(where: str, problem: str, kind: type[DataError] = DataError):
-        raise kind(f"{source}: {where}: {problem}")
+        message = f"{source}: {where}: {problem}"
+        raise kind(message.encode("utf-8", "backslashreplace").decode())  # it may quote what no file can hold
 
     if not isinstance(value, dict):
         fail("record", f"expected an object with `messages`, found {_shown(value)}")
@@ -329,12 +329,16 @@ def parse_record(value: Any, folder: Path, source: str, to_train: bool = True) -
     turns = [_parse_turn(turn, f"messages[{i}]", folder, audio, fail) for i, turn in enumerate(messages)]
     start = _absent_if_nan(value.get("start_index"))
     if start is not None:
-        if isinstance(start, bool) or not isinstance(start, (int, float)) or start != int(start):
+        if isinstance(start, bool) or not isinstance(start, (int, float)) or abs(start) == math.inf or start != int(start):
             fail("start_index", f"expected a whole number of turns, found {_shown(start)}")
         if not 0 <= start < len(turns):
             fail("start_index", f"{start} leaves no turn to train; the record has {len(turns)} turns (0 to {len(turns) - 1})")
-    if to_train and not any(turn.role == "assistant" for turn in turns[int(start or 0) :]):
+    trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i >= (start or 0)]
+    if to_train and not trained:
         fail("messages", "no assistant turn from start_index on, so there is nothing to train")
+    for i in trained if to_train else ():
+        if not _says_something(turns[i].content):
+            fail(f"messages[{i}].content", "empty, though the turn is to be trained; give its text or audio, or take it out")
     speaker, misc = _absent_if_nan(value.get("speaker")), _absent_if_nan(value.get("misc"))
     if speaker is not None and not isinstance(speaker, str):
         fail("speaker", f"expected text, found {_shown(speaker)}")
@@ -358,7 +362,7 @@ def _parse_turn(turn: Any, where: str, folder: Path, audio: list[AudioPart], fai
         fail(f"{where}.recipient", "only an assistant turn can have a recipient, and it is text")
     content = turn.get("content")
     if isinstance(content, str):
-        return Message(role, content, recipient)
+        return Message(role, _encodable(content, f"{where}.content", fail), recipient)
     is_list = isinstance(content, list)
     parts = [
         _parse_part(part, f"{where}.content[{i}]" if is_list else f"{where}.content", role, folder, audio, fail)
@@ -369,12 +373,12 @@ def _parse_turn(turn: Any, where: str, folder: Path, audio: list[AudioPart], fai
 
 def _parse_part(part: Any, where: str, role: str, folder: Path, audio: list[AudioPart], fail: Callable):
     if isinstance(part, str):
-        return TextContent(part)
+        return TextContent(_encodable(part, where, fail))
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         if not isinstance(part.get("text"), str):
             fail(f"{where}.text", f"expected text, found {_shown(part.get('text'))}")
-        return TextContent(part["text"])
+        return TextContent(_encodable(part["text"], f"{where}.text", fail))
     if kind != "audio":
         fail(where, f'expected text, {{"type": "text", ...}} or {{"type": "audio", ...}}, found {_shown(part)}')
     unknown = set(part) - {"type", "audio_url", "raw_audio", "offset", "duration", "row_id", "audio_label_url"}
@@ -382,13 +386,14 @@ def _parse_part(part: Any, where: str, role: str, folder: Path, audio: list[Audi
         fail(where, f"unknown keys {sorted(unknown)} of an audio part")
     for name in ("offset", "duration"):
         sec = _absent_if_nan(part.get(name))
-        if sec is not None and (isinstance(sec, bool) or not isinstance(sec, (int, float)) or sec < 0 or math.isinf(sec)):
+        if sec is not None and (isinstance(sec, bool) or not isinstance(sec, (int, float)) or not 0 <= sec <= MAX_SEC):
             fail(f"{where}.{name}", f"expected seconds, found {_shown(sec)}")
     offset, duration = (_absent_if_nan(part.get(name)) for name in ("offset", "duration"))
     if duration == 0:
         fail(f"{where}.duration", "0 seconds of audio; leave it out for the whole clip")
     url, raw = part.get("audio_url"), _absent_if_nan(part.get("raw_audio"))
     path = raw_bytes = None
+    raw = raw if raw != "" else None
     if raw is not None:
         try:
             raw_bytes = base64.b64decode(raw, validate=True)
@@ -408,7 +413,7 @@ def _parse_part(part: Any, where: str, role: str, folder: Path, audio: list[Audi
 def _existing_file(url: Any, where: str, folder: Path, fail: Callable) -> Path:
     if not isinstance(url, str) or not url:
         fail(where, f"expected a path, found {_shown(url)}")
-    if not os.path.isabs(url) and os.path.normpath(url).split(os.sep)[0] == os.pardir:
+    if leaves_folder(url):
         fail(where, f"{_shown(url)} leaves the manifest's folder; move the file there, or give its absolute path")
     path = folder / url
     try:
@@ -424,7 +429,28 @@ def _existing_file(url: Any, where: str, folder: Path, fail: Callable) -> Path:
     return path
 
 
+def leaves_folder(path: str) -> bool:
+    """Whether a relative path climbs out of the folder it starts from. Links are not followed: a dataset may be made of them."""
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir
+
+
+def _encodable(text: str, where: str, fail: Callable) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fail(
+            where, f"half a character, which no tokenizer reads: {_shown(text)}; escape both halves (\\ud83d\\ude00) or neither"
+        )
+    return text
+
+
+def _says_something(content: Any) -> bool:
+    parts = content if isinstance(content, list) else [content]
+    return any(part if isinstance(part, str) else isinstance(part, AudioContent) or part.text for part in parts)
+
+
 def _absent_if_nan(value: Any) -> Any:
+    """NaN stands for "absent" in exported tables, and upstream reads it as None."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

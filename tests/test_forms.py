@@ -15,6 +15,7 @@ from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import forms
 from forms import convert, open_manifest, recognise
 from manifest import DataError, check, parse_record, read_manifest
 from tools.prepare.__main__ import main as prepare
@@ -94,15 +95,37 @@ def sharegpt(folder: Path) -> Path:
     return write_json(folder / "chat.json", [{"system": "Speak.", "conversations": turns, "audios": ["a.wav"], "lang": "en"}])
 
 
+def sharegpt_pairs(folder: Path) -> Path:
+    pairs = [{"human": "Hello", "assistant": "<audio>"}, {"human": "Bye", "assistant": "<audio>"}]
+    record = {"system": "Speak.", "conversation": pairs, "audios": ["a.wav", "b.wav"], "start_index": 2}
+    return write_lines(folder / "pairs.jsonl", record)
+
+
+def exported_chats(folder: Path) -> Path:
+    """Columns that some records do not use are null, and turns say by themselves whether they train."""
+    turns = [
+        {"role": "user", "content": "Before", "name": None, "loss": None},
+        {"role": "assistant", "content": {"type": "audio", "audio_url": "r.wav"}, "tool_calls": [], "loss": False},
+        {"role": "user", "content": "Bye", "name": None, "loss": None},
+        {"role": "assistant", "content": {"type": "audio", "audio_url": "b.wav"}, "loss": True},
+    ]
+    return write_lines(folder / "chats.jsonl", {"messages": turns, "tools": None, "speaker": None})
+
+
 def samples(folder: Path) -> Path:
     (folder / "a.txt").write_text("Hello\n", encoding="utf-8")
     (folder / "r.txt").write_text("Before", encoding="utf-8")
+    voices = [
+        {"speaker_tag": "[SPEAKER0]", "ref_audio_file": "a.wav", "ref_transcript": "Hello"},
+        {"speaker_tag": "[SPEAKER1]", "ref_audio_file": "r.wav", "ref_transcript": "Before"},
+    ]
     rows = [
         {"id": "1", "audio_file": "a.wav", "transcript_file": "a.txt", "duration": 0.1, "speaker_id": "anna", "scene": "quiet"},
         {"id": "2", "audio_file": "b.wav", "transcript": "Bye", "ref_audio_file": "r.wav", "ref_transcript_file": "r.txt"},
         {"id": "3", "audio_file": "b.wav", "transcript": "Bye", "ref_audio_file": "r.wav", "speaker_id": None},
+        {"id": "4", "audio_file": "b.wav", "transcript": "[SPEAKER0] Hi [SPEAKER1] Bye", "ref_speakers": voices},
     ]
-    write_json(folder / "metadata.json", {"dataset_info": {"total_samples": 3}, "samples": rows})
+    write_json(folder / "metadata.json", {"dataset_info": {"total_samples": 4}, "samples": rows})
     return folder
 
 
@@ -127,8 +150,8 @@ def audio_folder_csv(folder: Path) -> Path:
 
 
 def kaldi(folder: Path) -> Path:
-    (folder / "wav.scp").write_text("u1 a.wav\nrec wavs/b.wav\n")
-    (folder / "text").write_text("u1 Hello\nu2 Bye now\n")
+    (folder / "wav.scp").write_text("u1 a.wav\nrec\twavs/b.wav\n")
+    (folder / "text").write_text("u1 Hello\nu2\tBye now\n")
     (folder / "utt2spk").write_text("u1 anna\nu2 ben\n")
     (folder / "segments").write_text("u1 u1 0.0 0.1\nu2 rec 0.05 0.1\n")
     return folder
@@ -149,6 +172,23 @@ def tsv(folder: Path) -> Path:
     return folder / "lines.tsv"
 
 
+def common_voice(folder: Path) -> Path:
+    """Quotes are mere characters, and clips lie in a folder of their own."""
+    (folder / "wavs").rename(folder / "clips")
+    for name in ("a.wav", "b.wav"):
+        (folder / name).unlink()
+    lines = ["client_id\tpath\tsentence", '1f\ta.wav\t"Hello', '2e\tb.wav\t"Bye," he said.']
+    (folder / "validated.tsv").write_text("\n".join(lines) + "\n")
+    return folder / "validated.tsv"
+
+
+def quoted_tsv(folder: Path) -> Path:
+    """As pandas writes it."""
+    lines = ["audio\ttext\tspeaker", 'a.wav\t"Hello ""you"""\tnan', 'b.wav\t"Bye\tnow"\tben']
+    (folder / "quoted.tsv").write_text("\r\n".join(lines) + "\r\n")
+    return folder / "quoted.tsv"
+
+
 def rows(folder: Path) -> Path:
     return write_lines(
         folder / "rows.jsonl",
@@ -165,6 +205,7 @@ VOICE = [
 ]
 LIKE = [{"type": "text", "text": "Like "}, {"type": "audio", "audio_url": "r.wav"}, {"type": "text", "text": " please"}]
 RAW = {"type": "audio", "raw_audio": "RIFF", "audio_url": ""}  # only where it stands matters to the ids
+TWO_VOICES = exchange("[SPEAKER0] Hello", "a.wav") + exchange("[SPEAKER1] Before", "r.wav")
 WITH_REFERENCE = {"messages": exchange("Before", "r.wav") + exchange("Bye", "b.wav"), "start_index": 3}
 BY_HAND = {
     ms_swift: (
@@ -193,12 +234,18 @@ BY_HAND = {
         ],
     ),
     sharegpt: ("messages", [{"messages": [SYSTEM, *exchange("Hello", "a.wav")]}]),
+    sharegpt_pairs: (
+        "messages",
+        [{"messages": [SYSTEM, *exchange("Hello", "a.wav"), *exchange("Bye", "b.wav")], "start_index": 3}],
+    ),
+    exported_chats: ("messages", [WITH_REFERENCE]),
     samples: (
         "samples",
         [
             line("Hello", "a.wav", speaker="anna"),
             WITH_REFERENCE,
             {"messages": [{"role": "system", "content": VOICE}, *exchange("Bye", "b.wav")]},
+            {"messages": TWO_VOICES + exchange("[SPEAKER0] Hi [SPEAKER1] Bye", "b.wav"), "start_index": 5},
         ],
     ),
     ljspeech: ("LJSpeech", [line('Doctor "X', "wavs/a.wav"), line("Bye", "wavs/b.wav")]),
@@ -207,6 +254,11 @@ BY_HAND = {
     kaldi: ("Kaldi", [line("Hello", "a.wav", speaker="anna"), line("Bye now", "wavs/b.wav", speaker="ben")]),
     pairs: ("pairs", [line("Hello", "anna/a.wav", speaker="anna"), line("Bye", "ben/b.wav", speaker="ben")]),
     tsv: ("table", [line("Hello", "a.wav", speaker="anna"), line("Bye", "b.wav")]),
+    common_voice: (
+        "table",
+        [line('"Hello', "clips/a.wav", speaker="1f"), line('"Bye," he said.', "clips/b.wav", speaker="2e")],
+    ),
+    quoted_tsv: ("table", [line('Hello "you"', "a.wav"), line("Bye\tnow", "b.wav", speaker="ben")]),
     rows: ("table", [line("Hello", "a.wav"), WITH_REFERENCE]),
 }
 
@@ -240,21 +292,52 @@ def test_every_form_is_the_chatml_written_by_hand(make, folder, tokenizer, tmp_p
 
 
 def test_repairs_are_counted(folder):
-    repairs = convert(ms_swift(folder)).repairs
+    repairs = open_manifest(ms_swift(folder))[1].repairs
     assert repairs["`<audio>` tags became audio parts"] == 3
     assert repairs["the transcript beside a clip became the user's turn, the clip the assistant's"] == 1
     assert repairs["the clip became the assistant's turn, which had no words of its own"] == 1
-    repairs = convert(sharegpt(folder)).repairs
+    repairs = open_manifest(sharegpt(folder))[1].repairs
     assert repairs["from / value became role / content"] == 2 and repairs['role "gpt" became "assistant"'] == 1
     assert repairs["`lang` went to `misc`"] == 1
+    repairs = open_manifest(exported_chats(folder))[1].repairs
+    assert repairs == {"turns whose `loss` is off stand before `start_index` now": 1}
+    assert open_manifest(common_voice(folder))[1].repairs == {"clips were found in clips/": 2}
+
+
+def test_what_is_known_beside_goes_to_misc_or_is_counted(folder):
+    path = write_lines(folder / "r.jsonl", {"audio": "a.wav", "text": "x", "lang": "en", "words": ["x"], "age": None})
+    (_, record), *_ = (conversion := convert(path)).records
+    assert record["misc"] == {"lang": "en"} and conversion.repairs == {"`words` was left out": 1}
 
 
 def test_offsets_are_kept(folder):
     first, second = (record for _, record in convert(rows(folder)).records)
     assert first["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.05, "duration": 0.05}
-    _, segment = convert(kaldi(folder)).records[1]
+    _, (_, segment) = convert(kaldi(folder)).records
     assert segment["messages"][1]["content"] == {"type": "audio", "audio_url": "wavs/b.wav", "offset": 0.05, "duration": 0.05}
     assert "offset" not in second["messages"][3]["content"]
+    (folder / "t.csv").write_text("path,text,start_time,end_time\na.wav,Hello,0.5,0.75\n")
+    ((_, third),) = convert(folder / "t.csv").records
+    assert third["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.5, "duration": 0.25}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_large_files_are_recognised_by_their_beginning(indent, folder, monkeypatch):
+    monkeypatch.setattr(forms, "PEEKED_BYTES", 8)
+    path = samples(folder) / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=indent))
+    assert recognise(path) == "samples"
+    assert recognise(ms_swift(folder)) == "messages"
+    assert recognise(write_lines(folder / "m.jsonl", line("Hello", "a.wav"), {"messages": [], "audios": []})) is None
+
+
+def test_inserted_turns_shift_the_first_that_trains(folder):
+    record = {"system": "Speak.", "messages": exchange("x", "r.wav") + exchange("y", "a.wav"), "start_index": 3}
+    ((_, made),) = convert(write_lines(folder / "m.jsonl", record)).records
+    assert made == {"messages": [SYSTEM, *record["messages"]], "start_index": 4}
+    record = {"messages": [SYSTEM, {"role": "assistant", "content": "y"}], "audios": ["a.wav"], "start_index": 1}
+    ((_, made),) = convert(write_lines(folder / "m.jsonl", record)).records
+    assert made == {"messages": [SYSTEM, *exchange("y", "a.wav")], "start_index": 2}
 
 
 def test_plain_chatml_is_left_alone(folder):
@@ -301,18 +384,40 @@ def test_plain_chatml_is_left_alone(folder):
         ("metadata.csv", "a|one\nb\n", r"metadata\.csv line 2: no text"),
         ("metadata.json", '{"samples": [{"audio_file": "a.wav"}]}', r"metadata\.json sample 0: no text"),
         ("wav.scp", "u1 a.wav\n", "text: missing or empty"),
-        ("table.csv", 'audio,text\na.wav,"open\n', None),
+        ("table.csv", 'audio,text\na.wav,"open\nb.wav,x\n', r"table\.csv line 2: broken table: unexpected end of data"),
+        (
+            "table.csv",
+            "audio,text\na.wav,Hello, you\n",
+            r"table\.csv line 2: 3 fields under a header of 2; a text that holds ','",
+        ),
+        ("table.csv", 'audio,text\n"a.wav","two\nlines"\n\nb.wav\n', r"table\.csv line 5: 1 fields under"),
+        ("list.txt", "wavs/a.wav|Hello|3\n", r"list\.txt line 1: 3 fields; say what they are in a first line"),
+        ("metadata.csv", "a|one\na|two\n", r"line 2: id 'a' was used before, at .*line 1; give each sample its own"),
+        ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "../x/a.txt"}', "transcript_file: .*leaves the dataset's folder"),
+        ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "/dev/zero"}', "there is no such file"),
+        ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "a.wav"}', "a.wav cannot be read as UTF-8 text"),
+        ("rows.jsonl", '{"audio": "a.wav", "text": "x", "ref_speakers": [{}]}', r"ref_speakers\[0\]: no ref_audio"),
+        ("rows.jsonl", '{"audio": "../a.wav", "text": "x"}', "leaves the manifest's folder; move the file there"),
+        (
+            "chats.jsonl",
+            '{"messages": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y", "loss": false}]}',
+            r"messages\[1\]: `loss` is off here but not in turn 0; .* split the record",
+        ),
+        (
+            "chats.jsonl",
+            '{"messages": [{"role": "assistant", "content": "x", "audio": {"id": "1"}}]}',
+            r"messages\[0\]: unknown keys \['audio'\]; a turn has `role` and `content`",
+        ),
+        ("chats.jsonl", '{"messages": [{"role": "gpt", "content": "x"}], "misc": "x"}', "misc: expected an object"),
+        ("chats.jsonl", '{"messages": [{"role": "gpt", "content": "x"}], "start_index": true}', "expected a whole number"),
         ("table.csv", "audio,text\n".encode("utf-16"), "not UTF-8 text"),
     ],
 )
 def test_mistakes_are_named(name, content, message, folder):
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if message is None:
-        assert convert(path).records, "an open quote runs to the end of the file"
-        return
     with pytest.raises(DataError, match=message):
-        open_manifest(path)
+        check(open_manifest(path)[0])
 
 
 def test_folders_without_a_form_are_listed(tmp_path):
@@ -328,9 +433,55 @@ def test_folders_without_a_form_are_listed(tmp_path):
 def test_no_command_of_a_kaldi_folder_is_run(folder):
     kaldi(folder)
     (folder / "wav.scp").write_text(f"u1 touch {folder}/ran |\nrec wavs/b.wav\n")
-    with pytest.raises(DataError, match=r"text line 1 \(wav.scp gives a command; commands are not run"):
+    with pytest.raises(DataError, match=r"text line 1: wav.scp gives a command for 'u1'; commands are not run"):
         open_manifest(folder)
     assert not (folder / "ran").exists()
+
+
+def test_kaldi_files_that_disagree(folder):
+    kaldi(folder)
+    (folder / "text").write_text("u1 Hello\nu3 Bye\n")
+    with pytest.raises(
+        DataError, match=r"(?s)text line 2: 'u3' has no line .* in segments.*segments line 2: 'u2' has no line in"
+    ):
+        open_manifest(folder)
+    (folder / "segments").unlink()
+    with pytest.raises(
+        DataError, match=r"(?s)text line 2: 'u3' has no line in wav.scp.*wav.scp line 2: 'rec' has no line in text"
+    ):
+        open_manifest(folder)
+
+
+def test_two_clips_beside_one_text(folder):
+    soundfile.write(pairs(folder) / "anna" / "a.flac", np.zeros(1600), 16000)
+    with pytest.raises(DataError, match=r"a\.wav: id 'anna/a' was used before, at .*a\.flac"):
+        open_manifest(folder)
+
+
+def test_only_chatml_is_written_over(folder, capsys):
+    audio_folder_jsonl(folder)
+    (folder / "notes").write_text("mine")
+    before = {path: path.read_bytes() for path in (folder / "metadata.jsonl", folder / "notes", folder / "a.wav")}
+    for path in (*before, Path("/dev/null"), folder):
+        assert prepare(["convert", str(folder), str(path)]) == 2
+        assert "only ChatML is written over" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert prepare(["convert", str(folder), str(folder / "new" / "out.jsonl")]) == 0
+    assert prepare(["convert", str(folder), str(folder / "new" / "out.jsonl")]) == 0
+    write_lines(folder / "metadata.jsonl", {"file_name": "a.wav"})
+    content = (folder / "new" / "out.jsonl").read_bytes()
+    assert prepare(["convert", str(folder), str(folder / "new" / "out.jsonl")]) == 2
+    assert [path.name for path in (folder / "new").iterdir()] == ["out.jsonl"] and content.count(b"\n") == 2
+    assert (folder / "new" / "out.jsonl").read_bytes() == content
+
+
+def test_half_a_character_survives_to_be_named(folder, capsys):
+    path = write_lines(folder / "m.jsonl", line("x", "a.wav", speaker="ä"))
+    path.write_text(path.read_text(encoding="utf-8").replace('"x"', '"\\ud83d"'), encoding="utf-8")
+    assert prepare(["convert", str(path), str(folder / "out.jsonl")]) == 0
+    assert b'"\\ud83d"' in (folder / "out.jsonl").read_bytes()
+    with pytest.raises(DataError, match=r"record 0 .*half a character"):
+        check(read_manifest(folder / "out.jsonl"))
 
 
 def test_all_problems_are_told_at_once(folder):

@@ -14,8 +14,8 @@ import os
 from pathlib import Path
 
 from checkpoint import write_whole
-from forms import convert
-from manifest import DataError, report_problems
+from forms import convert, recognise
+from manifest import DataError, read_manifest, report_problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,18 +25,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     conversion = convert(args.input)
-    report_problems(conversion.problems)
-    if args.output.is_dir() or (args.output.exists() and args.output.samefile(args.input)):
-        raise DataError(f"{args.output}: choose another file for the output; the input is not changed")
+    if args.output.exists() and not is_ours(args.output, args.input):
+        raise DataError(f"{args.output}: choose another name for the output; only ChatML is written over, and never the input")
     lines = []
     for _, record in conversion.records:
         move_paths(record, conversion.folder, args.output.parent)
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_whole(args.output, lambda file: file.writelines(line.encode("utf-8", "surrogatepass") for line in lines))
+        # What UTF-8 cannot hold (half a character, escaped in the input) is written as JSON escapes it.
+        lines.append((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    report_problems(conversion.problems)
+    if not lines:
+        raise DataError(f"{args.input}: {conversion.form} without any record")
+    write_whole(args.output, lambda file: file.writelines(lines))
     print(f"{args.input}: {conversion.form}, {len(lines)} records -> {args.output}")
     for repair, count in conversion.repairs.most_common():
         print(f"  {count} x {repair}")
     return 0
+
+
+def is_ours(output: Path, source: Path) -> bool:
+    """Whether a file may be written over: ChatML that is not the input. A folder's metadata.jsonl, say, is part of an input."""
+    try:
+        if not output.is_file() or output.samefile(source) or recognise(output) is not None:
+            return False
+        _, value = read_manifest(output).value(0)
+    except DataError:
+        return False
+    return isinstance(value, dict) and "messages" in value
 
 
 def move_paths(record: dict, old: Path, new: Path) -> None:
