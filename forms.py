@@ -308,7 +308,7 @@ def _is_absent(value: Any) -> bool:
 def _seconds(value: Any, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{where}: expected seconds, found {_shown(value)}") from None
 
 

@@ -551,13 +551,27 @@ def test_no_json_breaks_the_conversion(values, tmp_path):
         check(open_manifest(path)[0])
 
 
-@QUICK
-@given(
-    content=st.binary(max_size=60) | st.text(alphabet='{}[]":,|\n\\ausewvtxd01', max_size=60).map(str.encode),
-    suffix=st.sampled_from(["json", "csv", "tsv"]),
+TOKENS = st.sampled_from(
+    [*',;|\t\n\r" \0', '""', "audio", "text", "speaker", "start", "end", "a.wav", "u1", "-1", "nan", "\r\n", "ä"]
 )
-def test_no_bytes_break_the_readers(content, suffix, tmp_path):
-    path = tmp_path / f"fuzz.{suffix}"
-    path.write_bytes(content)
+CONTENT = st.binary(max_size=60) | st.text(alphabet='{}[]":,|\n\\ausewvtxd01', max_size=60).map(str.encode)
+TABLES = st.lists(TOKENS, max_size=30).map("".join).map(str.encode)
+HEADERS = st.sampled_from([b"", b"audio,text\n", b"audio\ttext\tspeaker\n", b"audio|text\n", b"u1 a.wav\n", b"u1 u1 0 0.1\n"])
+
+
+@QUICK
+@given(content=CONTENT | TABLES, header=HEADERS, name=st.sampled_from(["fuzz.json", "fuzz.csv", "fuzz.tsv", "fuzz.txt"]))
+def test_no_bytes_break_the_readers(content, header, name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(header + content)
     with contextlib.suppress(DataError):
         check(open_manifest(path)[0])
+
+
+@QUICK
+@given(content=TABLES, header=HEADERS, name=st.sampled_from(["wav.scp", "text", "utt2spk", "segments"]))
+def test_no_lines_break_a_kaldi_folder(content, header, name, folder):
+    kaldi(folder)
+    (folder / name).write_bytes(header + content)
+    with contextlib.suppress(DataError):
+        check(open_manifest(folder)[0])
