@@ -78,6 +78,11 @@ class Packing:
     def num_positions(self) -> int:
         return len(self.in_sequence)
 
+    @property
+    def num_pairs(self) -> int:
+        """Of a position and one that it attends to: itself and those before it in its sample."""
+        return sum(length * (length + 1) // 2 for length in self.lengths)
+
     @classmethod
     def of(cls, batch: ExtendedHiggsAudioBatchInput, audio_in_token: int, audio_out_token: int) -> Packing:
         """The packing of a collated batch whose audio is all given as codes."""

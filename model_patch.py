@@ -31,6 +31,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -465,17 +466,36 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def train_flops_per_token(model: nn.Module) -> float:
-    """Floating-point operations per real token of a training step, without attention scores and recomputation.
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations that a training step cannot do without: those of its matrix products.
 
-    Two per weight for the forward pass, two for the gradient of the input, two more for that of the weight where it
-    trains. A token passes one of a layer's two FFNs, which are equally large.
+    A weight costs two for each position it meets, two more for the gradient of its input and, where it trains, two for its
+    own; attention scores cost six for each pair, channel and product. Padding, recomputation, and logits without a target
+    are of no use and do not count.
     """
-    flops = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed" not in name and ".audio_mlp." not in name and not name.startswith("audio_tower."):
-            flops += parameter.numel() * (6 if parameter.requires_grad else 4)
-    return flops
+
+    per_position: float  # attention's projections and one of the two FFNs, which are equally large
+    per_pair: float  # of a position and one that it attends to
+    per_text_target: float
+    per_audio_row: float  # a position that predicts at least one code
+
+    @classmethod
+    def of(cls, model: HiggsAudioModel) -> Flops:
+        parts = {"layers": 0.0, "text_lm_head": 0.0, "audio_lm_head": 0.0}
+        for name, parameter in model.named_parameters():
+            part = next((part for part in parts if part in name.split(".")), None)
+            if part and parameter.ndim == 2 and ".audio_mlp." not in name and not name.startswith("audio_tower."):
+                parts[part] += parameter.numel() * (6 if parameter.requires_grad else 4)
+        attention = model.layers[0].self_attn
+        per_pair = 12.0 * len(model.layers) * attention.num_heads * attention.head_dim
+        return cls(parts["layers"], per_pair, parts["text_lm_head"], parts["audio_lm_head"])
+
+    def total(self, positions: float, pairs: float, text_targets: float, audio_rows: float) -> float:
+        """Of so many positions; see `collate.Packing`."""
+        counts = (positions, pairs, text_targets, audio_rows)
+        costs = (self.per_position, self.per_pair, self.per_text_target, self.per_audio_row)
+        return sum(count * cost for count, cost in zip(counts, costs))
 
 
 def main() -> None:

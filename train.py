@@ -109,15 +109,16 @@ class Totals:
     num_positions: Tensor  # [] float32, with padding
     num_frames: Tensor  # [] float32, audio frames without delay columns
     num_unreadable: Tensor  # [] float32, samples that are missing
+    num_pairs: Tensor  # [] float32, of a position and one that it attends to
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
     def sum_over(self, dist: Dist) -> Totals:
         """The same over all ranks, in one all-reduce. Collective."""
-        counts = torch.stack([self.num_tokens, self.num_positions, self.num_frames, self.num_unreadable])
+        counts = torch.stack([getattr(self, f.name) for f in dataclasses.fields(self)[1:]])
         packed = dist.sum(torch.cat([self.losses.pack(), counts]))
-        return Totals(loss.LossSums.unpack(packed[:-4]), *packed[-4:])
+        return Totals(loss.LossSums.unpack(packed[: -len(counts)]), *packed[-len(counts) :])
 
 
 def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[Tensor, Totals]:
@@ -129,17 +130,18 @@ def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alig
     if batch.packing is not None and model.can_pack and alignment == Alignment():
         head_loss = functools.partial(loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies)
         sums, copies = model(**batch.model_inputs(), packing=batch.packing, head_loss=head_loss)
-        sums, tokens = loss.LossSums.unpack(sums), torch.tensor(float(batch.packing.num_positions), device=sums.device)
-        return copies, Totals(
-            sums, tokens, tokens, tokens.new_tensor(float(batch.num_frames())), tokens.new_tensor(float(len(batch.unreadable)))
-        )
+        tokens, pairs = batch.packing.num_positions, batch.packing.num_pairs
+        numbers = (tokens, tokens, batch.num_frames(), len(batch.unreadable), pairs)
+        return copies, Totals(loss.LossSums.unpack(sums), *(torch.tensor(float(n), device=sums.device) for n in numbers))
     output = model(**batch.model_inputs())
     scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
     copies = loss.copy_counts(scored) if with_copies else torch.zeros(2, device=output.logits.device)
     mask = output.attention_mask
+    lengths = mask.sum(1).float()
     numbers = (mask.numel(), batch.num_frames(), len(batch.unreadable))
-    positions, *others = (torch.tensor(float(number), device=mask.device) for number in numbers)
-    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), mask.sum().float(), positions, *others)
+    others = [torch.tensor(float(number), device=mask.device) for number in numbers]
+    pairs = (lengths * (lengths + 1) / 2).sum()
+    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), lengths.sum(), *others, pairs)
 
 
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
@@ -303,18 +305,19 @@ def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: d
 
 
 def step_metrics(
-    total: Totals, objective: Objective, step_time_sec: float, flops_per_token: float, frame_rate_hz: float, dist: Dist
+    total: Totals, objective: Objective, step_time_sec: float, flops: model_patch.Flops, frame_rate_hz: float, dist: Dist
 ) -> dict:
     """One line of metrics.jsonl, from global totals."""
     tokens = total.num_tokens.item()
-    peak = _peak_flops(dist.device)
+    losses, peak = total.losses, _peak_flops(dist.device)
+    num_flops = flops.total(tokens, total.num_pairs.item(), losses.num_text.item(), losses.num_audio.max().item())
     on_gpu = dist.device.type == "cuda"
     return objective.metrics(total.losses) | {
         "tokens": int(tokens),
         "padding_ratio": 1 - tokens / total.num_positions.item(),
         "tokens_per_sec": tokens / step_time_sec,
         "audio_sec_per_sec": total.num_frames.item() / frame_rate_hz / step_time_sec,
-        "mfu": tokens * flops_per_token / step_time_sec / (peak * dist.world_size) if peak else None,
+        "mfu": num_flops / step_time_sec / (peak * dist.world_size) if peak else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
         "step_time_sec": step_time_sec,
     }
@@ -399,7 +402,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     metrics = dist.together(lambda: Monitor(output_dir, settings, at.step, cfg.wandb, dist.is_main))
     listener = build_listener(cfg, dist, config, (val_loader or loader).dataset) if cfg.sample_steps else None
     saver = checkpoint.Saver(output_dir / "checkpoints", model, optimizer, cfg.keep_last)
-    flops_per_token = model_patch.train_flops_per_token(model)
+    flops = model_patch.Flops.of(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
     progress = tqdm(
         total=total_steps,
@@ -485,7 +488,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             step=at.step,
         )
         total = total.sum_over(dist)
-        values = step_metrics(total, objective, time.perf_counter() - started, flops_per_token, frame_rate_hz, dist)
+        values = step_metrics(total, objective, time.perf_counter() - started, flops, frame_rate_hz, dist)
         at.step += 1
         at.bad_steps += bool(culprits)
         bad_in_a_row = bad_in_a_row + 1 if culprits else 0

@@ -1,0 +1,88 @@
+"""How many bytes of tensors are alive: counted as they come and go, on any device, real or fake.
+
+with LiveBytes() as live:
+    train_step(...)
+live.peak, live.now
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators return while it is entered, until they are freed.
+
+    What an operator allocates and frees within itself is not seen. Unlike a device's allocator it also works on the CPU and on
+    fake tensors, and it sees no fragmentation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0  # bytes
+        self.peak = 0
+        self._sizes: dict[weakref.ref, int] = {}
+
+    def __enter__(self) -> LiveBytes:
+        # FSDP frees and fills the parameters it gathers by resizing their storage, which is no operator.
+        self._resize = torch.UntypedStorage.resize_
+
+        @functools.wraps(self._resize)
+        def resize_(storage: torch.UntypedStorage, size: int):
+            result = self._resize(storage, size)
+            if (ref := weakref.ref(storage)) in self._sizes:
+                self._set(ref, storage.nbytes())
+            return result
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in storages(tree_leaves(result)):
+            ref = weakref.ref(storage, self._forget)
+            if ref not in self._sizes:
+                self._set(ref, storage.nbytes())
+        return result
+
+    def _set(self, ref: weakref.ref, size: int) -> None:
+        self.now += size - self._sizes.get(ref, 0)
+        self._sizes[ref] = size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, ref: weakref.ref) -> None:
+        self.now -= self._sizes.pop(ref, 0)
+
+
+def storages(values: Iterable[Any]) -> list[torch.UntypedStorage]:
+    """The storages of the tensors among the values; of a sharded tensor, this rank's."""
+    found, values = [], [value for value in values if isinstance(value, Tensor)]
+    for tensor in values:
+        if is_traceable_wrapper_subclass(tensor):
+            inner, _ = tensor.__tensor_flatten__()
+            found += storages(getattr(tensor, name) for name in inner)
+        else:
+            found.append(tensor.untyped_storage())
+    return found
+
+
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that stay alive between steps on this rank: weights, buffers, optimizer state; not counting a storage twice."""
+    tensors = [
+        *model.parameters(),
+        *model.buffers(),
+        *tree_leaves([list(state.values()) for state in optimizer.state.values()]),
+    ]
+    return sum({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
