@@ -16,6 +16,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from checkpoint import CheckpointError
@@ -131,16 +132,28 @@ def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: flo
         torch.cuda.set_device(local_rank)
     here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not torch_dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": torch_dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         timeout = datetime.timedelta(minutes=timeout_min)
-        torch_dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
+        torch_dist.init_process_group(backend, store=_meeting_place(timeout), rank=rank, world_size=world_size, timeout=timeout)
     if replicate > 1:
         shape, names = (replicate, world_size // replicate), ("replicate", "shard")
     else:
         shape, names = (world_size,), ("shard",)
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
     return Dist(rank, local_rank, world_size, here, mesh)
+
+
+def _meeting_place(timeout: datetime.timedelta) -> torch_dist.Store:
+    """Where ranks find each other's addresses.
+
+    torchrun hands a restarted rank the store of the attempt before, with addresses nobody answers at any more. A prefix keeps
+    the attempts apart; nodes count them differently, so between nodes tools/launch.py asks for a new store each time.
+    """
+    if "RANK" not in os.environ:
+        return torch_dist.HashStore()
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return torch_dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if one_node else store
 
 
 def lost_others(error: Exception) -> bool:

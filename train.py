@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ import torch.distributed as torch_dist
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -646,10 +647,12 @@ def report(error: Exception) -> None:
 def run_and_exit(argv: Sequence[str]) -> None:
     """`main` as a process of its own. Ranks that merely lost the others wait a moment: the one that failed speaks first."""
     try:
-        status = record(main)(argv)  # which leaves the traceback to the launcher, too
+        status = main(argv)
     except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # each loader worker that ends now would raise in here
         if lost_others(error):
             time.sleep(10)
+        get_error_handler().record_exception(error)  # for the launcher, who repeats it last
         traceback.print_exc()
         status = 1
     sys.stdout.flush()

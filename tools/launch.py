@@ -13,6 +13,7 @@ it after 30 seconds, so here the signals are only passed on.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -36,12 +37,13 @@ def describe(rank: int, failure: ProcessFailure) -> str:
         number = -failure.exitcode
         hint = "; the system does so when memory runs out" if number == signal.SIGKILL else ""
         return f"rank {rank} failed first: ended by {signal.Signals(number).name}{hint}"
-    told = failure.message if isinstance(failure.message, str) else failure.message["extraInfo"]["py_callstack"]
+    told = failure.message["extraInfo"]["py_callstack"] if isinstance(failure.message, dict) else "it left no traceback"
     return f"rank {rank} failed first (exit status {failure.exitcode}):\n{told.rstrip()}"
 
 
 def main() -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restarted run is sent to addresses of the one before
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, pass_on)
     try:

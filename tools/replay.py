@@ -1,0 +1,117 @@
+"""Run a kept training step again, on one process, and name the samples that made it go wrong.
+
+    python -m tools.replay runs/voice/spikes/step_812-rank0.safetensors
+    python -m tools.replay FILE --resume runs/voice/checkpoints/step_800 --device cpu
+
+train.py keeps the micro-batches of steps whose loss jumped or was not finite, one file per rank; naming one of them takes in
+the others of its step. The weights are those of the checkpoint the run had saved last (its very weights, if that was the
+step before), of --resume, or of the base checkpoint with `--resume base`. Printed are each sample's losses, the worst first,
+and the step's loss and gradient norm now and then. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+import checkpoint
+import train
+from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput
+from config import Config, ConfigError
+from distributed import USER_ERRORS, Dist, setup_distributed
+from loss import AudioIds
+from spikes import read_dump
+
+
+def read_step(path: Path) -> tuple[dict, list[ExtendedHiggsAudioBatchInput]]:
+    """What the run noted about a step, and its micro-batches of all ranks in the order of their numbers, which seed dropout.
+
+    raises: ConfigError if a rank's file is missing or is no such file
+    """
+    ranks = []
+    try:
+        about, _ = read_dump(path)
+        for rank in range(about["world_size"]):
+            ranks.append(read_dump(path.with_name(re.sub(r"rank\d+", f"rank{rank}", path.name)))[1])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not the micro-batches of a whole step, one file per rank: {error}") from None
+    return about, [batch for batches in zip(*ranks) for batch in batches]
+
+
+def only_row(batch: ExtendedHiggsAudioBatchInput, row: int) -> ExtendedHiggsAudioBatchInput:
+    """The same batch with the labels of one sample."""
+    label_ids = torch.full_like(batch.label_ids, IGNORE_INDEX)
+    label_ids[row] = batch.label_ids[row]
+    N = batch.label_audio_ids.shape[1]
+    lengths = torch.diff(batch.audio_out_ids_start, append=batch.audio_out_ids_start.new_tensor([N]))
+    row_of_column = batch.audio_out_ids_start_group_loc.repeat_interleave(lengths)
+    label_audio_ids = batch.label_audio_ids.masked_fill(row_of_column != row, IGNORE_INDEX)
+    return dataclasses.replace(batch, label_ids=label_ids, label_audio_ids=label_audio_ids)
+
+
+def losses_by_sample(
+    model, batches, objective, ids: AudioIds, alignment: train.Alignment, dist: Dist
+) -> list[tuple[dict, str]]:
+    """(losses, source) of every sample without dropout, the highest first, those that are not finite before all."""
+    found = []
+    with train.evaluating(model):
+        for batch in batches:
+            for row, source in enumerate(batch.sources):
+                _, totals = train.forward(model, only_row(batch, row).to(dist.device), ids, alignment)
+                found.append((objective.metrics(totals.losses), source))
+    return sorted(found, key=lambda item: item[0]["loss"] if math.isfinite(item[0]["loss"]) else math.inf, reverse=True)
+
+
+def replay(path: Path, resume: str | None, device: str | None) -> None:
+    about, batches = read_step(path)
+    cfg = Config(**about["config"])
+    dist = setup_distributed(device or cfg.device)
+    folder = checkpoint.find_base(cfg.base_ckpt, cfg.revision)
+    config = checkpoint.read_base_config(folder)
+    model, _ = train.build_model(cfg, dist, config, folder)
+    optimizer = train.build_optimizer(model, cfg)
+    start = resume or about["resume"] or "base"
+    if start != "base":
+        checkpoint.check_state(Path(start), model, optimizer, run={})
+        checkpoint.load_state(Path(start), model, optimizer)
+    print(f"step {about['step']}, {len(batches)} micro-batches, weights of {start}")
+
+    objective, ids, alignment = train.build_objective(cfg, config), AudioIds.of(config), train.Alignment(*about["alignment"])
+    print(f"\n{'loss':>8} {'text':>8} {'audio':>8}  sample")
+    for values, source in losses_by_sample(model, batches, objective, ids, alignment, dist):
+        print(f"{values['loss']:8.4f} {values['text_loss']:8.4f} {values['audio_loss']:8.4f}  {source}")
+
+    total, grad_norm, _ = train.train_step(
+        model, optimizer, batches, objective, ids, alignment, dist, lr=0.0, grad_clip=0.0, seed=cfg.seed, step=about["step"] - 1
+    )
+    then = {name: float("nan") if about[name] is None else about[name] for name in ("loss", "grad_norm")}
+    print(f"\n{'':12}{'now':>12} {'in the run':>12}")
+    print(f"{'loss':12}{objective.metrics(total.losses)['loss']:12.6f} {then['loss']:12.6f}")
+    print(f"{'grad norm':12}{grad_norm:12.6f} {then['grad_norm']:12.6f}")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="OUTPUT/spikes/step_N-rankR.safetensors")
+    parser.add_argument("--resume", help="checkpoint to take the weights from, or 'base'; default: the run's newest then")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's")
+    args = parser.parse_args(argv)
+    try:
+        replay(args.file, args.resume, args.device)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
