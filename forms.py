@@ -269,12 +269,12 @@ class _Row:
 
     def span(self) -> dict[str, float]:
         """`offset` and `duration` of the clip; a duration alone describes the file, it does not cut it."""
-        if "offset" not in self.columns:
+        if "offset" not in self.columns and "end" not in self.columns:
             return {}
         names = [name for name in ("offset", "end", "duration") if name in self.columns]
         sec = {name: _seconds(self.get(name), f"{self.source}: {self.columns[name]}") for name in names}
         if "end" in sec:
-            sec["duration"] = sec.pop("end") - sec["offset"]
+            sec["duration"] = sec.pop("end") - sec.setdefault("offset", 0.0)
         return sec
 
     def voices(self) -> Iterator[_Row]:
