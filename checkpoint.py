@@ -318,7 +318,7 @@ def _write_rows(folder: Path, rows: dict[str, Tensor], offsets: dict[str, list[i
     """
     path = folder / f"shard-{dist.get_rank() + 1:05d}-of-{dist.get_world_size():05d}.safetensors"
     pieces = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
-    save_file(rows, path, metadata={DCP_PIECES: json.dumps(pieces), "DCP_VERSION": "1.0", "format": "pt"})
+    save_tensors(rows, path, metadata={DCP_PIECES: json.dumps(pieces), "DCP_VERSION": "1.0", "format": "pt"})
     return {path.name: _describe(path)}
 
 
@@ -455,6 +455,14 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
     for state in optimizer.state.values():
         state["step"].zero_()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' `save_file`, which makes files for their owner alone, with the permissions that the umask asks for."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def write_whole(path: Path, write: Callable[[IO], Any]) -> None:

@@ -33,7 +33,6 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -253,7 +252,7 @@ def _write_weights(folder: Path, named: Named, stem: str, index: bool) -> None:
     def flush() -> None:
         nonlocal pending, pending_bytes, num_files
         num_files += 1
-        save_file(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
+        checkpoint.save_tensors(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
         file_of.update(dict.fromkeys(pending, num_files))
         pending, pending_bytes = {}, 0
 
