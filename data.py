@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from audio import FRAME_RATE_HZ, AudioStore, read_waveform
 from collate import IGNORE_INDEX, CollateError, ExtendedHiggsAudioBatchInput, ExtendedHiggsAudioSampleCollator, starts
 from forms import Conversion, open_manifest
 from manifest import MAX_SHOWN, DataError, Mixture, Record, check, read_manifest, split_weights
+
+T = TypeVar("T")
 
 CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
 ROUND_TO = 8  # the official collator pads rows to a multiple of this
@@ -432,6 +434,14 @@ class _EpochSampler(Sampler):
         return (indices for step in self.steps for indices in step)
 
 
+def _receive(batches: Iterator[T]) -> T:
+    """The next item from a loader's workers; one that was killed shows as a broken connection, which is put into words."""
+    try:
+        return next(batches)
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError("a loader worker has died; the system kills processes when memory runs out") from error
+
+
 class Loader:
     """Micro-batches of this rank, grouped by optimizer step.
 
@@ -504,7 +514,7 @@ class Loader:
         batches = iter(self._loader)
         done = position.samples_done
         for step in plan_steps(order, bounds, world_size, self.grad_accum):
-            micro_batches = [next(batches) for _ in step[rank::world_size]]
+            micro_batches = [_receive(batches) for _ in step[rank::world_size]]
             for micro_batch in micro_batches:
                 if isinstance(micro_batch, Exception):
                     raise micro_batch

@@ -28,6 +28,7 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
+MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed goes on by itself, from its newest checkpoint
 
 # ---- environment ------------------------------------------------------------------------------------------------------
 setup() {
@@ -92,4 +93,5 @@ else
     RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="higgs-$MASTER_PORT"
         --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
 fi
-exec "$PY" -m tools.launch --nnodes="$NNODES" --nproc_per_node="$NPROC" "${RENDEZVOUS[@]}" "$ROOT/train.py" "${ARGS[@]}"
+exec "$PY" -m tools.launch --nnodes="$NNODES" --nproc_per_node="$NPROC" --max_restarts="$MAX_RESTARTS" \
+    "${RENDEZVOUS[@]}" "$ROOT/train.py" "${ARGS[@]}"

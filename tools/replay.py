@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 import checkpoint
 import train
-from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput
+from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, Packing, create_collator
 from config import Config, ConfigError
 from distributed import USER_ERRORS, Dist, setup_distributed
 from loss import AudioIds
@@ -56,6 +56,11 @@ def only_row(batch: ExtendedHiggsAudioBatchInput, row: int) -> ExtendedHiggsAudi
     return dataclasses.replace(batch, label_ids=label_ids, label_audio_ids=label_audio_ids)
 
 
+def pack(batch: ExtendedHiggsAudioBatchInput, ids: AudioIds) -> ExtendedHiggsAudioBatchInput:
+    """The same batch as the run computed it with --pack, which the kept files leave out."""
+    return dataclasses.replace(batch, packing=Packing.of(batch, ids.audio_in_token, ids.audio_out_token))
+
+
 def losses_by_sample(
     model, batches, objective, ids: AudioIds, alignment: train.Alignment, dist: Dist
 ) -> list[tuple[dict, str]]:
@@ -64,7 +69,8 @@ def losses_by_sample(
     with train.evaluating(model):
         for batch in batches:
             for row, source in enumerate(batch.sources):
-                _, totals = train.forward(model, only_row(batch, row).to(dist.device), ids, alignment)
+                alone = pack(only_row(batch, row), ids) if batch.packing else only_row(batch, row)
+                _, totals = train.forward(model, alone.to(dist.device), ids, alignment)
                 found.append((objective.metrics(totals.losses), source))
     return sorted(found, key=lambda item: item[0]["loss"] if math.isfinite(item[0]["loss"]) else math.inf, reverse=True)
 
@@ -84,6 +90,8 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
     print(f"step {about['step']}, {len(batches)} micro-batches, weights of {start}")
 
     objective, ids, alignment = train.build_objective(cfg, config), AudioIds.of(config), train.Alignment(*about["alignment"])
+    if create_collator(config, pack=cfg.pack).pack:
+        batches = [pack(batch, ids) for batch in batches]
     print(f"\n{'loss':>8} {'text':>8} {'audio':>8}  sample")
     for values, source in losses_by_sample(model, batches, objective, ids, alignment, dist):
         print(f"{values['loss']:8.4f} {values['text_loss']:8.4f} {values['audio_loss']:8.4f}  {source}")
