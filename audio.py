@@ -43,6 +43,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 FRAME_RATE_HZ = 25.0  # of the published codec: 24,000 samples per second, 960 per frame
+RATIOS = (8, 5, 4, 2, 3)  # the strides of its encoder
 CODEC_NOTE = "codec.json"  # in a cache's folder
 STREAMED_BYTES = 0.9 * (2**31 - 2**16)  # programs that do not know how much will follow promise about 2 or 4 GB
 MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some headers only estimate the length
@@ -250,6 +251,27 @@ def duration_sec(part: AudioPart) -> float:
             return max(0, stop - start) / file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError):
         return 0.0
+
+
+def expected_frames(sec: float, ratios: Sequence[int] = RATIOS) -> int:
+    """Frames that the official codec makes of so much audio, as upstream's `_xcodec_encode` decides it.
+
+    Its acoustic encoder is a row of strided convolutions, its HuBERT makes 50 frames a second, of which every `step`th is
+    taken. Where they disagree the former gets a padded waveform, and then the shorter counts.
+
+    ratios: of the codec's config
+    """
+
+    def acoustic(length: int) -> int:
+        for stride in ratios:
+            length = (length + 2 * math.ceil(stride / 2) - 2 * stride) // stride + 1
+        return length
+
+    num_samples, step = math.ceil(sec * 24_000 - 1e-6), math.prod(ratios) // 480
+    semantic = math.ceil((math.ceil(num_samples / 1.5) + 240) // 320 / step)
+    if acoustic(num_samples) == semantic:
+        return semantic
+    return min(semantic, acoustic(num_samples + 320 * step))
 
 
 def open_audio(part: AudioPart) -> soundfile.SoundFile:

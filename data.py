@@ -100,7 +100,10 @@ class ChatMLDataset(Dataset):
 
     def ids(self, record: Record) -> tuple[list[int], list[int]]:
         """(input_ids, label_ids) of the official `prepare_chatml_sample`."""
-        input_ids, label_ids, audio_contents, _ = prepare_chatml_sample(record.chatml, self.tokenizer)
+        try:
+            input_ids, label_ids, audio_contents, _ = prepare_chatml_sample(record.chatml, self.tokenizer)
+        except TypeError as error:  # upstream fails while it reports an error: half a surrogate pair in a text
+            raise DataError(f"{record.source}: its text cannot be tokenized: {error.__context__ or error}") from None
         if input_ids is None:
             raise DataError(f"{record.source}: the official prepare_chatml_sample refuses this record")
         assert len(audio_contents) == len(record.audio)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from test_codec import wave, write_wav
 
 import codes_cache
-from audio import AudioStore, CodecInfo, load_codec, read_waveform
+from audio import AudioStore, CodecInfo, expected_frames, load_codec, read_waveform
 from codes_cache import CacheWriter, CodesCache, digest
 from manifest import AudioPart, DataError, Record
 from tools.prepare import encode
@@ -128,6 +128,21 @@ def test_a_codec_is_known_by_its_content(codec, codec_dir, tmp_path):
         open_store(tmp_path / "other codes", copy).missing([record(clips[0][0])])
     with pytest.raises(DataError, match="8 codebooks of 64 codes, the checkpoint 9 of 64"):
         AudioStore(9, 64, 25.0, tmp_path / "codes", str(codec_dir)).missing([record(clips[0][0])])
+
+
+def test_frames_are_known_before_encoding(codec):
+    """Against the real codec, around the lengths at which it makes another frame: 320 samples for this one's strides."""
+    noise = np.random.default_rng(0).standard_normal(3 * 960).astype(np.float32)
+    for num_samples in (960, 960 + 319, 960 + 320, 2 * 960 + 959):
+        frames = codec.encode(noise[:num_samples], 24000).shape[1]
+        assert expected_frames(num_samples / 24000, ratios=(8, 10, 12)) == frames
+
+
+@pytest.mark.parametrize("rest, more", [(0, 0), (1, 0), (100, 0), (119, 1), (312, 1), (639, 1), (959, 1)])
+def test_frames_of_the_published_codec(rest, more):
+    """Golden: `demo.make_codec(full_size=True)`, the published configuration, which takes seconds per clip on a CPU."""
+    for whole in (1, 2, 3, 7, 12):
+        assert expected_frames((960 * whole + rest) / 24000) == whole + more
 
 
 def test_frames_are_counted_without_reading_codes(tmp_path):

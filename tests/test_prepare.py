@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import soundfile
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
-from conftest import write_manifest
+from conftest import open_dataset, write_manifest
 from safetensors.numpy import save_file
+from test_collate import TOWER
 
+import data
+from collate import create_collator
 from manifest import read_manifest
+from tools import demo
 from tools.prepare import pair
 from tools.prepare.__main__ import main as prepare
 
@@ -156,8 +160,9 @@ def test_every_fault_is_named_and_the_good_records_survive(broken, checkpoint_di
     for message in messages:
         hits = [problem for problem in problems if message in problem]
         assert hits and all("manifest.jsonl record" in hit for hit in hits), message
-    assert found["figures"]["records"].startswith("25 of 43"), "8 good ones, and those of which only the audio is bad"
-    assert found["figures"]["clips by sample rate"] == "16,000 Hz: 4, 44,100 Hz: 1, 8,000 Hz: 1, codes: 1"
+    assert found["figures"]["records"] == {"in the manifest": 43, "valid": 25, "with readable audio": 8}
+    rates = {"16000 Hz": 4, "44100 Hz": 1, "8000 Hz": 1, "ready-made codes": 1}
+    assert found["figures"]["clips by sample rate"] == rates
     assert "silent.wav" in found["notices"]["mostly silent"][0] and "loud.wav" in found["notices"]["clipped"][0]
     out = capsys.readouterr().out
     assert "training on this would fail" in out and "! unreadable audio" in out
@@ -173,6 +178,12 @@ def test_missing_audio_is_skipped_only_when_asked(tmp_path, capsys):
     assert "left out, their audio is missing: 1" in out and "record 1 (line 2)" in out and "training on this works" in out
 
 
+def check_report(folder: Path, records: list[dict], *options: str) -> tuple[int, dict]:
+    """Check the records; returns the exit status and the JSON report."""
+    manifest, report = write_manifest(folder / "m.jsonl", records), folder / "report.json"
+    return prepare(["check", str(manifest), "--report", str(report), *options]), json.loads(report.read_text())
+
+
 def test_figures_and_reports(tmp_path, checkpoint_dir, capsys):
     """Hours, speakers, duplicates, outliers, steps and time; the three reports hold what the table says."""
     records = []
@@ -180,26 +191,146 @@ def test_figures_and_reports(tmp_path, checkpoint_dir, capsys):
         tone(tmp_path / f"{number}.wav", sec=1 + number / 24, gain=0.1 + number / 100)
         records.append(line("abcdefgh" * 2, f"{number}.wav", speaker=f"<b>{number % 3}</b>"))
     records += [records[0], line("a" * 300, "1.wav", speaker="d")]
-    manifest = str(write_manifest(tmp_path / "m.jsonl", records))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"split": "train", "tokens_per_sec": 100.0}\n{"split": "val"}\n' * 3)
     options = ["--base_ckpt", str(checkpoint_dir), "--world_size", "2", "--batch_size", "4", "--like", str(tmp_path / "run")]
-    for suffix in ("json", "md", "html"):
-        assert prepare(["check", manifest, *options, "--report", str(tmp_path / f"r.{suffix}")]) == 0
-    found = json.loads((tmp_path / "r.json").read_text())
+    status, found = check_report(tmp_path, records, *options)
     figures = found["figures"]
-    assert figures["speakers"] == "4, 1 to 9 records each" and figures["steps of an epoch"] == "4 on 2 GPU(s), 6.5 samples each"
-    assert "at 100 tokens per second" in figures["time of an epoch"]
-    assert len(found["notices"]["duplicates"]) == 1 and "record 24" in found["notices"]["duplicates"][0]
+    assert status == 0 and found["trainable"]
+    assert figures["speakers"] == 4 and figures["records of a speaker"] == {"median": 8.0, "p95": 8.85, "max": 9.0}
+    sec = sum(1 + number / 24 for number in range(24))
+    assert figures["hours of different audio"] == pytest.approx(sec / 3600, rel=1e-4)  # a sample each: 6e-5
+    assert figures["hours that train"] == pytest.approx((sec + 1 + 1 + 1 / 24) / 3600, rel=1e-4)
+    assert figures["steps of an epoch"] == 4 and figures["samples of a step"] == 6.5
+    assert figures["hours of an epoch"] == figures["tokens of an epoch"] / 100 / 3600
+    same_text, other_text = found["notices"]["duplicates"]
+    assert "record 24" in same_text and "the same text as" in same_text and "record 0" in same_text
+    assert "record 25" in other_text and "ANOTHER TEXT" in other_text and "record 1" in other_text
     assert ["record 25" in item for item in found["notices"]["text and duration do not fit"]] == [True]
+    capsys.readouterr()
+    for suffix in ("md", "html"):
+        assert prepare(["check", str(tmp_path / "m.jsonl"), *options, "--report", str(tmp_path / f"r.{suffix}")]) == 0
+    out, page, text = capsys.readouterr().out, (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    for value in ("median 8, p95 8.85, max 9", "record 25"):
+        assert value in page and value in text and value in out
+
+
+def test_reports_escape_what_datasets_bring(tmp_path):
+    name = "<img src=x>|`*.wav"
+    tone(tmp_path / name, gain=1.5)
+    manifest = str(write_manifest(tmp_path / "m.jsonl", [line("one", name), line("two", f"no{name}")]))
+    for suffix in ("md", "html"):
+        assert prepare(["check", manifest, "--report", str(tmp_path / f"r.{suffix}")]) == 1
     page, text = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
-    for value in ("4, 1 to 9 records each", "record 25"):
-        assert value in page and value in text
-    assert prepare(["check", manifest, *options, "--max_tokens", "60"]) == 1
-    assert "longer than --max_tokens 60" in capsys.readouterr().out
-    assert prepare(["check", manifest, "--report", str(tmp_path / "r.pdf")]) == 2
-    assert prepare(["check", str(tmp_path / "none.jsonl")]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    assert "<img" not in page and "no&lt;img src=x&gt;|`*.wav" in page
+    assert "<img" not in text.replace("\\<", "") and "no\\<img src=x\\>\\|\\`\\*.wav" in text
+
+
+def test_lengths_and_steps_are_those_of_training(toys, checkpoint_dir, config, tokenizer, tmp_path, capsys):
+    """On the demo's records, whose codes are ready: positions as measured on codes, steps as the Loader counts them."""
+    dataset, collator = open_dataset(toys / "train.jsonl", config, tokenizer), create_collator(config, strict=True)
+    lengths, _ = data.measure_lengths(dataset, collator)
+    report = tmp_path / "report.json"
+    limit = int(np.quantile(lengths, 0.9))
+    command = ["check", str(toys / "train.jsonl"), "--base_ckpt", str(checkpoint_dir), "--world_size", "2", "--grad_accum", "2"]
+    command += ["--max_tokens", str(limit), "--report", str(report)]
+    num_long = int((lengths > limit).sum())
+    assert prepare(command) == 1 and f"! longer than --max_tokens {limit}: {num_long}" in capsys.readouterr().out
+    for long in ("skip", "crop"):
+        assert prepare([*command, "--long", long]) == 0
+        found = json.loads(report.read_text())
+        fitted, kept, changes = data.fit_lengths(dataset, collator, lengths, limit, long)
+        loader = data.Loader(fitted, collator, data.Batching(4, limit, kept), world_size=2, grad_accum=2)
+        assert found["figures"]["positions of a record"]["max"] == lengths.max()
+        assert found["figures"]["steps of an epoch"] == loader.steps_in_epoch()
+        assert found["figures"]["tokens of an epoch"] == kept.sum()
+        assert len(found["notices"][f"longer than --max_tokens {limit}"]) == len(changes) == num_long
+
+
+def test_label_audio_is_read_and_has_to_fit(tmp_path):
+    for name, frames in (("a", 50), ("short", 40), ("b", 50)):
+        np.save(tmp_path / f"{name}.npy", RNG.integers(0, 64, (8, frames)).astype(np.int16))
+    (tmp_path / "bad.npy").write_text("no codes")
+    part = {"type": "audio", "audio_url": "a.npy"}
+    records = [line(url, part | {"audio_label_url": f"{url}.npy"}) for url in ("b", "short", "bad", "gone")]
+    status, found = check_report(tmp_path, records)
+    assert status == 1 and found["figures"]["records"] == {"in the manifest": 4, "valid": 3, "with readable audio": 1}
+    (problem,) = found["problems"]["label audio of another length"]
+    assert "record 1" in problem and "40 frames, audio_url 50" in problem
+    (problem,) = found["problems"]["unreadable audio"]
+    assert "record 2" in problem and "bad.npy cannot be read as codes" in problem
+    assert "record 3" in found["problems"]["missing audio"][0]
+
+
+def test_cuts_of_one_file_are_no_duplicates(tmp_path):
+    """Two texts said one after the other in a file of codes, and in a waveform."""
+    np.save(tmp_path / "a.npy", RNG.integers(0, 64, (8, 50)).astype(np.int16))
+    soundfile.write(tmp_path / "a.wav", RNG.uniform(-0.5, 0.5, 32000), 16000)
+    cuts = [
+        line("one", {"type": "audio", "audio_url": f"a.{suffix}", "offset": float(second), "duration": 1.0})
+        for suffix in ("npy", "wav")
+        for second in (0, 1)
+    ]
+    status, found = check_report(tmp_path, [*cuts, cuts[1]])
+    assert status == 0 and found["figures"]["hours of different audio"] == 4 / 3600
+    (duplicate,) = found["notices"]["duplicates"]
+    assert "record 4" in duplicate and "record 1" in duplicate
+
+
+def test_texts_that_training_refuses(tmp_path, checkpoint_dir):
+    """They are known without any audio being opened."""
+    np.save(tmp_path / "a.npy", RNG.integers(0, 64, (8, 50)).astype(np.int16))
+    records = [line(text, "a.npy") for text in ("fine", "a literal <|AUDIO|>", "half a pair: \ud800")]
+    options = ["--base_ckpt", str(checkpoint_dir), "--no_audio"]
+    status, found = check_report(tmp_path, records, *options)
+    first, second = found["problems"]["records that training refuses"]
+    assert status == 1 and "record 1" in first and "2 audio placeholders but 1 clips" in first
+    assert "record 2" in second and "cannot be tokenized" in second
+    assert found["figures"]["steps of an epoch"] == 1 and "positions of a record" not in found["figures"]
+
+
+def test_a_checkpoint_with_whisper_needs_waveforms(tmp_path):
+    tower = {"audio_encoder_config": dict(TOWER), "skip_audio_tower": False, "encode_whisper_embed": True}
+    demo.make_checkpoint(tmp_path / "checkpoint", **tower)
+    np.save(tmp_path / "a.npy", RNG.integers(0, 64, (8, 50)).astype(np.int16))
+    tone(tmp_path / "a.wav")
+    answer = line("", "a.npy")["messages"][1]
+    heard = [line("", f"a.{suffix}")["messages"][1]["content"] for suffix in ("wav", "npy")]
+    records = [{"messages": [{"role": "user", "content": ["hear ", part]}, answer]} for part in heard]
+    options = ["--base_ckpt", str(tmp_path / "checkpoint")]
+    status, found = check_report(tmp_path, records, *options)
+    (problem,) = found["problems"]["records that training refuses"]
+    assert status == 1 and "record 1" in problem and "hears input audio as waveforms" in problem
+    assert check_report(tmp_path, records[:1], *options)[0] == 0
+    assert "--max_tokens" in check_report(tmp_path, records[:1], *options, "--max_tokens", "99")[1]["problems"]
+
+
+def test_nothing_left_is_a_problem(tmp_path):
+    status, found = check_report(tmp_path, [line("x", "gone.wav")], "--missing_audio", "skip")
+    assert status == 1 and found["problems"].keys() == {"no record is left"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--report", "r.pdf"], "choose a name that ends in .html, .json, .md"),
+        (["--report", "m.jsonl/r.md"], "cannot be written"),
+        (["--world_size", "0"], "are 1 or more"),
+        (["--max_tokens", "60"], "--max_tokens needs --base_ckpt"),
+        (["--tokens_per_sec", "100", "--base_ckpt", "x", "--no_audio"], "--tokens_per_sec needs --base_ckpt"),
+        (["--base_ckpt", "nowhere"], "nowhere"),
+        (["--base_ckpt", "CHECKPOINT", "--like", "nowhere"], "no speed to be read"),
+    ],
+)
+def test_impossible_checks(options, message, tmp_path, checkpoint_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_manifest(tmp_path / "m.jsonl", [line("x", "gone.wav")])
+    options = [str(checkpoint_dir) if option == "CHECKPOINT" else option for option in options]
+    assert prepare(["check", "m.jsonl", *options]) == 2
+    assert prepare(["check", "none.jsonl"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
 
 
 # ---- pair
@@ -481,10 +612,15 @@ def test_show_prints_what_the_model_sees(toys, checkpoint_dir, capsys):
 
 
 def test_show_without_codes_or_record(toys, checkpoint_dir, tmp_path, capsys):
-    tone(tmp_path / "a.wav")
-    manifest = str(write_manifest(tmp_path / "m.jsonl", [line("abc", "a.wav", speaker="anna")]))
+    """A waveform that is not encoded has turns, tokens and the number of frames it will have; a text does not reach the
+    terminal as commands."""
+    tone(tmp_path / "a.wav", sec=1.7)
+    manifest = str(write_manifest(tmp_path / "m.jsonl", [line("abc\x1b[31m", "a.wav", speaker="anna")]))
     assert prepare(["show", manifest, "0", "--base_ckpt", str(checkpoint_dir)]) == 0
-    assert "no codes of its waveforms" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "a.wav: 1.70 s, 43 frames]" in out and "tokens, 4 of them trained" in out
+    assert "no codes of its waveforms" in out and "spoken clip" not in out
+    assert "abc\\x1b[31m" in out and "\x1b" not in out
     assert prepare(["show", manifest, "1", "--base_ckpt", str(checkpoint_dir)]) == 2
     assert "no record 1; there are 1" in capsys.readouterr().err
 

@@ -12,27 +12,29 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import html
 import json
 import math
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+from boson_multimodal.data_types import TextContent
 from tqdm import tqdm
 
 import checkpoint
 import data
-from audio import FRAME_RATE_HZ, MAX_CUT_OFF, AudioStore, open_audio, read_codes, read_codes_shape, span
-from collate import create_collator
+from audio import FRAME_RATE_HZ, MAX_CUT_OFF, AudioStore, expected_frames, open_audio, read_codes, read_codes_shape, span
+from collate import ExtendedHiggsAudioSampleCollator, create_collator
 from forms import open_manifest
 from manifest import AudioPart, DataError, Manifest, MissingAudioError, Record
+from tools.prepare.pair import transcripts
+from tools.prepare.report import RENDERERS, Report, render_text
 
 CLIPPED = 0.999  # an absolute sample value from here on counts as clipped
 MAX_CLIPPED_SHARE = 0.001
@@ -40,7 +42,8 @@ SILENT = 10 ** (-60 / 20)  # a block of 20 ms whose largest value stays below -6
 MAX_SILENT_SHARE = 0.5
 OUTLIER = 6.0  # robust deviations (of the log of characters per second) from the median
 LONG_SEC = 60.0  # a clip longer than this is rarely what one wants the model to say at once
-SHOWN = 20  # items of a list in the table; the JSON report has all
+
+Key = tuple[str, float | None, float | None]  # of a clip: what it is cut from, offset, duration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,47 +59,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--grad_accum", type=int, default=1)
     parser.add_argument("--world_size", type=int, default=1, help="GPUs the epoch is divided among")
-    parser.add_argument("--tokens_per_sec", type=float, default=0.0, help="speed to reckon the epoch's time with")
+    parser.add_argument("--tokens_per_sec", type=float, default=0.0, help="speed of all GPUs together, for the epoch's time")
     parser.add_argument("--like", type=Path, help="take the speed from this run's metrics.jsonl")
 
 
-@dataclass
-class Report:
-    """Named figures, and lists of what was noticed; every rendering shows the same."""
-
-    figures: dict[str, str] = field(default_factory=dict)
-    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # training would fail
-    notices: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # worth a look
-
-    @property
-    def trainable(self) -> bool:
-        return not any(self.problems.values())
-
-
 def run(args: argparse.Namespace) -> int:
-    if args.report and args.report.suffix not in RENDERERS:
-        raise DataError(f"--report {args.report}: choose a name that ends in {', '.join(RENDERERS)}")
-    if args.max_tokens and not args.base_ckpt:
-        raise DataError("--max_tokens needs --base_ckpt: tokens are counted with the checkpoint's tokenizer")
+    check_arguments(args)
     manifest, conversion = open_manifest(args.manifest, tolerant=True)
+    folder = find_checkpoint(args)
+    config = checkpoint.read_base_config(folder) if folder else None
+    speed = args.tokens_per_sec or (speed_of(args.like) if args.like else 0.0)
     report = Report()
     if conversion:
         report.figures["form"] = f"{conversion.form}, read as ChatML"
         report.problems["broken records"] += conversion.problems
-        report.notices["repaired"] = [f"{count} x {what}" for what, count in conversion.repairs.most_common()]
-    records = read_records(manifest, report, args.missing_audio == "skip")
-    folder = find_checkpoint(args)
-    config = checkpoint.read_base_config(folder) if folder else None
-    clips = {} if args.no_audio else inspect_clips(records, report, config, args.num_workers)
-    records = [record for record in records if args.no_audio or all(key_of(part) in clips for part in record.audio)]
-    describe(records, clips, report)
-    if folder and records:
-        describe_tokens(records, clips, report, config, checkpoint.load_tokenizer(folder), args)
+        report.notices["repaired"] += [f"{count} x {what}" for what, count in conversion.repairs.most_common()]
+    records = valid_records(manifest, report, args.missing_audio == "skip")
+    clips: dict[Key, Clip] = {}
+    if not args.no_audio:
+        clips = inspect_clips(records, report, config, args.num_workers)
+        records = records_with(records, clips, report)
+        report.figures["records"]["with readable audio"] = len(records)
+    describe_records(records, report)
+    describe_clips(records, clips, report)
+    dataset, lengths = data.ChatMLDataset(records, None, None), None
+    if config:
+        dataset = data.ChatMLDataset(records, checkpoint.load_tokenizer(folder), KnownFrames(config, clips))
+        dataset, lengths = describe_lengths(dataset, create_collator(config, strict=True), report, args)
+    describe_epoch(dataset, lengths, report, args, speed)
     print(render_text(report))
     if args.report:
         content = RENDERERS[args.report.suffix](report, f"{args.manifest}")
-        checkpoint.write_whole(args.report, lambda file: file.write(content.encode()))
-    return 0 if report.trainable and records else 1
+        checkpoint.write_whole(args.report, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
+    return 0 if report.trainable else 1
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """DataError for what would only be noticed after all audio was read."""
+    if args.report:
+        if args.report.suffix not in RENDERERS:
+            raise DataError(f"--report {args.report}: choose a name that ends in {', '.join(RENDERERS)}")
+        try:
+            args.report.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--report {args.report}: cannot be written: {error}") from None
+    if min(args.batch_size, args.grad_accum, args.world_size, args.num_workers) < 1 or args.max_tokens < 0:
+        raise DataError(
+            "--batch_size, --grad_accum, --world_size and --num_workers are 1 or more, --max_tokens is not negative"
+        )
+    for name in ("max_tokens", "tokens_per_sec", "like"):
+        if getattr(args, name) and (not args.base_ckpt or args.no_audio):
+            raise DataError(f"--{name} needs --base_ckpt, whose tokenizer counts tokens, and the audio (no --no_audio)")
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -106,12 +119,22 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return checkpoint.find_base(args.base_ckpt, revision)
 
 
-def read_records(manifest: Manifest, report: Report, skip_missing: bool) -> list[Record]:
-    """The valid records; what is wrong with the others goes to the report."""
-    records = []
+def speed_of(output_dir: Path) -> float:
+    """Median tokens per second of a run."""
+    try:
+        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        return statistics.median(line["tokens_per_sec"] for line in lines if line["split"] == "train")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--like {output_dir}: no speed to be read from its metrics.jsonl: {error}") from None
+
+
+def valid_records(manifest: Manifest, report: Report, skip_missing: bool) -> Manifest:
+    """The manifest without its broken records; what is wrong with them goes to the report."""
+    kept = np.ones(len(manifest), bool)
     for index in range(len(manifest)):
         try:
-            records.append(manifest[index])
+            manifest[index]
+            continue
         except MissingAudioError as error:
             if skip_missing:
                 report.notices["left out, their audio is missing"].append(str(error))
@@ -119,8 +142,11 @@ def read_records(manifest: Manifest, report: Report, skip_missing: bool) -> list
                 report.problems["missing audio"].append(str(error))
         except DataError as error:
             report.problems["broken records"].append(str(error))
-    report.figures["records"] = f"{len(records):,} of {len(manifest):,}"
-    return records
+        kept[index] = False
+    report.figures["records"] = {"in the manifest": len(manifest), "valid": int(kept.sum())}
+    if not kept.any():
+        report.problems["no record is left"].append(f"{manifest.path}: none of its records can be used")
+    return manifest.subset(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,32 +157,38 @@ def read_records(manifest: Manifest, report: Report, skip_missing: bool) -> list
 class Clip:
     """What was found in a clip."""
 
+    name: str
     sec: float
+    num_frames: int
     rate_hz: int  # 0: ready-made codes
     digest: str  # of its content
     clipped_share: float = 0.0
     silent_share: float = 0.0
 
 
-def key_of(part: AudioPart) -> tuple:
-    source = part.path if part.path is not None else hashlib.sha256(part.raw_audio).hexdigest()
+def key_of(part: AudioPart) -> Key:
+    source = str(part.path) if part.path is not None else hashlib.sha256(part.raw_audio).hexdigest()
     return source, part.offset_sec, part.duration_sec
 
 
-def inspect_clips(records: Sequence[Record], report: Report, config: Any, num_workers: int) -> dict[tuple, Clip]:
-    """Open every clip once; those that cannot be read go to the report, and their records are left out afterwards.
+def clips_of(record: Record) -> Iterator[AudioPart]:
+    """Its clips, each with its label audio after it."""
+    return (clip for part in record.audio for clip in (part, part.label) if clip is not None)
+
+
+def inspect_clips(records: Manifest, report: Report, config: Any, num_workers: int) -> dict[Key, Clip]:
+    """Open every clip once; what is wrong with those that cannot be read goes to the report.
 
     config: the checkpoint's, whose codebooks ready-made codes have to fit; None if it is not known
     """
-    parts: dict[tuple, tuple[AudioPart, str]] = {}
+    parts: dict[Key, tuple[AudioPart, str]] = {}
     for record in records:
-        for part in record.audio:
+        for part in clips_of(record):
             parts.setdefault(key_of(part), (part, record.source))
     codebooks = (config.audio_num_codebooks, config.audio_codebook_size) if config else None
-    inspect = functools.partial(inspect_clip, codebooks=codebooks)
     clips = {}
-    with ProcessPoolExecutor(max(1, num_workers)) as pool:
-        found = pool.map(inspect, parts.values(), chunksize=8)
+    with ProcessPoolExecutor(num_workers) as pool:
+        found = pool.map(functools.partial(inspect_clip, codebooks=codebooks), parts.values(), chunksize=8)
         for key, clip in zip(parts, tqdm(found, total=len(parts), desc="audio", unit="clip")):
             if isinstance(clip, Clip):
                 clips[key] = clip
@@ -166,7 +198,7 @@ def inspect_clips(records: Sequence[Record], report: Report, config: Any, num_wo
 
 
 def inspect_clip(item: tuple[AudioPart, str], codebooks: tuple[int, int] | None) -> Clip | str:
-    """A clip's figures, or what is wrong with it. Waveforms are read in blocks, so that ten hours need no more memory.
+    """A clip's figures, or what is wrong with it.
 
     codebooks: the checkpoint's (number, size), or None
     """
@@ -177,20 +209,26 @@ def inspect_clip(item: tuple[AudioPart, str], codebooks: tuple[int, int] | None)
         return str(error)
 
 
+def name_of(part: AudioPart, source: str) -> str:
+    name = f"{source}: {part.field}: raw_audio" if part.path is None else f"{part.path}"
+    return name + (f" from {part.offset_sec or 0:g} s" if part.offset_sec or part.duration_sec else "")
+
+
 def inspect_codes(part: AudioPart, source: str, codebooks: tuple[int, int] | None) -> Clip:
     place = f"{source}: {part.field}"
     shape = read_codes_shape(part.path, place)
-    if codebooks:
-        read_codes(part.path, *codebooks, place)
-    elif len(shape) != 2:
+    if not codebooks and len(shape) != 2:
         raise DataError(f"{place}: {part.path} holds an array {shape}; expected [codebooks, frames]")
+    codes = read_codes(part.path, *(codebooks or (shape[0], np.iinfo(np.int64).max)), place)
     start, stop = span(part, FRAME_RATE_HZ, shape[1])
     if stop <= start:
         raise DataError(f"{place}: no frames left of {shape[1]} in {part.path} after offset and duration")
-    return Clip((stop - start) / FRAME_RATE_HZ, 0, hashlib.sha256(part.path.read_bytes()).hexdigest())
+    digest = hashlib.sha256(codes[:, start:stop].numpy().tobytes()).hexdigest()
+    return Clip(name_of(part, source), (stop - start) / FRAME_RATE_HZ, stop - start, 0, digest)
 
 
 def inspect_waveform(part: AudioPart, source: str) -> Clip:
+    """Read in blocks, so that ten hours need no more memory than ten seconds."""
     place = f"{source}: {part.field}: {part.path or 'raw_audio'}"
     digest, num_samples, num_clipped, num_silent, num_blocks = hashlib.sha256(), 0, 0, 0, 0
     try:
@@ -214,85 +252,115 @@ def inspect_waveform(part: AudioPart, source: str) -> Clip:
         raise DataError(f"{place} is not readable audio: {error}") from None
     if num_samples < (1 - MAX_CUT_OFF) * (stop - start):
         raise DataError(f"{place} is cut off: {num_samples / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
-    if num_samples < rate / FRAME_RATE_HZ:
-        raise DataError(f"{place}: {num_samples / rate:.3f} s of audio is less than one frame")
-    return Clip(num_samples / rate, rate, digest.hexdigest(), num_clipped / num_samples, num_silent / num_blocks)
+    sec = num_samples / rate
+    if sec * FRAME_RATE_HZ < 1:
+        raise DataError(f"{place}: {sec:.3f} s of audio is less than one frame")
+    shares = num_clipped / num_samples, num_silent / num_blocks
+    return Clip(name_of(part, source), sec, expected_frames(sec), rate, digest.hexdigest(), *shares)
+
+
+def records_with(records: Manifest, clips: dict[Key, Clip], report: Report) -> Manifest:
+    """The records of which all clips could be read, and whose label audio is as long as what it stands beside."""
+    kept = np.ones(len(records), bool)
+    for index, record in enumerate(records):
+        kept[index] = all(key_of(part) in clips for part in clips_of(record))
+        for part in record.audio if kept[index] else ():
+            frames, label_frames = (clips[key_of(clip)].num_frames for clip in (part, part.label or part))
+            if label_frames != frames:
+                report.problems["label audio of another length"].append(
+                    f"{record.source}: {part.field}: audio_label_url has {label_frames} frames, audio_url {frames}"
+                )
+                kept[index] = False
+    return records.subset(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
-def describe(records: Sequence[Record], clips: dict[tuple, Clip], report: Report) -> None:
-    figures, notices = report.figures, report.notices
-    speakers = Counter(record.chatml.speaker for record in records if record.chatml.speaker is not None)
-    figures["speakers"] = f"{len(speakers):,}" + (
-        f", {min(speakers.values()):,} to {max(speakers.values()):,} records each" if speakers else ""
-    )
-    figures["turns"] = spread([len(record.chatml.messages) for record in records])
-    found = [[(part, clips[key_of(part)]) for part in record.audio if key_of(part) in clips] for record in records]
-    spoken = [[clip for part, clip in pairs if part.is_output] for pairs in found]
+def describe_records(records: Manifest, report: Report) -> None:
+    turns, speakers = [], Counter()
+    for record in records:
+        turns.append(len(record.chatml.messages))
+        speakers[record.chatml.speaker] += 1
+    report.figures["records without a speaker"] = speakers.pop(None, 0)
+    report.figures["speakers"] = len(speakers)
+    report.figures["records of a speaker"] = spread(list(speakers.values()))
+    report.figures["turns of a record"] = spread(turns)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    if not len(values):
+        return {}
+    middle, high, most = np.quantile(values, [0.5, 0.95, 1.0]).tolist()
+    return {"median": middle, "p95": high, "max": most}
+
+
+def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) -> None:
     if not clips:
         return
-    figures["hours spoken by the assistant"] = f"{sum(clip.sec for own in spoken for clip in own) / 3600:.2f}"
-    figures["hours of different audio"] = f"{sum({clip.digest: clip.sec for clip in clips.values()}.values()) / 3600:.2f}"
+    figures, notices = report.figures, report.notices
+    figures["hours that train"] = sum(clips[key_of(part)].sec for record in records for part in targets(record)) / 3600
+    figures["hours of different audio"] = sum({clip.digest: clip.sec for clip in clips.values()}.values()) / 3600
     figures["seconds of a clip"] = spread([clip.sec for clip in clips.values()])
-    figures["frames of a clip"] = spread([math.ceil(clip.sec * FRAME_RATE_HZ) for clip in clips.values()])
-    rates = Counter(f"{clip.rate_hz:,} Hz" if clip.rate_hz else "codes" for clip in clips.values())
-    figures["clips by sample rate"] = ", ".join(f"{rate}: {count:,}" for rate, count in rates.most_common())
-    for (path, *_), clip in clips.items():
-        name = f"{path}" if isinstance(path, Path) else "raw_audio"
+    figures["frames of a clip"] = spread([clip.num_frames for clip in clips.values()])
+    rates = Counter(f"{clip.rate_hz} Hz" if clip.rate_hz else "ready-made codes" for clip in clips.values())
+    figures["clips by sample rate"] = dict(rates.most_common())
+    for clip in clips.values():
         if clip.clipped_share > MAX_CLIPPED_SHARE:
-            notices["clipped"].append(f"{name}: {clip.clipped_share:.1%} of its samples")
+            notices["clipped"].append(f"{clip.name}: {clip.clipped_share:.1%} of its samples")
         if clip.silent_share > MAX_SILENT_SHARE:
-            notices["mostly silent"].append(f"{name}: {clip.silent_share:.0%} below -60 dB")
+            notices["mostly silent"].append(f"{clip.name}: {clip.silent_share:.0%} below -60 dB")
         if clip.sec > LONG_SEC:
-            notices[f"longer than {LONG_SEC:.0f} s"].append(f"{name}: {clip.sec:,.0f} s")
-    notices["duplicates"] += find_duplicates(records, found)
-    notices["text and duration do not fit"] += find_outliers(records, found)
+            notices[f"longer than {LONG_SEC:.0f} s"].append(f"{clip.name}: {clip.sec:,.0f} s")
+    notices["duplicates"] += find_duplicates(records, clips)
+    notices["text and duration do not fit"] += find_outliers(records, clips)
 
 
-def spread(values: Sequence[float]) -> str:
-    if not len(values):
-        return "none"
-    middle, high, most = np.quantile(values, [0.5, 0.95, 1.0])
-    return f"median {middle:,.4g}, 95 % below {high:,.4g}, longest {most:,.4g}"
+def targets(record: Record) -> list[AudioPart]:
+    """The clips that train."""
+    num_before = len(record.cropped(record.chatml.start_index or 0).audio)
+    return [part for part in record.audio[num_before:] if part.is_output]
 
 
-def find_duplicates(records: Sequence[Record], found: Sequence[Sequence[tuple[AudioPart, Clip]]]) -> list[str]:
-    """Records whose last clip is, by content, that of an earlier record with the same turns' texts."""
-    first: dict[tuple, str] = {}
+def find_duplicates(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
+    """Records whose clips are, by content, those of an earlier one; said to be the same words, or others."""
+    first: dict[tuple, tuple[str, list[str]]] = {}
     duplicates = []
-    for record, pairs in zip(records, found):
-        key = (*(clip.digest for _, clip in pairs), *texts_of(record))
-        if first.setdefault(key, record.source) != record.source:
-            duplicates.append(f"{record.source}: the same as {first[key]}")
+    for record in records:
+        content = tuple(clips[key_of(part)].digest for part in record.audio)
+        if not content:
+            continue
+        texts = texts_of(record)
+        source, texts_before = first.setdefault(content, (record.source, texts))
+        if source != record.source:
+            with_text = "and the same text as" if texts == texts_before else "but ANOTHER TEXT than"
+            duplicates.append(f"{record.source}: the same audio {with_text} {source}")
     return duplicates
 
 
-def texts_of(record: Record) -> Iterator[str]:
-    for turn in record.chatml.messages:
-        for part in turn.content if isinstance(turn.content, list) else [turn.content]:
-            if isinstance(part, str) or part.type == "text":
-                yield part if isinstance(part, str) else part.text
+def texts_of(record: Record) -> list[str]:
+    """All texts of a record, one after the other."""
+    contents = [turn.content if isinstance(turn.content, list) else [turn.content] for turn in record.chatml.messages]
+    parts = [part.text if isinstance(part, TextContent) else part for content in contents for part in content]
+    return [part for part in parts if isinstance(part, str)]
 
 
-def find_outliers(records: Sequence[Record], found: Sequence[Sequence[tuple[AudioPart, Clip]]]) -> list[str]:
-    """Records whose last text is said far faster or slower than the others'."""
-    speeds: dict[int, float] = {}
-    for index, (record, pairs) in enumerate(zip(records, found)):
-        turns = record.chatml.messages
-        *_, said = ["", *texts_of(Record(type(record.chatml)(turns[:-1]), [], ""))]
-        if pairs and pairs[-1][0].is_output and said.strip():
-            speeds[index] = math.log(len(said.strip()) / pairs[-1][1].sec)
+def find_outliers(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
+    """Records whose transcript is said far faster or slower than the others'."""
+    speeds: dict[str, float] = {}
+    for record in records:
+        said = transcripts(record)
+        if said and said[-1].strip():
+            speeds[record.source] = math.log(len(said[-1].strip()) / clips[key_of(record.audio[-1])].sec)
     if len(speeds) < 10:
         return []
     middle = statistics.median(speeds.values())
-    deviation = 1.4826 * statistics.median(abs(speed - middle) for speed in speeds.values()) or 0.05
-    odd = {index: speed for index, speed in speeds.items() if abs(speed - middle) > OUTLIER * max(deviation, 0.05)}
+    deviation = max(0.05, 1.4826 * statistics.median(abs(speed - middle) for speed in speeds.values()))
+    odd = {source: speed for source, speed in speeds.items() if abs(speed - middle) > OUTLIER * deviation}
     return [
-        f"{records[index].source}: {math.exp(speed):.1f} characters per second, usual are {math.exp(middle):.1f}"
-        for index, speed in sorted(odd.items(), key=lambda item: -abs(item[1] - middle))
+        f"{source}: {math.exp(speed):.1f} characters per second, usual are {math.exp(middle):.1f}"
+        for source, speed in sorted(odd.items(), key=lambda item: -abs(item[1] - middle))
     ]
 
 
@@ -303,109 +371,94 @@ def find_outliers(records: Sequence[Record], found: Sequence[Sequence[tuple[Audi
 class KnownFrames(AudioStore):
     """Lengths of clips from what was found in them: nothing has to be encoded to know them."""
 
-    def __init__(self, config: Any, clips: dict[tuple, Clip]):
+    def __init__(self, config: Any, clips: dict[Key, Clip]):
         self.num_codebooks = config.audio_num_codebooks
         self.clips = clips
 
     def num_frames(self, part: AudioPart, source: str) -> int:
-        return math.ceil(self.clips[key_of(part)].sec * FRAME_RATE_HZ - 1e-6) if self.clips else 0
+        return self.clips[key_of(part)].num_frames
 
 
-def describe_tokens(
-    records: list[Record], clips: dict[tuple, Clip], report: Report, config: Any, tokenizer: Any, args: argparse.Namespace
-) -> None:
-    collator = create_collator(config, strict=True)
-    dataset = data.ChatMLDataset(records, tokenizer, KnownFrames(config, clips))
-    report.figures["text tokens of a record"] = spread([len(dataset.ids(record)[0]) for record in records])
-    if not clips and any(record.audio for record in records):
-        return
-    lengths, _ = data.measure_lengths(dataset, collator)
+def describe_lengths(
+    dataset: data.ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator, report: Report, args: argparse.Namespace
+) -> tuple[data.ChatMLDataset, np.ndarray | None]:
+    """Tokens and positions of the records; what training would refuse goes to the report.
+
+    returns: the dataset without what does not train, and the positions of its records; None without audio, and for a
+             checkpoint with Whisper, where they depend on the waveforms
+    """
+    has_whisper = collator.feature_extractor is not None
+    num_tokens, lengths = np.zeros(len(dataset), np.int32), np.zeros(len(dataset), np.int32)
+    for index, record in enumerate(dataset.records):
+        try:
+            num_tokens[index] = len(usable_ids(dataset, record, collator))
+            lengths[index] = 0 if has_whisper or args.no_audio else dataset.length(record, collator)
+        except DataError as error:
+            report.problems["records that training refuses"].append(str(error))
+    kept = num_tokens > 0
+    dataset, lengths = data.ChatMLDataset(dataset.records.subset(kept), dataset.tokenizer, dataset.store), lengths[kept]
+    report.figures["text tokens of a record"] = spread(num_tokens[kept])
+    if has_whisper and args.max_tokens:
+        report.problems["--max_tokens"].append(
+            "this checkpoint has Whisper: lengths are not known beforehand; use --batch_size"
+        )
+    if has_whisper or args.no_audio:
+        return dataset, None
     report.figures["positions of a record"] = spread(lengths)
-    batching = data.Batching(args.batch_size, args.max_tokens, lengths)
-    if args.max_tokens:
-        long = np.flatnonzero(lengths > args.max_tokens)
-        listed = [f"{records[i].source}: {lengths[i]} positions" for i in long]
-        (report.problems if args.long == "error" else report.notices)[f"longer than --max_tokens {args.max_tokens}"] += listed
-        kept = lengths[lengths <= args.max_tokens]
-        batching = data.Batching(args.batch_size, args.max_tokens, kept)
-        lengths = kept
-    if not len(lengths):
-        return
-    order, bounds = data.plan_micro_batches(data.epoch_order([len(lengths)], [1.0], 0, 0), batching, (0, 0))
-    steps = math.ceil((len(bounds) - 1) / (args.world_size * args.grad_accum))
-    report.figures["steps of an epoch"] = f"{steps:,} on {args.world_size} GPU(s), {len(order) / steps:.1f} samples each"
-    speed = args.tokens_per_sec or (speed_of(args.like) if args.like else 0.0)
-    if speed:
-        hours = lengths.sum() / speed / 3600
-        report.figures["time of an epoch"] = f"{hours:.2f} h at {speed:,.0f} tokens per second"
+    return fit(dataset, collator, lengths, report, args) if args.max_tokens else (dataset, lengths)
 
 
-def speed_of(output_dir: Path) -> float:
-    """Median tokens per second of a run."""
+def usable_ids(dataset: data.ChatMLDataset, record: Record, collator: ExtendedHiggsAudioSampleCollator) -> list[int]:
+    """The record's tokens. raises: DataError for what the dataset or the collator would refuse when they read its audio"""
+    input_ids, _ = dataset.ids(record)
+    count = sum(token in (collator.audio_in_token_id, collator.audio_out_token_id) for token in input_ids)
+    if count != len(record.audio):
+        raise DataError(
+            f"{record.source}: {count} audio placeholders but {len(record.audio)} clips; take <|AUDIO|> and <|AUDIO_OUT|> out "
+            "of its texts"
+        )
+    codes = [part for part in record.audio if part.holds_codes and not part.is_output]
+    if codes and collator.feature_extractor:
+        raise DataError(f"{record.source}: {codes[0].field}: codes, but this checkpoint hears input audio as waveforms")
+    return input_ids
+
+
+def fit(
+    dataset: data.ChatMLDataset,
+    collator: ExtendedHiggsAudioSampleCollator,
+    lengths: np.ndarray,
+    report: Report,
+    args: argparse.Namespace,
+) -> tuple[data.ChatMLDataset, np.ndarray]:
+    """What --max_tokens leaves, as training would do it; with --long error the records that do not fit are problems."""
+    title = f"longer than --max_tokens {args.max_tokens}"
+    if args.long == "error":
+        long = np.flatnonzero(lengths > args.max_tokens).tolist()
+        report.problems[title] += [f"{dataset.records[index].source}: {lengths[index]} positions" for index in long]
     try:
-        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        return statistics.median(line["tokens_per_sec"] for line in lines if line["split"] == "train")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--like {output_dir}: no speed to be read from its metrics.jsonl: {error}") from None
+        how = "skip" if args.long == "error" else args.long
+        dataset, lengths, changes = data.fit_lengths(dataset, collator, lengths, args.max_tokens, how)
+    except DataError as error:  # nothing is left
+        report.problems["no record is left"].append(str(error))
+        return data.ChatMLDataset(dataset.records.subset(np.zeros(len(lengths), bool)), None, None), lengths[:0]
+    report.notices[title] += changes if args.long != "error" else []
+    return dataset, lengths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering
-
-
-def sections(report: Report, limit: int | None) -> Iterator[tuple[str, str, list[str]]]:
-    """(severity, title, items) of each list; with a limit its rest is only counted."""
-    for severity, lists in (("problem", report.problems), ("notice", report.notices)):
-        for title, items in lists.items():
-            if items:
-                more = [f"... and {len(items) - limit} more"] if limit and len(items) > limit else []
-                yield severity, f"{title}: {len(items)}", [*items[:limit], *more]
-
-
-def verdict(report: Report) -> str:
-    return "training on this works" if report.trainable else "training on this would fail"
-
-
-def render_text(report: Report) -> str:
-    width = max(map(len, report.figures))
-    lines = [f"{name:{width}}  {value}" for name, value in report.figures.items()]
-    for severity, title, items in sections(report, SHOWN):
-        lines += ["", f"{'! ' if severity == 'problem' else ''}{title}", *(f"  {item}" for item in items)]
-    return "\n".join([*lines, "", verdict(report)])
-
-
-def render_markdown(report: Report, name: str) -> str:
-    lines = [f"# {name}", "", f"**{verdict(report)}**", "", "| | |", "| --- | --- |"]
-    lines += [f"| {key} | {value} |" for key, value in report.figures.items()]
-    for severity, title, items in sections(report, None):
-        lines += ["", f"## {'Problem: ' if severity == 'problem' else ''}{title}", "", *(f"- {item}" for item in items)]
-    return "\n".join(lines) + "\n"
-
-
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse}td{padding:.2rem 1rem .2rem 0;vertical-align:top}td:first-child{color:#666}
-.problem summary{color:#b00020}.verdict{font-weight:600}li{overflow-wrap:anywhere}"""
-
-
-def render_html(report: Report, name: str) -> str:
-    escape: Callable[[Any], str] = functools.partial(html.escape, quote=True)
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in report.figures.items())
-    lists = "".join(
-        f'<details class="{severity}"{" open" if severity == "problem" else ""}><summary>{escape(title)}</summary>'
-        f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul></details>"
-        for severity, title, items in sections(report, None)
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<title>{escape(name)}</title><style>{STYLE}</style><h1>{escape(name)}</h1><p class="verdict">{verdict(report)}</p>'
-        f"<table>{rows}</table>{lists}</html>\n"
-    )
-
-
-def render_json(report: Report, name: str) -> str:
-    lists = {"problems": dict(report.problems), "notices": dict(report.notices)}
-    content = {"manifest": name, "trainable": report.trainable, "figures": report.figures, **lists}
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-
-
-RENDERERS: dict[str, Callable[[Report, str], str]] = {".html": render_html, ".json": render_json, ".md": render_markdown}
+def describe_epoch(
+    dataset: data.ChatMLDataset, lengths: np.ndarray | None, report: Report, args: argparse.Namespace, speed: float
+) -> None:
+    """Steps and time of an epoch of the records that train, planned as training does it."""
+    if not len(dataset):
+        return
+    batching = data.Batching(args.batch_size, args.max_tokens if lengths is not None else 0, lengths)
+    loader = data.Loader(dataset, None, batching, world_size=args.world_size, grad_accum=args.grad_accum)
+    steps = loader.steps_in_epoch()
+    report.figures["steps of an epoch"] = steps
+    report.figures["samples of a step"] = len(dataset) / steps
+    if lengths is None:
+        return
+    report.figures["tokens of an epoch"] = int(lengths.sum())
+    if speed:
+        report.figures["hours of an epoch"] = int(lengths.sum()) / speed / 3600
+        report.figures["tokens per second"] = speed

@@ -17,10 +17,10 @@ from typing import Any
 
 import checkpoint
 import data
-from audio import FRAME_RATE_HZ, AudioStore
+from audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
 from collate import IGNORE_INDEX, create_collator
 from forms import open_manifest
-from manifest import DataError
+from manifest import AudioPart, DataError, Record
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
     use_color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     mark = Marker(use_color)
 
-    print(record.source, *([f"speaker {record.chatml.speaker}"] if record.chatml.speaker else []), sep="\n")
-    show_turns(record, mark)
+    print(record.source, *([f"speaker {printable(record.chatml.speaker)}"] if record.chatml.speaker else []), sep="\n")
     with tempfile.TemporaryDirectory() as nowhere:
         store = AudioStore(
             config.audio_num_codebooks,
@@ -61,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             cache_dir=args.codes_dir or Path(nowhere),
             codec=args.audio_tokenizer,
         )
+        show_turns(record, store, mark)
         dataset = data.ChatMLDataset([record], tokenizer, store, with_waveforms=config.encode_whisper_embed)
         show_tokens(*dataset.ids(record), tokenizer, mark)
         has_waveforms = not all(part.holds_codes for part in record.audio)
@@ -87,27 +87,42 @@ class Marker:
         return f"{GREEN}trained{PLAIN} / {GREY}not trained{PLAIN}" if self.use_color else "* is trained"
 
 
-def show_turns(record: Any, mark: Marker) -> None:
+def printable(text: str) -> str:
+    """The text without what would move the cursor or change the terminal's colours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def show_turns(record: Record, store: AudioStore, mark: Marker) -> None:
     """Each turn in a line: its role, its text, its clips."""
     clips = iter(record.audio)
     for index, turn in enumerate(record.chatml.messages):
         trains = turn.role == "assistant" and index >= (record.chatml.start_index or 0)
         shown = []
         for part in turn.content if isinstance(turn.content, list) else [turn.content]:
-            if isinstance(part, str) or part.type == "text":
-                shown.append((part if isinstance(part, str) else part.text).replace("\n", "\\n"))
-                continue
-            clip = next(clips)
-            cut = f" from {clip.offset_sec or 0:g} s" + (f" for {clip.duration_sec:g} s" if clip.duration_sec else "")
-            shown.append(f"[{clip.path or 'raw_audio'}{cut if clip.offset_sec or clip.duration_sec else ''}]")
+            text = part if isinstance(part, str) else getattr(part, "text", None)
+            shown.append(describe_clip(next(clips), store, record.source) if text is None else printable(text))
         print(f"  {mark(turn.role, trains):12} {' '.join(shown)}")
+
+
+def describe_clip(clip: AudioPart, store: AudioStore, source: str) -> str:
+    """[file from 1 s for 2 s: 2.00 s, 50 frames]; the frames of a waveform are those that the codec will make."""
+    cut = f" from {clip.offset_sec:g} s" if clip.offset_sec else ""
+    cut += f" for {clip.duration_sec:g} s" if clip.duration_sec else ""
+    if clip.holds_codes:
+        frames = store.num_frames(clip, source)
+        sec = frames / FRAME_RATE_HZ
+    else:
+        sec = duration_sec(clip)
+        frames = expected_frames(sec)
+    length = f"{sec:.2f} s, {frames} frames" if sec else "not readable"
+    return f"[{printable(str(clip.path or 'raw_audio'))}{cut}: {length}]"
 
 
 def show_tokens(input_ids: list[int], label_ids: list[int], tokenizer, mark: Marker) -> None:
     tokens = [tokenizer.decode([token]) for token in input_ids]
     trains = [label != IGNORE_INDEX for label in label_ids]
     print(f"\n{len(tokens)} tokens, {sum(trains)} of them trained ({mark.legend}):")
-    print(" ".join(mark(repr(token)[1:-1], trained) for token, trained in zip(tokens, trains)))
+    print(" ".join(mark(printable(token), trained) for token, trained in zip(tokens, trains)))
 
 
 def show_grid(batch: Any, config: Any, num_columns: int, mark: Marker) -> None:
