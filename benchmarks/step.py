@@ -19,7 +19,6 @@ is that of tensors: on a GPU by its allocator, on a CPU by tools/memory.py, in a
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
+from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchInput, HiggsAudioSampleCollator
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from torch import Tensor, nn
 
@@ -56,10 +55,10 @@ from tools.memory import LiveBytes, resident_bytes  # noqa: E402
 
 @dataclass
 class Micro:
-    """The same samples for both: collated by us, and as they are."""
+    """The same samples, collated for both; collating is the workers' time, not the step's."""
 
     ours: ExtendedHiggsAudioBatchInput
-    samples: list[data.Sample]
+    padded: HiggsAudioBatchInput  # the official collator's
 
     def work(self) -> tuple[int, int, int, int]:
         """Real positions, attention pairs, text targets, audio rows; see `model_patch.Flops.total`."""
@@ -103,21 +102,10 @@ class Reference:
             model_patch.add_lora(self.model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=cfg.peak_lr, weight_decay=cfg.weight_decay, fused=True)
-        ours = create_collator(config)
-        names = ("audio_in_token_id", "audio_out_token_id", "pad_token_id", "audio_stream_bos_id", "audio_stream_eos_id")
-        self.collator = HiggsAudioSampleCollator(
-            whisper_processor=None,
-            encode_whisper_embed=False,
-            return_audio_in_tokens=True,
-            audio_num_codebooks=config.audio_num_codebooks,
-            use_delay_pattern=config.use_delay_pattern,
-            **{name: getattr(ours, name) for name in names},
-        )
 
     def step(self, micro: Micro) -> float:
         """One optimizer step; returns its loss."""
-        batch = vars(self.collator(copy.deepcopy(micro.samples)))  # it writes into its samples
-        batch.pop("reward", None)
+        batch = {name: value for name, value in vars(micro.padded).items() if name != "reward"}
         batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         output = self.model(**batch)
         value = dense_loss(output.logits, output.expanded_labels, output.audio_logits, batch["label_audio_ids"])
@@ -170,14 +158,28 @@ def prepare(folder: Path, size: str, flags: Sequence[str], num_samples: int, str
     return cfg
 
 
+def official_collator(config: HiggsAudioConfig) -> HiggsAudioSampleCollator:
+    ours = create_collator(config)
+    names = ("audio_in_token_id", "audio_out_token_id", "pad_token_id", "audio_stream_bos_id", "audio_stream_eos_id")
+    return HiggsAudioSampleCollator(
+        whisper_processor=None,
+        encode_whisper_embed=False,
+        return_audio_in_tokens=True,
+        audio_num_codebooks=config.audio_num_codebooks,
+        use_delay_pattern=config.use_delay_pattern,
+        **{name: getattr(ours, name) for name in names},
+    )
+
+
 def micro_batches(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Iterator[Micro]:
-    """The micro-batches of train.py's own loader, epoch after epoch, with the samples each was made from."""
+    """The micro-batches of train.py's own loader, epoch after epoch, beside the official collator's of the same samples."""
+    collator = official_collator(config)
     tokenizer = checkpoint.load_tokenizer(Path(cfg.base_ckpt))
     records, _ = train.read_records(cfg, dist)
     loader, _ = train.build_loaders(cfg, dist, config, tokenizer, records, None)
     by_source = {record.source: index for index, record in enumerate(loader.dataset.records)}
     for (batch, *_), _ in train.iter_steps(loader, data.Position(0, 0)):
-        yield Micro(batch, [loader.dataset[by_source[source]] for source in batch.sources])
+        yield Micro(batch, collator([loader.dataset[by_source[source]] for source in batch.sources]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,6 +399,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, help="keep checkpoint and data here; default: a temporary folder")
     args, flags = parser.parse_known_args(argv)
     args.argv = argv
+    if args.size == "real" and not torch.cuda.is_available():
+        print("### real\n\nNot measured: its weights, gradients and optimizer state are for a CUDA GPU, and none is here.")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         report = (scaling if args.scaling else compare)(args, flags, args.folder or Path(temporary))
     print(report)
