@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import model_patch
 import train
 from collate import create_collator
-from config import parse_config
 from distributed import setup_distributed
 from loss import AudioIds, Objective
 from tools import synthetic
