@@ -201,6 +201,7 @@ def test_figures_and_reports(tmp_path, checkpoint_dir, capsys):
     sec = sum(1 + number / 24 for number in range(24))
     assert figures["hours of different audio"] == pytest.approx(sec / 3600, rel=1e-4)  # a sample each: 6e-5
     assert figures["hours that train"] == pytest.approx((sec + 1 + 1 + 1 / 24) / 3600, rel=1e-4)
+    assert figures["frames of a clip"] == pytest.approx({"median": 37.5, "p95": 47.85, "max": 49.0})
     assert figures["steps of an epoch"] == 4 and figures["samples of a step"] == 6.5
     assert figures["hours of an epoch"] == figures["tokens of an epoch"] / 100 / 3600
     same_text, other_text = found["notices"]["duplicates"]
@@ -228,11 +229,14 @@ def test_reports_escape_what_datasets_bring(tmp_path):
 
 def test_lengths_and_steps_are_those_of_training(toys, checkpoint_dir, config, tokenizer, tmp_path, capsys):
     """On the demo's records, whose codes are ready: positions as measured on codes, steps as the Loader counts them."""
-    dataset, collator = open_dataset(toys / "train.jsonl", config, tokenizer), create_collator(config, strict=True)
+    records = read_lines(toys / "train.jsonl")
+    long = [*records[0]["messages"][-2:], *records[1]["messages"][-2:]] * 3  # that can be cropped
+    manifest = write_manifest(toys / "long.jsonl", [*records, {"messages": long}])
+    dataset, collator = open_dataset(manifest, config, tokenizer), create_collator(config, strict=True)
     lengths, _ = data.measure_lengths(dataset, collator)
     report = tmp_path / "report.json"
     limit = int(np.quantile(lengths, 0.9))
-    command = ["check", str(toys / "train.jsonl"), "--base_ckpt", str(checkpoint_dir), "--world_size", "2", "--grad_accum", "2"]
+    command = ["check", str(manifest), "--base_ckpt", str(checkpoint_dir), "--world_size", "2", "--grad_accum", "2"]
     command += ["--max_tokens", str(limit), "--report", str(report)]
     num_long = int((lengths > limit).sum())
     assert prepare(command) == 1 and f"! longer than --max_tokens {limit}: {num_long}" in capsys.readouterr().out
@@ -244,7 +248,9 @@ def test_lengths_and_steps_are_those_of_training(toys, checkpoint_dir, config, t
         assert found["figures"]["positions of a record"]["max"] == lengths.max()
         assert found["figures"]["steps of an epoch"] == loader.steps_in_epoch()
         assert found["figures"]["tokens of an epoch"] == kept.sum()
-        assert len(found["notices"][f"longer than --max_tokens {limit}"]) == len(changes) == num_long
+        listed = found["notices"][f"longer than --max_tokens {limit}"]
+        assert listed == changes and len(listed) == num_long
+        assert sum("cropped to its first" in change for change in listed) == (long == "crop")
 
 
 def test_label_audio_is_read_and_has_to_fit(tmp_path):

@@ -392,7 +392,9 @@ def describe_lengths(
     for index, record in enumerate(dataset.records):
         try:
             num_tokens[index] = len(usable_ids(dataset, record, collator))
-            lengths[index] = 0 if has_whisper or args.no_audio else dataset.length(record, collator)
+            if not (has_whisper or args.no_audio):
+                frames = [(dataset.store.num_frames(part, record.source), part.is_output) for part in record.audio]
+                lengths[index] = collator.num_positions(int(num_tokens[index]), frames)
         except DataError as error:
             report.problems["records that training refuses"].append(str(error))
     kept = num_tokens > 0
