@@ -17,10 +17,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import multiprocessing
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -196,6 +199,24 @@ class _Lengths(Dataset):
         return lengths, problems
 
 
+def _workers(num_workers: int) -> dict:
+    """A DataLoader's arguments for so many processes, forked from a server instead of from this one.
+
+    This one has threads (gloo, NCCL, saving), and a child forked while one of them holds a lock may wait for it forever: seen
+    in CPython 3.11 right after a collective. The server imports what the workers need, once. Like this process, it and they
+    do not end by the signals that schedulers send to every process of a job.
+    """
+    if not num_workers:
+        return {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "data"])
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    forkserver.ensure_running()  # which inherits what is ignored
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return {"num_workers": num_workers, "multiprocessing_context": context}
+
+
 def measure_lengths(
     dataset: ChatMLDataset,
     collator: ExtendedHiggsAudioSampleCollator,
@@ -213,8 +234,8 @@ def measure_lengths(
         _Lengths(dataset, collator),
         sampler=chunks,
         batch_size=None,
-        num_workers=num_workers,
         generator=torch.Generator(),  # not the global one: this must not change the run
+        **_workers(num_workers),
     )
     for chunk, (found, wrong) in zip(chunks, loader):
         lengths[chunk * _Lengths.CHUNK :][: len(found)] = found
@@ -483,11 +504,11 @@ class Loader:
             _MicroBatches(dataset, collator),
             sampler=self._sampler,
             batch_size=None,  # the sampler yields whole micro-batches
-            num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=4 if num_workers else None,
             generator=torch.Generator().manual_seed(seed),  # not the global one: workers must not change the run
+            **_workers(num_workers),
         )
 
     def plan(self, position: Position) -> tuple[np.ndarray, np.ndarray]:

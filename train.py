@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -450,11 +449,13 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             log(dist, f"step {at.step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
 
         stop, is_writing = dist.each(signals.received is not None, saver.is_writing)  # either may be so on one rank alone
+        if not is_writing:
+            saver.commit()
         due = cfg.save_steps and (at.step % cfg.save_steps == 0 or done or at.best.get("step") == at.step)
         if at.step != saved and (due or stop or failure):
             saver.start(dataclasses.asdict(at) | {"run": same_run(cfg, loader)})
             saved = at.step
-        if stop or failure or done or not is_writing:
+        if stop or failure or done:
             saver.commit()
 
         if failure:
@@ -494,7 +495,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         at.bad_steps += bool(culprits)
         bad_in_a_row = bad_in_a_row + 1 if culprits else 0
         unreadable = [problem for batch in batches for problem in batch.unreadable]
-        at.bad_samples += report_unreadable(unreadable, total, f"step {at.step}", dist)
+        num_unreadable = report_unreadable(unreadable, total, f"step {at.step}", dist)
+        at.bad_samples += num_unreadable
         is_spike = at.add_loss(values["loss"], cfg.spike_threshold if at.step > cfg.warmup_steps else 0.0)
 
         counts = {"bad_steps": at.bad_steps, "bad_samples": at.bad_samples, "spikes": at.spikes}
@@ -511,7 +513,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
                 "alignment": list(vars(alignment).values()),
             }
             dump(cfg, dist, about | {"resume": str(saver.newest or resume_from or "")}, batches)
-        failure = find_failure(at, bad_in_a_row, cfg)
+        failure = find_failure(at, bad_in_a_row, num_unreadable, cfg)
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
         progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
         progress.update()
@@ -580,13 +582,13 @@ def dump(cfg: Config, dist: Dist, about: dict, batches: Sequence[ExtendedHiggsAu
     log(dist, f"step {about['step']}: look again with python -m tools.replay {folder}/step_{about['step']}-rank0.safetensors")
 
 
-def find_failure(at: Standing, bad_in_a_row: int, cfg: Config) -> Exception | None:
-    """Why the run has to end here, if it has to."""
+def find_failure(at: Standing, bad_in_a_row: int, num_unreadable: int, cfg: Config) -> Exception | None:
+    """Why the run has to end after this step, if it has to."""
     if 0 < cfg.max_bad_steps <= bad_in_a_row:
         return loss.DivergenceError(
             f"{bad_in_a_row} steps in a row were not finite. Saved at step {at.step}; look at the samples named above, or lower --lr"
         )
-    if at.bad_samples > cfg.max_bad_samples:
+    if num_unreadable and at.bad_samples > cfg.max_bad_samples:  # once all are mended, a resumed run goes on
         return DataError(
             f"{at.bad_samples} samples could not be read, more than --max_bad_samples {cfg.max_bad_samples}. Saved at step "
             f"{at.step}; mend what is named above, or allow for more, then continue with --resume auto"
@@ -649,7 +651,6 @@ def run_and_exit(argv: Sequence[str]) -> None:
     try:
         status = main(argv)
     except Exception as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # each loader worker that ends now would raise in here
         if lost_others(error):
             time.sleep(10)
         get_error_handler().record_exception(error)  # for the launcher, who repeats it last

@@ -47,7 +47,7 @@ FAULTS = {
     "slow saving": lambda: later(checkpoint, "_write_rows", 1, lambda: time.sleep(3)),
 }
 
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":  # in its workers, too
+    FAULTS[os.environ["FAULT"]]()
 if __name__ == "__main__":
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        FAULTS[os.environ["FAULT"]]()
     train.run_and_exit(sys.argv[1:])

@@ -232,6 +232,7 @@ def test_a_poisoned_sample_is_skipped_on_all_ranks_and_named(toys, checkpoint_di
         assert "record 7 " in named
     lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
     skipped = [line for line in lines if line["loss"] is None]
+    assert len(list((tmp_path / "o" / "spikes").glob(f"step_{skipped[0]['step']}-rank?.safetensors"))) == 2
     assert len(skipped) == 1 and skipped[0]["grad_norm"] is None and named.startswith(f"step {skipped[0]['step']}:")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and lines[-1]["bad_steps"] == 1
 

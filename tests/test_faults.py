@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,7 @@ import checkpoint
 
 def launch(fault: str, argv: list[str], *options: str, module: str = "tools.launch") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", module, "--standalone", "--nproc_per_node=2", *options, "tests/faulty_train.py", *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, "FAULTY_RUN": argv[argv.index("--output_dir") + 1]}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -28,9 +29,15 @@ def arguments(toys: Path, output_dir: Path, **extra) -> list[str]:
     return settings(toys, output_dir, **{"save_steps": 2, "num_workers": 1, "grad_accum": 1, "max_steps": 6, **extra})
 
 
-def is_running(argument: str) -> bool:
-    """Whether any process has this argument: a rank, a worker, a launcher."""
-    return any(argument in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+def leaves_nothing_running(output_dir: Path) -> bool:
+    """Whether every process of a run has ended: launcher, ranks, and within seconds their workers, which look after them."""
+    deadline = time.time() + 20
+    while time.time() < deadline:
+        environments = [process.info["environ"] or {} for process in psutil.process_iter(["environ"])]
+        if not any(environment.get("FAULTY_RUN") == str(output_dir) for environment in environments):
+            return True
+        time.sleep(0.5)
+    return False
 
 
 slow = pytest.mark.slow
@@ -55,7 +62,7 @@ def test_one_rank_brings_all_down_and_speaks_last(fault, cause, toys, tmp_path):
     assert done.returncode == (128 + signal.SIGKILL if fault == "rank killed" else 1)
     assert re.fullmatch(cause, done.stderr.rstrip().splitlines()[-1].strip()), done.stderr
     assert "rank 1 failed first" in done.stderr and "rank 0 failed first" not in done.stderr
-    assert not is_running(str(tmp_path / "o")) and not (tmp_path / "o" / "final").exists()
+    assert leaves_nothing_running(tmp_path / "o") and not (tmp_path / "o" / "final").exists()
     for folder in checkpoint.list_states(tmp_path / "o" / "checkpoints"):
         assert checkpoint.find_damage(folder) is None
 
@@ -65,7 +72,7 @@ def test_a_rank_that_hangs_is_given_up(toys, tmp_path):
     """The others wait for --dist_timeout, here 0.2 minutes."""
     done = launch("hang", arguments(toys, tmp_path / "o", dist_timeout=0.2))
     assert done.returncode == 1 and "Timed out" in done.stderr.rstrip().splitlines()[-1]
-    assert not is_running(str(tmp_path / "o"))
+    assert leaves_nothing_running(tmp_path / "o")
 
 
 def test_torchrun_restarts_a_run_that_failed(toys, tmp_path):

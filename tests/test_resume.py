@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, run_ranks
@@ -204,10 +205,15 @@ def uninterrupted(toys, tmp_path_factory):
     return extra, whole, run_ranks(run, 2, settings(toys, whole, 4, **extra))[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on_exactly(number, uninterrupted, toys, tmp_path):
-    """Sent to the launcher, as a scheduler or a shell does: exit status 0, a line that says how to go on, nothing lost."""
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGTERM, True), pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow), (signal.SIGINT, False)],
+)
+def test_a_signal_saves_and_the_run_goes_on_exactly(number, to_all, uninterrupted, toys, tmp_path):
+    """Sent to the launcher, as a shell does, or to every process of the job, loader workers too, as a scheduler does: exit
+    status 0, a line that says how to go on, nothing lost."""
     extra, whole, expected = uninterrupted
+    extra = extra | {"num_workers": int(to_all)}
     parts = tmp_path / "parts"
     argv = [
         sys.executable,
@@ -225,7 +231,9 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(number, uninterrupted, toys,
     while not (parts / "metrics.jsonl").exists() or not (parts / "metrics.jsonl").read_text().count("train") >= 3:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    process.send_signal(number)
+    family = psutil.Process(process.pid).children(recursive=True) if to_all else []
+    for member in [process, *family]:
+        member.send_signal(number)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert f"received {number.name}: stopped after step " in error and "--resume auto" in error
@@ -303,31 +311,55 @@ def test_sigterm_while_saving(toys, tmp_path):
     assert logged(parts) == logged(whole)
 
 
-def lose_a_file(dist, argv: list[str], path: str) -> None:
-    """A run in which a clip is damaged after its first step."""
+@pytest.fixture()
+def lose_clips(toys, tmp_path, monkeypatch):
+    """A copy of the toys, and a function that damages a clip of each of these records when the first step begins."""
+    folder = tmp_path / "data"
+    shutil.copytree(toys, folder)
+    records, *_ = data.open_records(str(folder / "train.jsonl"))
     original = train.train_step
 
-    def step(*args, **kwargs):
-        Path(path).write_bytes(b"no codes any more")
-        return original(*args, **kwargs)
+    def lose(*numbers: int) -> dict[Path, bytes]:
+        whole = {records[number].audio[0].path: records[number].audio[0].path.read_bytes() for number in numbers}
 
-    train.train_step = step
-    train.train(train.parse_config(argv), dist)
+        def step(*args, **kwargs):
+            for path in whole:
+                path.write_bytes(b"no codes any more")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(train, "train_step", step)
+        return whole
+
+    yield folder, lose
+    monkeypatch.undo()
 
 
-def test_a_file_that_becomes_unreadable_is_left_out_and_counted(toys, tmp_path):
+def test_a_file_that_becomes_unreadable_is_left_out_and_counted(lose_clips, tmp_path, capsys):
     """The run goes on without the sample, names it, and counts it in metrics.jsonl."""
-    data_folder = tmp_path / "data"
-    shutil.copytree(toys, data_folder)
-    dist = train.setup_distributed("cpu")
-    argv = settings(data_folder, tmp_path / "o", 4, val_steps=0, epochs=3, batch_size=4)
-    records, *_ = data.open_records(str(data_folder / "train.jsonl"))
-    lose_a_file(dist, argv, str(records[7].audio[0].path))
+    folder, lose = lose_clips
+    lose(7)
+    run(train.setup_distributed("cpu"), settings(folder, tmp_path / "o", 4, val_steps=0, epochs=3, batch_size=4))
+    assert f"1 samples cannot be read and are left out\n  {folder / 'train.jsonl'} record 7 " in capsys.readouterr().err
     lines = [line for line in logged(tmp_path / "o") if line["split"] == "train"]
     assert lines[-1]["step"] == len(lines) == 12 and (tmp_path / "o" / "final").is_dir()
     counts = [line["bad_samples"] for line in lines]
     assert counts == sorted(counts) and 2 <= counts[-1] <= 3, "once in each epoch after the first step"
     assert all(line["loss"] > 0 for line in lines)
+
+
+def test_too_many_unreadable_files_end_the_run_until_they_are_mended(lose_clips, tmp_path, capsys, monkeypatch):
+    folder, lose = lose_clips
+    whole = lose(*range(20))
+    argv = settings(folder, tmp_path / "o", 4, val_steps=0, batch_size=4, max_bad_samples=2)
+    assert train.main(argv) == 2
+    assert "more than --max_bad_samples 2. Saved at step" in capsys.readouterr().err
+    assert len(checkpoint.list_states(tmp_path / "o" / "checkpoints")) == 1
+    for path, content in whole.items():
+        path.write_bytes(content)
+    monkeypatch.undo()
+    assert train.main([*argv, "--resume", "auto"]) == 0
+    lines = [line for line in logged(tmp_path / "o") if line["split"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["bad_samples"] > 2
 
 
 def test_files_respect_the_umask_and_hold_no_environment(toys, tmp_path, monkeypatch):
