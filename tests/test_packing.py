@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,10 +33,11 @@ def sums_and_gradients(model, batch, config, packed: bool) -> tuple[LossSums, to
 
 
 def distance(found: dict, expected: dict) -> float:
-    assert found.keys() == expected.keys()
-    return max((found[n] - g).abs().max().item() for n, g in expected.items()) / max(
-        g.abs().max().item() for g in expected.values()
-    )
+    """The largest difference relative to the largest gradient. Upstream leaves parameters without a gradient in a batch without
+    audio; sharded ranks would then disagree on what to reduce, so ours is zero there."""
+    assert found.keys() >= expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    return (max((g - expected.get(n, torch.zeros_like(g))).abs().max() for n, g in found.items()) / scale).item()
 
 
 def extra_samples(name: str, tokenizer, config) -> list:
@@ -58,23 +61,25 @@ EXTRA = ("one token", "no text target", "no audio target", "no target")
 
 
 @pytest.mark.parametrize("name", [*CASES, *EXTRA])
-@pytest.mark.parametrize("pieces", ["whole", "pieces"])
-def test_packed_equals_padded(name, pieces, config, tokenizer, monkeypatch):
-    """float32 on padded rows, dense logits and upstream's mask against one sequence and supervised logits, all at once or in
-    many pieces. Measured: losses within 2e-7 relative, gradients within 2e-6 of the largest."""
-    if pieces == "pieces":
+@pytest.mark.parametrize("how", ["packed", "packed, in pieces", "rows"])
+def test_packed_equals_upstream(name, how, config, tokenizer, monkeypatch):
+    """float32: upstream's own layers on padded rows, with its mask and dense logits, against real positions alone and
+    supervised logits, all at once or in many pieces, attention on one sequence or on padded rows. Measured: losses within
+    3e-7 relative, gradients within 2e-6 of the largest."""
+    if how == "packed, in pieces":
         monkeypatch.setattr(loss, "MAX_LOGITS", 300)
     samples = case_samples(name, tokenizer) if name in CASES else extra_samples(name, tokenizer, config)
-    model = model_patch.patch_for_training(make_model(config)).train()
-    collator = create_collator(config, strict=True)
-    expected, copies, gradients = sums_and_gradients(model, collator(samples), config, packed=False)
+    upstream = make_model(config).train()
+    model = model_patch.patch_for_training(copy.deepcopy(upstream))
+    collator = create_collator(config, strict=True, pack=how != "rows")
+    expected, copies, gradients = sums_and_gradients(upstream, collator(samples), config, packed=False)
     found, found_copies, found_gradients = sums_and_gradients(model, collator(samples), config, packed=True)
     assert torch.equal(found.num_text, expected.num_text) and torch.equal(found.num_audio, expected.num_audio)
     assert torch.equal(found.num_eos, expected.num_eos) and torch.equal(found_copies, copies)
     torch.testing.assert_close(found.pack(), expected.pack(), rtol=2e-6, atol=1e-6)
     if name == "no target":
         assert all((gradient == 0).all() for gradient in found_gradients.values())
-        assert found_gradients.keys() == gradients.keys()
+        assert found_gradients.keys() >= gradients.keys()
     else:
         assert distance(found_gradients, gradients) < 1e-5
 
@@ -192,18 +197,24 @@ def test_layers_never_ask_the_device(config, tokenizer):
     assert counter.found
 
 
-def test_attention_kernels_agree():
-    """Pieces against one masked attention over the whole sequence, with grouped keys. Measured: 2e-7."""
+@pytest.mark.parametrize("row_length", [0, 16])
+def test_attention_kernels_agree(row_length):
+    """Pieces or padded rows against one masked attention over the whole sequence, with grouped keys. Measured: 5e-7, of
+    gradients too."""
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 9]
-    query = torch.randn(15, 4, 8, generator=generator)
-    key, value = (torch.randn(15, 2, 8, generator=generator) for _ in range(2))
+    states = [torch.randn(15, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
     owner = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     mask = (owner[:, None] == owner[None]) & torch.ones(15, 15).tril().bool()
-    states = (query.transpose(0, 1), *(s.repeat_interleave(2, 1).transpose(0, 1) for s in (key, value)))
-    expected = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask).transpose(0, 1)
-    found = model_patch.attend_packed(query, key, value, torch.tensor([0, 5, 6, 15], dtype=torch.int32), lengths)
+    query, key, value = (s.repeat_interleave(4 // s.shape[1], 1).transpose(0, 1) for s in states)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(0, 1)
+    places = torch.tensor([16 * row + place for row, length in enumerate(lengths) for place in range(length)])
+    layout = SimpleNamespace(lengths=lengths, in_rows=places if row_length else None, row_length=row_length)
+    found = model_patch.attend(*states, layout)
     assert (found - expected).abs().max() < 2e-6
+    weights = torch.randn(expected.shape, generator=generator)
+    pairs = zip(*(torch.autograd.grad((result * weights).sum(), states) for result in (found, expected)))
+    assert max((a - b).abs().max() for a, b in pairs) < 5e-6
 
 
 @pytest.mark.gpu
