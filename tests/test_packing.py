@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,9 @@ from collate import IGNORE_INDEX, create_collator
 from loss import AudioIds, LossSums, Objective
 
 
-def sums_and_gradients(model, batch, config, packed: bool) -> tuple[LossSums, torch.Tensor, dict[str, torch.Tensor]]:
+def sums_and_gradients(
+    model, batch, config, packed: bool, with_copies: bool = True
+) -> tuple[LossSums, torch.Tensor | None, dict[str, torch.Tensor]]:
     """Sums, copies (computed without gradients) and all gradients of the objective."""
     ids, alignment = AudioIds.of(config), train.Alignment()
     if not packed:
@@ -27,8 +31,10 @@ def sums_and_gradients(model, batch, config, packed: bool) -> tuple[LossSums, to
     _, total = train.forward(model, batch, ids, alignment)
     text, audio = batch.num_targets()
     Objective()(total.losses, text.float(), audio.float()).backward()
-    with torch.no_grad():
-        copies, _ = train.forward(model, batch, ids, alignment)
+    copies = None
+    if with_copies:
+        with torch.no_grad():
+            copies, _ = train.forward(model, batch, ids, alignment)
     return total.losses.detach(), copies, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -181,9 +187,8 @@ class CountSyncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_layers_never_ask_the_device(config, tokenizer):
-    """Forward and backward of the whole packed model; the padded path, which counts its positions once, shows that the counter
-    counts."""
+def test_training_never_asks_the_device(config, tokenizer):
+    """Forward and backward of the whole model on a batch with its layout; without one, it asks once where everything is."""
     batch = create_collator(config, strict=True)(case_samples("multi-segment", tokenizer))
     model = model_patch.patch_for_training(make_model(config)).train()
     text, audio = (count.float() for count in batch.num_targets())
@@ -195,6 +200,61 @@ def test_layers_never_ask_the_device(config, tokenizer):
     with CountSyncs() as counter:
         train.forward(model, batch, AudioIds.of(config), train.Alignment())
     assert counter.found
+
+
+def test_layers_never_ask_the_device(config):
+    """A layer's forward and backward on a padded batch, and what upstream's asks for the same. Measured: 7e-7 between them."""
+    layer = make_model(config).layers[0]
+    hidden = torch.randn(2, 9, 128, requires_grad=True)
+    attended = torch.arange(9) < torch.tensor([[9], [4]])
+    is_audio = attended & (torch.arange(9) % 3 == 0)
+    tables = model_patch.LlamaRotaryEmbedding(config=config.text_config)(hidden, torch.arange(9)[None].expand(2, 9))
+    mask = torch.where(attended[:, None, None] & torch.ones(9, 9).tril().bool(), 0.0, -torch.inf)
+    with CountSyncs() as counter:
+        (expected,) = layer(hidden, mask, audio_out_mask=is_audio, position_embeddings=tables)
+        expected[attended].sum().backward()
+    assert len(counter.found) > 4
+    expected_grad, hidden.grad = hidden.grad, None
+
+    layer.__class__ = model_patch.TrainableDualFFNDecoderLayer
+    routing = model_patch.Routing.of(attended, is_audio)
+    assert routing.num_text == (attended & ~is_audio).sum() and routing.lengths == [9, 4]
+    with CountSyncs() as counter:
+        tables = [table.flatten(0, 1).index_select(0, routing.flat) for table in tables]
+        found = layer(hidden.flatten(0, 1).index_select(0, routing.flat), packing=routing, position_embeddings=tables)
+        found.sum().backward()
+    assert counter.num_ops > 50 and not counter.found
+    torch.testing.assert_close(found, expected.flatten(0, 1)[routing.flat], rtol=0, atol=5e-6)
+    torch.testing.assert_close(hidden.grad, expected_grad, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend, config, tokenizer, monkeypatch):
+    """Loss and all gradients in float32. One graph of each half of a layer serves all layers and lengths, and one more of each
+    a batch without audio. Measured: 0 by aot_eager, 9e-7 by inductor, which needs a C++ compiler."""
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor needs a C++ compiler")
+    compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend))
+    monkeypatch.setattr(model_patch, "_compiled", compiled)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    model = model_patch.patch_for_training(make_model(config)).train()
+    model_patch.add_lora(model, 4, 8, 0.0, ["q_proj"])
+    model_patch.init_lora(model, 0)
+    model.requires_grad_(True)
+    collator = create_collator(config, strict=True)
+    for name, num_graphs in (("single", 2), ("multi-segment", 2), ("text-only", 4)):
+        batch = collator(case_samples(name, tokenizer))
+        expected, gradients = sums_and_gradients(model, batch, config, packed=True, with_copies=False)[::2]
+        model_patch.compile_layers(model)
+        found, found_gradients = sums_and_gradients(model, batch, config, packed=True, with_copies=False)[::2]
+        for layer in model.layers:
+            layer.compiled = False
+        torch.testing.assert_close(found.pack(), expected.pack(), rtol=2e-6, atol=1e-6)
+        assert distance(found_gradients, gradients) < 1e-5
+        assert graphs["unique_graphs"] == num_graphs
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("row_length", [0, 16])
