@@ -45,7 +45,7 @@ class CollateError(ValueError):
 
 @dataclass
 class Packing:
-    """A batch as one sequence without padding: its samples one after the other, each placeholder replaced by its columns.
+    """A batch as one sequence: its samples one after the other without padding, each placeholder replaced by its columns.
 
     The model keeps the positions sorted by what they hold, text before audio, because the two go through different FFNs:
     T positions, num_text of them text, then the columns of `audio_in_ids` and those of `audio_out_ids`, in their order.
@@ -55,6 +55,8 @@ class Packing:
     in_sequence   [T] int64, where in the sequence each sorted position stands; to_sorted [T] is its inverse
     position_ids  [T] int64, of each sorted position within its sample
     lengths       positions of each sample; offsets [samples + 1] int32, where each begins in the sequence
+    in_rows       [T] int64, where in padded rows of row_length each place of the sequence stands, if attention is to work
+                  on rows instead of on the sequence
     text_rows     [text targets] int64, sorted positions that predict a text target
     text_targets, text_inputs      [text targets, 1] int64, the target and the token that is fed at the position
     audio_rows    [audio rows] int64, sorted positions that predict at least one code
@@ -73,6 +75,12 @@ class Packing:
     audio_rows: Tensor
     audio_targets: Tensor
     audio_inputs: Tensor
+    in_rows: Tensor | None = None
+    row_length: int = 0
+
+    @property
+    def num_text(self) -> int:
+        return len(self.text_ids)
 
     @property
     def num_positions(self) -> int:
@@ -82,6 +90,11 @@ class Packing:
     def num_pairs(self) -> int:
         """Of a position and one that it attends to: itself and those before it in its sample."""
         return sum(length * (length + 1) // 2 for length in self.lengths)
+
+    @property
+    def num_places(self) -> int:
+        """Positions that attention works on, with padding."""
+        return len(self.lengths) * self.row_length or self.num_positions
 
     @classmethod
     def of(cls, batch: ExtendedHiggsAudioBatchInput, audio_in_token: int, audio_out_token: int) -> Packing:
@@ -129,6 +142,14 @@ class Packing:
             audio_inputs=codes[:, trained].T.contiguous(),
         )
 
+    def with_rows(self, round_to: int) -> Packing:
+        """The same with a padded row for each sample."""
+        lengths = torch.tensor(self.lengths)
+        row_length = math.ceil(max(self.lengths) / round_to) * round_to
+        gaps = torch.arange(len(lengths)) * row_length - self.offsets[:-1]
+        in_rows = torch.arange(self.num_positions) + gaps.repeat_interleave(lengths)
+        return dataclasses.replace(self, in_rows=in_rows, row_length=row_length)
+
 
 def _clip_lengths(starts: Tensor | None, codes: Tensor | None) -> Tensor:
     """Columns of each clip, from where they start in their concatenation."""
@@ -159,7 +180,7 @@ class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
     unreadable: list[str] = field(default_factory=list)  # what is wrong with samples that should be here and are not
     clamped: dict[str, int] = field(default_factory=dict)  # clamped audio indices by source
     has_label_overrides: bool = False  # some labels came from `audio_label_ids_concat`, not from the inputs
-    packing: Packing | None = None  # the same batch without padding; None where the audio comes through Whisper
+    packing: Packing | None = None  # the same batch as one sequence; None where the audio comes through Whisper
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -205,7 +226,8 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
     feature_shape:     (mel_bins, mel_frames) of the model's audio tower, which wants (perhaps empty) features in every
                        batch; None for a model without one.
     strict:            more placeholders than clips is an error instead of a clamped index.
-    pack:              add the batch's `Packing`, unless audio comes through Whisper or is not heard at all.
+    pack:              attention works on one sequence without padding, else on padded rows. Neither where audio comes
+                       through Whisper or is not heard at all: such a batch has no `Packing`.
     Other arguments are the official collator's.
     """
 
@@ -219,7 +241,8 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         **kwargs,
     ):
         super().__init__(whisper_processor=None, encode_whisper_embed=False, **kwargs)
-        self.pack = pack and feature_shape is None and self.return_audio_in_tokens
+        self.has_packing = feature_shape is None and self.return_audio_in_tokens
+        self.pack = pack and self.has_packing
         self.feature_extractor = feature_extractor
         self.feature_shape = feature_shape
         self.strict = strict
@@ -251,8 +274,9 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         if result.label_audio_ids is not None and not self.disable_audio_codes_transform:
             self._override_labels(result, repaired)
         self._add_features(result, repaired)
-        if self.pack:
-            result.packing = Packing.of(result, self.audio_in_token_id, self.audio_out_token_id)
+        if self.has_packing:
+            packing = Packing.of(result, self.audio_in_token_id, self.audio_out_token_id)
+            result.packing = packing if self.pack else packing.with_rows(self.round_to)
         return result
 
     def num_positions(self, num_ids: int, clips: Sequence[tuple[int, bool]]) -> int:

@@ -58,7 +58,7 @@ class Config:
         0, "positions (text, frames and delay columns, with padding) per micro-batch and rank, instead of --batch_size; 0: off"
     )
     pack: bool = _setting(
-        True, "compute each micro-batch as one sequence without padding; no: as padded rows, as upstream does", const=True
+        True, "attention works on each micro-batch as one sequence without padding; no: on padded rows", const=True
     )
     long: str = _setting(
         "error", "what to do with samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")
@@ -96,6 +96,9 @@ class Config:
         "use_gradient_checkpointing",
         const="full",
         choices=model_patch.CHECKPOINTING_MODES,
+    )
+    compile: bool = _setting(
+        False, "compile the decoder layers' element-wise work with torch.compile; the first steps take minutes", const=True
     )
     replicate: int = _setting(1, "HSDP: number of replicas the ranks are divided into, each sharded by itself")
     num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
@@ -209,6 +212,8 @@ def _find_problems(cfg: Config) -> list[str]:
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
+    if cfg.compile and cfg.activation_checkpointing == "selective":
+        problems.append("--compile recomputes what is cheap by itself; use --activation_checkpointing none or full with it")
     if cfg.seed >= 2**31:
         problems.append(f"--seed {cfg.seed}: must be below 2147483648")
     if cfg.dist_timeout == 0:

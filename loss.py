@@ -172,12 +172,15 @@ def packed_sums(
     audio, eos, right, right_eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
     supervised = packing.audio_targets != IGNORE_INDEX
     is_eos = packing.audio_targets == stream_eos
-    counts = [eos[None], eos.new_tensor([len(packing.text_rows)]), supervised.sum(0), is_eos.sum()[None]]
+    counts = [eos[None], eos.new_full((1,), len(packing.text_rows)), supervised.sum(0), is_eos.sum()[None]]
     return torch.cat([text, audio, *counts, right_text, right, right_eos[None]]), text_copies + audio_copies
 
 
 def _stream_sums(rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool) -> tuple[Tensor, ...]:
-    """(nats [K], end-of-stream nats [], right guesses [K], end-of-stream ones [], copies [2]) of one stream. Pieces are computed again in the backward pass."""
+    """(nats [K], end-of-stream nats [], right guesses [K], end-of-stream ones [], copies [2]) of one stream.
+
+    Where there are several pieces, each is computed again in the backward pass.
+    """
     indices, targets, inputs = (getattr(packing, f"{stream}_{name}") for name in ("rows", "targets", "inputs"))
     size = max(1, MAX_LOGITS // head.out_features)
     total: tuple[Tensor, ...] | None = None

@@ -12,14 +12,18 @@ the weights, the state-dict names and `isinstance` stay as they were, a deep cop
   HiggsAudioModel._apply_audio_tower      a batch without audio leaves the tower out of the backward graph, so FSDP
   (and _embed_audio_ids)                  ranks would disagree on what to reduce. Here: kept in the graph by a sum over
                                           nothing, which is exactly 0 and has exactly zero gradients.
+  HiggsAudioModel._update_causal_mask     a batch with any padding gets a float mask [B, 1, S, S] and leaves the kernels'
+                                          causal path. Here: no mask, for no position ever sees padding.
   HiggsAudioModel._forward_core           the positions of text and of audio are looked up (a device synchronisation)
-  HiggsAudioDualFFNDecoderLayer.forward   four times in every layer. Here: once per forward, then gathered. The FFN's
-                                          result takes the residual's dtype, and the layer can recompute its
-                                          activations in the backward pass, which upstream ignores.
+  HiggsAudioDualFFNDecoderLayer.forward   four times in every layer, both norms run on all positions, and padding runs
+                                          through everything. Here: the layers work on the real positions alone, text
+                                          before audio, which are looked up once per forward or come with the batch
+                                          (`collate.Packing`). The result takes the residual's dtype, and the layer can
+                                          recompute its activations in the backward pass, which upstream ignores.
 
 Inference with a cache runs the upstream layers untouched.
 
-Legend: B batch, S positions after expansion, K codebooks, N audio positions in the batch, D width.
+Legend: B batch, S positions after expansion, T real positions in the batch, K codebooks, N audio positions, D width.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,7 +50,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 if TYPE_CHECKING:
     from collate import Packing
@@ -60,6 +65,7 @@ CHECKPOINTING_MODES = ("none", "full", "selective")
 # sha256 of each upstream function that the subclasses replace or rely on, boson-multimodal 0.1.1.
 UPSTREAM_SOURCES = {
     HiggsAudioModel.forward: "6001ef61c2f31e68",
+    HiggsAudioModel._update_causal_mask: "665355ead1faf570",
     HiggsAudioModel._forward_core: "50f95f8ada0179bd",
     HiggsAudioModel._embed_audio_ids: "9abc216fa2a10048",
     HiggsAudioModel._apply_audio_tower: "b3cd752abce9df82",
@@ -72,118 +78,153 @@ class PatchError(ValueError):
 
 
 class Routing(NamedTuple):
-    """Which positions of a batch go through which FFN; computed once per forward, shared by all layers."""
+    """What the layers read of a `collate.Packing`, from a padded batch on the device."""
 
-    mask: Tensor  # [B, S] bool, True where the position holds an audio code
-    text: Tensor  # [num_text] int64, flat indices of the other positions
-    audio: Tensor  # [num_audio] int64, flat indices of the audio positions
-    restore: Tensor  # [B * S] int64, where each flat position stands in cat(text, audio)
+    num_text: int
+    in_sequence: Tensor  # [T] int64, where in the sequence of all samples each sorted position stands
+    to_sorted: Tensor  # [T] int64, its inverse
+    lengths: list[int]  # of each sample; offsets [B + 1] int32, where each begins in the sequence
+    offsets: Tensor
+    flat: Tensor  # [T] int64, where in [B * S] each sorted position stands
+    in_rows: None = None
 
     @classmethod
-    def of(cls, mask: Tensor) -> Routing:
-        flat = mask.flatten()
-        order = torch.sort(flat, stable=True).indices
-        num_text = int((~flat).sum())
-        restore = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return cls(mask, order[:num_text], order[num_text:], restore)
+    def of(cls, attended: Tensor, is_audio: Tensor) -> Routing:
+        """attended, is_audio: [B, S] bool. Asks the device once."""
+        kinds = torch.where(attended, is_audio.long(), 2).flatten()  # text, audio, padding
+        num_text, *lengths = torch.cat([(kinds == 0).sum()[None], attended.sum(1)]).tolist()
+        flat = torch.sort(kinds, stable=True).indices[: sum(lengths)]
+        in_sequence = (attended.flatten().cumsum(0) - 1)[flat]
+        to_sorted = torch.empty_like(flat).scatter_(0, in_sequence, torch.arange(len(flat), device=flat.device))
+        offsets = functional.pad(attended.sum(1).cumsum(0), (1, 0)).int()
+        return cls(num_text, in_sequence, to_sorted, lengths, offsets, flat)
 
 
 class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
-    """The dual-FFN layer on precomputed positions, with activation checkpointing."""
+    """The dual-FFN layer on real positions alone, text before audio, so that each norm and FFN has a slice to itself."""
 
     checkpointing = "none"
+    compiled = False
 
-    def forward(
-        self, hidden_states, attention_mask=None, *args, packing=None, audio_out_mask=None, position_embeddings=None, **kwargs
-    ):
-        if packing is not None:
-            run = functools.partial(self._forward_packed, packing=packing)
-            return self._checkpointed(run, hidden_states, *position_embeddings)
-        if isinstance(audio_out_mask, Routing):
-            run = functools.partial(self._forward_routed, routing=audio_out_mask)
-            return (self._checkpointed(run, hidden_states, attention_mask, position_embeddings),)
-        return super().forward(
-            hidden_states,
-            attention_mask,
-            *args,
-            audio_out_mask=audio_out_mask,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-
-    def _checkpointed(self, run: Callable[..., Tensor], *args) -> Tensor:
+    def forward(self, hidden_states, *args, packing: Packing | Routing | None = None, position_embeddings=None, **kwargs):
+        """With a packing, hidden_states are [T, D], position_embeddings two [T, head_dim], and the result is [T, D]."""
+        if packing is None:
+            return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        run = functools.partial(self._forward_packed, packing=packing)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return run(*args)
+            return run(hidden_states, *position_embeddings)
         context = {"context_fn": _selective_contexts} if self.checkpointing == "selective" else {}
-        return checkpoint(run, *args, use_reentrant=False, **context)
+        return checkpoint(run, hidden_states, *position_embeddings, use_reentrant=False, **context)
 
-    def _forward_packed(self, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
-        """hidden: [T, D], text before audio, so that each norm and FFN has a slice to itself; cos, sin: [T, head_dim]."""
-        split = (len(packing.text_ids), packing.num_positions - len(packing.text_ids))
-        text, audio = hidden.split(split)
-        normed = torch.cat([self.input_layernorm(text), self.audio_input_layernorm(audio)])
-        hidden = hidden + self._attend(normed, cos, sin, packing).to(hidden.dtype)
-        text, audio = hidden.split(split)
-        text = self.mlp(self.post_attention_layernorm(text))
-        audio = self.audio_mlp(self.audio_post_attention_layernorm(audio))
-        return hidden + torch.cat([text, audio]).to(hidden.dtype)
-
-    def _attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
-        """Causal attention within each sample; hidden: [T, D] sorted, as is the result."""
-        attention = self.self_attn
-        T = len(hidden)
-        query = attention.q_proj(hidden).view(T, attention.num_heads, attention.head_dim)
-        key, value = (
-            projection(hidden).view(T, attention.num_key_value_heads, attention.head_dim)
-            for projection in (attention.k_proj, attention.v_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        query, key, value = (states.index_select(0, packing.to_sorted) for states in (query, key, value))
-        attended = attend_packed(query, key, value, packing.offsets, packing.lengths)
-        return attention.o_proj(attended.flatten(1).index_select(0, packing.in_sequence))
-
-    def _forward_routed(self, hidden: Tensor, attention_mask, position_embeddings, routing: Routing) -> Tensor:
-        """hidden: [B, S, D]; returns [B, S, D] in the same dtype."""
-        B, S, D = hidden.shape
-        is_audio = routing.mask.unsqueeze(-1)
-        normed = torch.where(is_audio, self.audio_input_layernorm(hidden), self.input_layernorm(hidden))
-        attended = self.self_attn(hidden_states=normed, attention_mask=attention_mask, position_embeddings=position_embeddings)[
-            0
-        ]
-        hidden = hidden + attended.to(hidden.dtype)
-        flat = hidden.view(B * S, D)
-        text = self.mlp(self.post_attention_layernorm(flat.index_select(0, routing.text)))
-        audio = self.audio_mlp(self.audio_post_attention_layernorm(flat.index_select(0, routing.audio)))
-        updates = torch.cat([text.to(hidden.dtype), audio.to(hidden.dtype)])
-        return hidden + updates.index_select(0, routing.restore).view(B, S, D)
+    def _forward_packed(self, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing | Routing) -> Tensor:
+        # Attention goes by the samples' lengths, which differ in every batch, so it stays outside of what is compiled.
+        before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
+        order = packing.to_sorted, packing.in_sequence
+        states = before(self, hidden, cos, sin, *order, packing.num_text)
+        return after(self, hidden, attend(*states, packing), *order, packing.num_text)
 
 
-def attend_packed(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lengths: list[int]) -> Tensor:
+def _before_attention(
+    layer: TrainableDualFFNDecoderLayer,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    to_sorted: Tensor,
+    in_sequence: Tensor,
+    num_text: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [T, heads, head_dim], keys and values [T, key heads, head_dim], in the order of the sequence."""
+    attention = layer.self_attn
+    text, audio = hidden[:num_text], hidden[num_text:]
+    normed = torch.cat([_normed(layer.input_layernorm, text), _normed(layer.audio_input_layernorm, audio)])
+    query, key, value = (
+        projection(normed).unflatten(1, (-1, attention.head_dim))
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    return tuple(Reorder.apply(states, to_sorted, in_sequence) for states in (query, key, value))
+
+
+def _after_attention(
+    layer: TrainableDualFFNDecoderLayer,
+    hidden: Tensor,
+    attended: Tensor,
+    to_sorted: Tensor,
+    in_sequence: Tensor,
+    num_text: int,
+) -> Tensor:
+    """The rest of the layer; attended: [T, heads, head_dim]."""
+    attended = Reorder.apply(attended.flatten(1), in_sequence, to_sorted)
+    hidden = hidden + layer.self_attn.o_proj(attended).to(hidden.dtype)
+    text, audio = hidden[:num_text], hidden[num_text:]
+    text = layer.mlp(_normed(layer.post_attention_layernorm, text))
+    audio = layer.audio_mlp(_normed(layer.audio_post_attention_layernorm, audio))
+    return hidden + torch.cat([text, audio]).to(hidden.dtype)
+
+
+def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+    """What `norm` computes, by the fused kernel where there is one."""
+    if norm.weight.dtype != hidden.dtype:
+        return norm(hidden)
+    return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+class Reorder(torch.autograd.Function):
+    """Rows in another order. What is selected comes back by selecting, where `index_select` would add row by row to zeros."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing | Routing) -> Tensor:
     """Causal attention of each sample to itself.
 
     query: [T, heads, head_dim]; key, value: [T, key heads, head_dim], in the order of the sequence
-    offsets: [samples + 1] int32, where samples begin; lengths: the same as numbers the host knows
     returns: [T, heads, head_dim]
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        longest = max(lengths)
-        return varlen_attn(query, key, value, offsets, offsets, longest, longest, **_varlen_options(query, key))
+    sdpa = functools.partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    if packing.in_rows is not None:  # [T, heads, head_dim] -> [B, heads, S, head_dim]; nothing sees the padding after it
+        shape = len(packing.lengths), packing.row_length
+        rows = (x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy(0, packing.in_rows, x) for x in (query, key, value))
+        attended = sdpa(*(x.unflatten(0, shape).transpose(1, 2) for x in rows))
+        return attended.transpose(1, 2).flatten(0, 1).index_select(0, packing.in_rows)
+    if _has_varlen(query.device, query.dtype):
+        longest = max(packing.lengths)
+        return varlen_attn(
+            query, key, value, packing.offsets, packing.offsets, longest, longest, **_varlen_options(query.shape != key.shape)
+        )
     pieces = [  # [T, heads, head_dim] -> [samples][1, heads, length, head_dim]
-        functional.scaled_dot_product_attention(*(s.transpose(0, 1)[None] for s in states), is_causal=True, enable_gqa=True)
-        for states in zip(*(states.split(lengths) for states in (query, key, value)))
+        sdpa(*(piece.transpose(0, 1)[None] for piece in states))
+        for states in zip(*(states.split(packing.lengths) for states in (query, key, value)))
     ]
     return torch.cat([piece[0].transpose(0, 1) for piece in pieces])
 
 
 @functools.cache
-def _varlen_parameters() -> frozenset[str]:
-    return frozenset(inspect.signature(varlen_attn).parameters)
+def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `varlen_attn`, a flash attention, runs there."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _varlen_options(query: Tensor, key: Tensor) -> dict:
+@functools.cache
+def _varlen_options(is_grouped: bool) -> dict:
     """How this PyTorch's `varlen_attn` is asked for causal attention with grouped keys; the names have changed once."""
-    options: dict = {"window_size": (-1, 0)} if "window_size" in _varlen_parameters() else {"is_causal": True}
-    return options | ({"enable_gqa": True} if "enable_gqa" in _varlen_parameters() and query.shape != key.shape else {})
+    names = inspect.signature(varlen_attn).parameters
+    options: dict = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    return options | ({"enable_gqa": True} if "enable_gqa" in names and is_grouped else {})
 
 
 class TrainableHiggsAudioModel(HiggsAudioModel):
@@ -192,9 +233,13 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
     @property
     def can_pack(self) -> bool:
         """Whether the model has nothing but what `_forward_packed` computes."""
+        return self.audio_tower is None and self._is_routable
+
+    @property
+    def _is_routable(self) -> bool:
+        """Whether the layers can work on the real positions alone."""
         return (
-            self.audio_tower is None
-            and self.config.audio_decoder_proj_num_layers == 0
+            self.config.audio_decoder_proj_num_layers == 0
             and not self.config.text_config.attention_dropout
             and all(isinstance(layer, TrainableDualFFNDecoderLayer) for layer in self.layers)
         )
@@ -245,17 +290,30 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
             self._unused.append(embed.sum())
         return embed, lengths
 
-    def _forward_core(self, *args, audio_discrete_codes_mask, use_cache, output_attentions, **kwargs):
-        routed = all(isinstance(layer, TrainableDualFFNDecoderLayer) for layer in self.layers)
-        if routed and not use_cache and not output_attentions:
-            audio_discrete_codes_mask = Routing.of(audio_discrete_codes_mask)
-        return super()._forward_core(
-            *args,
-            audio_discrete_codes_mask=audio_discrete_codes_mask,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            **kwargs,
-        )
+    def _update_causal_mask(self, attention_mask, input_tensor, cache_position, past_key_values, output_attentions):
+        """[B, S] as it came, which is how `_forward_core` knows that it is to work on the real positions alone."""
+        if self._is_routable and past_key_values is None and not output_attentions:
+            return attention_mask
+        return super()._update_causal_mask(attention_mask, input_tensor, cache_position, past_key_values, output_attentions)
+
+    def _forward_core(self, *, hidden_states, causal_mask, output_hidden_states, **kwargs):
+        if causal_mask is None or causal_mask.ndim != 2:
+            states = {"hidden_states": hidden_states, "causal_mask": causal_mask}
+            return super()._forward_core(**states, output_hidden_states=output_hidden_states, **kwargs)
+        routing = Routing.of(causal_mask.bool(), kwargs["audio_discrete_codes_mask"])
+        tables = self.rotary_emb(hidden_states, kwargs["position_ids"].flatten()[None, routing.flat])
+        position_embeddings = [table[0] for table in tables]
+        hidden, seen = hidden_states.flatten(0, 1).index_select(0, routing.flat), []
+        for layer in self.layers:
+            if output_hidden_states:
+                seen.append(_as_rows(hidden, routing, hidden_states))
+            hidden = layer(hidden, packing=routing, position_embeddings=position_embeddings)
+        return _as_rows(hidden, routing, hidden_states), tuple(seen) if output_hidden_states else None, None
+
+
+def _as_rows(hidden: Tensor, routing: Routing, like: Tensor) -> Tensor:
+    """hidden: [T, D]; returns [B, S, D], zero where there is padding."""
+    return torch.zeros_like(like).flatten(0, 1).index_copy(0, routing.flat, hidden).view_as(like)
 
 
 def patch_for_training(model: HiggsAudioModel) -> HiggsAudioModel:
@@ -284,7 +342,8 @@ def unpatch(model: HiggsAudioModel) -> HiggsAudioModel:
     for layer in model.layers:
         if type(layer) is TrainableDualFFNDecoderLayer:
             layer.__class__ = HiggsAudioDualFFNDecoderLayer
-            layer.__dict__.pop("checkpointing", None)
+            for name in ("checkpointing", "compiled"):
+                layer.__dict__.pop(name, None)
     return model
 
 
@@ -338,6 +397,14 @@ def set_activation_checkpointing(model: HiggsAudioModel, mode: str) -> None:
         raise PatchError("activation checkpointing needs a model whose decoder layers are all plain dual-FFN layers")
     for layer in layers:
         layer.checkpointing = mode
+
+
+def compile_layers(model: HiggsAudioModel) -> None:
+    """Run the decoder layers through `torch.compile`, except for attention; one graph serves all layers and lengths."""
+    if not all(isinstance(layer, TrainableDualFFNDecoderLayer) for layer in model.layers):
+        raise PatchError("--compile needs a model whose decoder layers are all plain dual-FFN layers")
+    for layer in model.layers:
+        layer.compiled = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,7 +519,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    """The whole FSDP2 sharding plan: each decoder layer, each layer of the audio tower, then the rest at the root.
+    """The whole FSDP2 plan: each decoder layer, each layer of the audio tower, then the rest at the root; what is prefetched.
 
     mesh:        1-D (shard), or 2-D (replicate, shard) for HSDP.
     param_dtype: what is gathered and computed in; gradients are always reduced in float32.
@@ -464,6 +531,10 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
     for layer in (*tower_layers, *model.layers):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.set_modules_to_forward_prefetch([model.layers[0]])
+    for layer, following in pairwise(model.layers):  # while one layer computes, the next one's weights are on their way
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
 
 
 @dataclass(frozen=True)

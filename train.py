@@ -74,6 +74,8 @@ def build_model(
         model_patch.freeze(model, _split(cfg.freeze))
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
+    if cfg.compile:
+        model_patch.compile_layers(model)
     model_patch.shard(model, dist.mesh, param_dtype=compute_dtype)
     model_patch.materialize(model, dist.device)
     unused = dist.together(lambda: checkpoint.check_base(model, folder))
@@ -105,20 +107,21 @@ class Totals:
     """Sums over micro-batches: the loss's, and what they were computed from."""
 
     losses: loss.LossSums
-    num_tokens: Tensor  # [] float32, without padding
-    num_positions: Tensor  # [] float32, with padding
-    num_frames: Tensor  # [] float32, audio frames without delay columns
-    num_unreadable: Tensor  # [] float32, samples that are missing
-    num_pairs: Tensor  # [] float32, of a position and one that it attends to
+    num_tokens: float  # without padding
+    num_positions: float  # that attention works on
+    num_frames: float  # of audio, without delay columns
+    num_unreadable: float  # samples that are missing
+    num_pairs: float  # of a position and one that it attends to
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
     def sum_over(self, dist: Dist) -> Totals:
-        """The same over all ranks, in one all-reduce. Collective."""
-        counts = torch.stack([getattr(self, f.name) for f in dataclasses.fields(self)[1:]])
-        packed = dist.sum(torch.cat([self.losses.pack(), counts]))
-        return Totals(loss.LossSums.unpack(packed[: -len(counts)]), *packed[-len(counts) :])
+        """The same over all ranks, on the host: one all-reduce, one wait for the device. Collective."""
+        counts = torch.tensor([float(getattr(self, f.name)) for f in dataclasses.fields(self)[1:]])
+        packed = torch.cat([self.losses.pack(), counts.to(dist.device, non_blocking=True)])
+        packed = dist.sum(packed).cpu()
+        return Totals(loss.LossSums.unpack(packed[: -len(counts)]), *packed[-len(counts) :].tolist())
 
 
 def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[Tensor, Totals]:
@@ -127,21 +130,19 @@ def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alig
     returns: `loss.copy_counts` [2], zero while training; the totals
     """
     with_copies = not torch.is_grad_enabled()
+    counts = batch.num_frames(), len(batch.unreadable)
     if batch.packing is not None and model.can_pack and alignment == Alignment():
+        packing = batch.packing
         head_loss = functools.partial(loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies)
-        sums, copies = model(**batch.model_inputs(), packing=batch.packing, head_loss=head_loss)
-        tokens, pairs = batch.packing.num_positions, batch.packing.num_pairs
-        numbers = (tokens, tokens, batch.num_frames(), len(batch.unreadable), pairs)
-        return copies, Totals(loss.LossSums.unpack(sums), *(torch.tensor(float(n), device=sums.device) for n in numbers))
-    output = model(**batch.model_inputs())
+        sums, copies = model(**batch.model_inputs(), packing=packing, head_loss=head_loss)
+        positions = packing.num_positions, packing.num_places
+        return copies, Totals(loss.LossSums.unpack(sums), *positions, *counts, packing.num_pairs)
+    output = model(**batch.model_inputs())  # logits everywhere; the device has to be asked where everything is
     scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
     copies = loss.copy_counts(scored) if with_copies else torch.zeros(2, device=output.logits.device)
-    mask = output.attention_mask
-    lengths = mask.sum(1).float()
-    numbers = (mask.numel(), batch.num_frames(), len(batch.unreadable))
-    others = [torch.tensor(float(number), device=mask.device) for number in numbers]
-    pairs = (lengths * (lengths + 1) / 2).sum()
-    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), lengths.sum(), *others, pairs)
+    lengths = output.attention_mask.sum(1).tolist()
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), sum(lengths), output.attention_mask.numel(), *counts, pairs)
 
 
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
@@ -169,16 +170,19 @@ def train_step(
 ) -> tuple[Totals, float, list[str]]:
     """One optimizer step over this rank's micro-batches.
 
-    returns: this rank's part of the totals; the global gradient norm; the samples that made it not finite (on any rank,
-             normally none), in which case nothing was updated on any rank.
+    returns: the totals over all ranks, on the host; the global gradient norm; the samples that made it not finite (on any
+             rank, normally none), in which case nothing was updated on any rank.
 
     Targets are counted over all micro-batches and ranks first. Each micro-batch then contributes its share of the one
     global loss, so its gradients are just summed: over micro-batches by accumulation, over ranks by FSDP, whose average
     the factor world_size turns back into a sum. Dropout is seeded by (seed, step, micro-batch), which makes a step
     independent of how its micro-batches are divided among ranks, and a resumed run equal to an uninterrupted one.
+
+    The host waits for the device once, when everything but the update is queued: the gradient norm decides on it, and what is
+    logged comes along. Meanwhile the update runs, the caller logs and prepares the next step.
     """
     counts = [torch.cat([text[None], audio]) for text, audio in (batch.num_targets() for batch in batches)]
-    counts = dist.sum(torch.stack(counts).sum(0).to(dist.device)).float()
+    counts = dist.sum(torch.stack(counts).sum(0).to(dist.device, non_blocking=True)).float()
     num_text, num_audio = counts[0], counts[1:]
 
     total, values = None, []
@@ -195,7 +199,8 @@ def train_step(
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    total, grad_norm = total.sum_over(dist), grad_norm.item()
     culprits: list[str] = []
     if math.isfinite(grad_norm):  # the same number on every rank, so all of them step or none does
         for group in optimizer.param_groups:
@@ -276,7 +281,7 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
 
 def report_unreadable(mine: Sequence[str], total: Totals, when: str, dist: Dist) -> int:
     """Name the samples that were left out, this rank's being `mine`; returns how many there are. Collective."""
-    count = int(total.num_unreadable.item())
+    count = int(total.num_unreadable)
     if count:
         everyones = [problem for part in dist.gather(list(mine)) for problem in part]
         log_list(dist, f"{when}: {count} samples cannot be read and are left out", everyones)
@@ -308,15 +313,15 @@ def step_metrics(
     total: Totals, objective: Objective, step_time_sec: float, flops: model_patch.Flops, frame_rate_hz: float, dist: Dist
 ) -> dict:
     """One line of metrics.jsonl, from global totals."""
-    tokens = total.num_tokens.item()
+    tokens = total.num_tokens
     losses, peak = total.losses, _peak_flops(dist.device)
-    num_flops = flops.total(tokens, total.num_pairs.item(), losses.num_text.item(), losses.num_audio.max().item())
+    num_flops = flops.total(tokens, total.num_pairs, losses.num_text.item(), losses.num_audio.max().item())
     on_gpu = dist.device.type == "cuda"
     return objective.metrics(total.losses) | {
         "tokens": int(tokens),
-        "padding_ratio": 1 - tokens / total.num_positions.item(),
+        "padding_ratio": 1 - tokens / total.num_positions,
         "tokens_per_sec": tokens / step_time_sec,
-        "audio_sec_per_sec": total.num_frames.item() / frame_rate_hz / step_time_sec,
+        "audio_sec_per_sec": total.num_frames / frame_rate_hz / step_time_sec,
         "mfu": num_flops / step_time_sec / (peak * dist.world_size) if peak else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
         "step_time_sec": step_time_sec,
@@ -489,7 +494,6 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             seed=cfg.seed,
             step=at.step,
         )
-        total = total.sum_over(dist)
         values = step_metrics(total, objective, time.perf_counter() - started, flops, frame_rate_hz, dist)
         at.step += 1
         at.bad_steps += bool(culprits)

@@ -49,7 +49,7 @@ def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int,
             model, optimizer, batches, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=1.0, seed=0, step=step
         )
         assert not culprits
-        losses.append(objective.metrics(total.sum_over(dist).losses)["loss"])
+        losses.append(objective.metrics(total.losses)["loss"])
         norms.append(norm)
     return losses, norms, {n: full(p) for n, p in model.named_parameters() if p.requires_grad}
 
@@ -147,7 +147,7 @@ def uneven_step(dist, kinds: list[str], tower: bool):
     total, norm, _ = train.train_step(
         model, optimizer, mine, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=0.0, seed=0, step=0
     )
-    return objective.metrics(total.sum_over(dist).losses)["loss"], norm
+    return objective.metrics(total.losses)["loss"], norm
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +20,9 @@ from collate import IGNORE_INDEX, create_collator
 from loss import AudioIds, LossSums, Objective
 
 
-def sums_and_gradients(model, batch, config, packed: bool) -> tuple[LossSums, torch.Tensor, dict[str, torch.Tensor]]:
+def sums_and_gradients(
+    model, batch, config, packed: bool, with_copies: bool = True
+) -> tuple[LossSums, torch.Tensor | None, dict[str, torch.Tensor]]:
     """Sums, copies (computed without gradients) and all gradients of the objective."""
     ids, alignment = AudioIds.of(config), train.Alignment()
     if not packed:
@@ -25,16 +31,19 @@ def sums_and_gradients(model, batch, config, packed: bool) -> tuple[LossSums, to
     _, total = train.forward(model, batch, ids, alignment)
     text, audio = batch.num_targets()
     Objective()(total.losses, text.float(), audio.float()).backward()
-    with torch.no_grad():
-        copies, _ = train.forward(model, batch, ids, alignment)
+    copies = None
+    if with_copies:
+        with torch.no_grad():
+            copies, _ = train.forward(model, batch, ids, alignment)
     return total.losses.detach(), copies, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def distance(found: dict, expected: dict) -> float:
-    assert found.keys() == expected.keys()
-    return max((found[n] - g).abs().max().item() for n, g in expected.items()) / max(
-        g.abs().max().item() for g in expected.values()
-    )
+    """The largest difference relative to the largest gradient. Upstream leaves parameters without a gradient in a batch without
+    audio; sharded ranks would then disagree on what to reduce, so ours is zero there."""
+    assert found.keys() >= expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    return (max((g - expected.get(n, torch.zeros_like(g))).abs().max() for n, g in found.items()) / scale).item()
 
 
 def extra_samples(name: str, tokenizer, config) -> list:
@@ -58,23 +67,25 @@ EXTRA = ("one token", "no text target", "no audio target", "no target")
 
 
 @pytest.mark.parametrize("name", [*CASES, *EXTRA])
-@pytest.mark.parametrize("pieces", ["whole", "pieces"])
-def test_packed_equals_padded(name, pieces, config, tokenizer, monkeypatch):
-    """float32 on padded rows, dense logits and upstream's mask against one sequence and supervised logits, all at once or in
-    many pieces. Measured: losses within 2e-7 relative, gradients within 2e-6 of the largest."""
-    if pieces == "pieces":
+@pytest.mark.parametrize("how", ["packed", "packed, in pieces", "rows"])
+def test_packed_equals_upstream(name, how, config, tokenizer, monkeypatch):
+    """float32: upstream's own layers on padded rows, with its mask and dense logits, against real positions alone and
+    supervised logits, all at once or in many pieces, attention on one sequence or on padded rows. Measured: losses within
+    3e-7 relative, gradients within 2e-6 of the largest."""
+    if how == "packed, in pieces":
         monkeypatch.setattr(loss, "MAX_LOGITS", 300)
     samples = case_samples(name, tokenizer) if name in CASES else extra_samples(name, tokenizer, config)
-    model = model_patch.patch_for_training(make_model(config)).train()
-    collator = create_collator(config, strict=True)
-    expected, copies, gradients = sums_and_gradients(model, collator(samples), config, packed=False)
+    upstream = make_model(config).train()
+    model = model_patch.patch_for_training(copy.deepcopy(upstream))
+    collator = create_collator(config, strict=True, pack=how != "rows")
+    expected, copies, gradients = sums_and_gradients(upstream, collator(samples), config, packed=False)
     found, found_copies, found_gradients = sums_and_gradients(model, collator(samples), config, packed=True)
     assert torch.equal(found.num_text, expected.num_text) and torch.equal(found.num_audio, expected.num_audio)
     assert torch.equal(found.num_eos, expected.num_eos) and torch.equal(found_copies, copies)
     torch.testing.assert_close(found.pack(), expected.pack(), rtol=2e-6, atol=1e-6)
     if name == "no target":
         assert all((gradient == 0).all() for gradient in found_gradients.values())
-        assert found_gradients.keys() == gradients.keys()
+        assert found_gradients.keys() >= gradients.keys()
     else:
         assert distance(found_gradients, gradients) < 1e-5
 
@@ -176,9 +187,8 @@ class CountSyncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_layers_never_ask_the_device(config, tokenizer):
-    """Forward and backward of the whole packed model; the padded path, which counts its positions once, shows that the counter
-    counts."""
+def test_training_never_asks_the_device(config, tokenizer):
+    """Forward and backward of the whole model on a batch with its layout; without one, it asks once where everything is."""
     batch = create_collator(config, strict=True)(case_samples("multi-segment", tokenizer))
     model = model_patch.patch_for_training(make_model(config)).train()
     text, audio = (count.float() for count in batch.num_targets())
@@ -192,18 +202,79 @@ def test_layers_never_ask_the_device(config, tokenizer):
     assert counter.found
 
 
-def test_attention_kernels_agree():
-    """Pieces against one masked attention over the whole sequence, with grouped keys. Measured: 2e-7."""
+def test_layers_never_ask_the_device(config):
+    """A layer's forward and backward on a padded batch, and what upstream's asks for the same. Measured: 7e-7 between them."""
+    layer = make_model(config).layers[0]
+    hidden = torch.randn(2, 9, 128, requires_grad=True)
+    attended = torch.arange(9) < torch.tensor([[9], [4]])
+    is_audio = attended & (torch.arange(9) % 3 == 0)
+    tables = model_patch.LlamaRotaryEmbedding(config=config.text_config)(hidden, torch.arange(9)[None].expand(2, 9))
+    mask = torch.where(attended[:, None, None] & torch.ones(9, 9).tril().bool(), 0.0, -torch.inf)
+    with CountSyncs() as counter:
+        (expected,) = layer(hidden, mask, audio_out_mask=is_audio, position_embeddings=tables)
+        expected[attended].sum().backward()
+    assert len(counter.found) > 4
+    expected_grad, hidden.grad = hidden.grad, None
+
+    layer.__class__ = model_patch.TrainableDualFFNDecoderLayer
+    routing = model_patch.Routing.of(attended, is_audio)
+    assert routing.num_text == (attended & ~is_audio).sum() and routing.lengths == [9, 4]
+    with CountSyncs() as counter:
+        tables = [table.flatten(0, 1).index_select(0, routing.flat) for table in tables]
+        found = layer(hidden.flatten(0, 1).index_select(0, routing.flat), packing=routing, position_embeddings=tables)
+        found.sum().backward()
+    assert counter.num_ops > 50 and not counter.found
+    torch.testing.assert_close(found, expected.flatten(0, 1)[routing.flat], rtol=0, atol=5e-6)
+    torch.testing.assert_close(hidden.grad, expected_grad, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend, config, tokenizer, monkeypatch):
+    """Loss and all gradients in float32. One graph of each half of a layer serves all layers and lengths, and one more of each
+    a batch without audio. Measured: 0 by aot_eager, 9e-7 by inductor, which needs a C++ compiler."""
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor needs a C++ compiler")
+    compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend))
+    monkeypatch.setattr(model_patch, "_compiled", compiled)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    model = model_patch.patch_for_training(make_model(config)).train()
+    model_patch.add_lora(model, 4, 8, 0.0, ["q_proj"])
+    model_patch.init_lora(model, 0)
+    model.requires_grad_(True)
+    collator = create_collator(config, strict=True)
+    for name, num_graphs in (("single", 2), ("multi-segment", 2), ("text-only", 4)):
+        batch = collator(case_samples(name, tokenizer))
+        expected, gradients = sums_and_gradients(model, batch, config, packed=True, with_copies=False)[::2]
+        model_patch.compile_layers(model)
+        found, found_gradients = sums_and_gradients(model, batch, config, packed=True, with_copies=False)[::2]
+        for layer in model.layers:
+            layer.compiled = False
+        torch.testing.assert_close(found.pack(), expected.pack(), rtol=2e-6, atol=1e-6)
+        assert distance(found_gradients, gradients) < 1e-5
+        assert graphs["unique_graphs"] == num_graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("row_length", [0, 16])
+def test_attention_kernels_agree(row_length):
+    """Pieces or padded rows against one masked attention over the whole sequence, with grouped keys. Measured: 5e-7, of
+    gradients too."""
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 9]
-    query = torch.randn(15, 4, 8, generator=generator)
-    key, value = (torch.randn(15, 2, 8, generator=generator) for _ in range(2))
+    states = [torch.randn(15, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
     owner = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     mask = (owner[:, None] == owner[None]) & torch.ones(15, 15).tril().bool()
-    states = (query.transpose(0, 1), *(s.repeat_interleave(2, 1).transpose(0, 1) for s in (key, value)))
-    expected = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask).transpose(0, 1)
-    found = model_patch.attend_packed(query, key, value, torch.tensor([0, 5, 6, 15], dtype=torch.int32), lengths)
+    query, key, value = (s.repeat_interleave(4 // s.shape[1], 1).transpose(0, 1) for s in states)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(0, 1)
+    places = torch.tensor([16 * row + place for row, length in enumerate(lengths) for place in range(length)])
+    layout = SimpleNamespace(lengths=lengths, in_rows=places if row_length else None, row_length=row_length)
+    found = model_patch.attend(*states, layout)
     assert (found - expected).abs().max() < 2e-6
+    weights = torch.randn(expected.shape, generator=generator)
+    pairs = zip(*(torch.autograd.grad((result * weights).sum(), states) for result in (found, expected)))
+    assert max((a - b).abs().max() for a, b in pairs) < 5e-6
 
 
 @pytest.mark.gpu
