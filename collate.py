@@ -83,6 +83,10 @@ class Packing:
         """Of a position and one that it attends to: itself and those before it in its sample."""
         return sum(length * (length + 1) // 2 for length in self.lengths)
 
+    def work(self) -> tuple[int, int, int, int]:
+        """What has to be computed: positions, pairs, text targets, audio rows; see `model_patch.Flops.total`."""
+        return self.num_positions, self.num_pairs, len(self.text_rows), len(self.audio_rows)
+
     @classmethod
     def of(cls, batch: ExtendedHiggsAudioBatchInput, audio_in_token: int, audio_out_token: int) -> Packing:
         """The packing of a collated batch whose audio is all given as codes."""

@@ -165,7 +165,7 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, le
     offsets: [samples + 1] int32, where samples begin; lengths: the same as numbers the host knows
     returns: [T, heads, head_dim]
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if has_varlen_kernel(query):
         longest = max(lengths)
         return varlen_attn(query, key, value, offsets, offsets, longest, longest, **_varlen_options(query, key))
     pieces = [  # [T, heads, head_dim] -> [samples][1, heads, length, head_dim]
@@ -173,6 +173,10 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, le
         for states in zip(*(states.split(lengths) for states in (query, key, value)))
     ]
     return torch.cat([piece[0].transpose(0, 1) for piece in pieces])
+
+
+def has_varlen_kernel(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 @functools.cache

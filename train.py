@@ -61,10 +61,21 @@ from optimizer import averaged, build_optimizer, lr_at
 def build_model(
     cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path
 ) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
-    """Construct on meta, patch, adapt, choose dtypes, checkpoint activations, shard, load: in this order.
+    """Construct and load. No rank ever holds a full copy: weights go from the files into each rank's own rows."""
+    model, lora = construct_model(cfg, dist, config)
+    model_patch.materialize(model, dist.device)
+    unused = dist.together(lambda: checkpoint.check_base(model, folder))
+    checkpoint.load_base(model, folder)
+    if unused:
+        log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
+    model_patch.init_lora(model, cfg.seed)
+    return model, lora
 
-    No rank ever holds a full copy: weights go from the files into each rank's own rows.
-    """
+
+def construct_model(
+    cfg: Config, dist: Dist, config: HiggsAudioConfig
+) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
+    """Construct on meta, patch, adapt, choose dtypes, checkpoint activations, shard: in this order. It has no storage yet."""
     compute_dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
     lora = None
@@ -76,12 +87,6 @@ def build_model(
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
     model_patch.shard(model, dist.mesh, param_dtype=compute_dtype)
-    model_patch.materialize(model, dist.device)
-    unused = dist.together(lambda: checkpoint.check_base(model, folder))
-    checkpoint.load_base(model, folder)
-    if unused:
-        log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
-    model_patch.init_lora(model, cfg.seed)
     return model, lora
 
 

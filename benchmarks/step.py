@@ -60,11 +60,6 @@ class Micro:
     ours: ExtendedHiggsAudioBatchInput
     padded: HiggsAudioBatchInput  # the official collator's
 
-    def work(self) -> tuple[int, int, int, int]:
-        """Real positions, attention pairs, text targets, audio rows; see `model_patch.Flops.total`."""
-        packing = self.ours.packing
-        return packing.num_positions, packing.num_pairs, len(packing.text_rows), len(packing.audio_rows)
-
 
 class Ours:
     """What train.py runs."""
@@ -244,7 +239,7 @@ def measure(
     peaks = []
     for _ in range(num_steps):
         micro = next(micros)
-        work = micro.work()
+        work = micro.ours.packing.work()
         peaks.append(peak_flops(dist.device, dtype))
         for contender in contenders:
             seconds = timed(dist.device, lambda contender=contender, micro=micro: contender.step(micro))
