@@ -63,7 +63,7 @@ def build_model(
 ) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
     """Construct and load. No rank ever holds a full copy: weights go from the files into each rank's own rows."""
     model, lora = construct_model(cfg, dist, config)
-    model_patch.materialize(model, dist.device)
+    model_patch.materialize(model, dist.device, cpu_offload=cfg.cpu_offload)
     unused = dist.together(lambda: checkpoint.check_base(model, folder))
     checkpoint.load_base(model, folder)
     if unused:
@@ -86,7 +86,7 @@ def construct_model(
         model_patch.freeze(model, _split(cfg.freeze))
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
-    model_patch.shard(model, dist.mesh, param_dtype=compute_dtype)
+    model_patch.shard(model, dist.mesh, param_dtype=compute_dtype, cpu_offload=cfg.cpu_offload)
     return model, lora
 
 
@@ -329,6 +329,13 @@ def step_metrics(
     }
 
 
+def write_memory_snapshot(path: Path, dist: Dist) -> None:
+    """What GPU memory holds and held, with the stack that asked for it, for pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)
+    log(dist, f"{path}: open it at https://pytorch.org/memory_viz")
+
+
 def _peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak from the vendor's data sheets, or None."""
     if device.type != "cuda":
@@ -419,6 +426,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         mininterval=bar_interval_sec(),
     )
 
+    if cfg.memory_snapshot:
+        torch.cuda.memory._record_memory_history()
     model.train()
     steps = dist.iterate(iter_steps(loader, at.position))
     alignment = failure = None
@@ -496,6 +505,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         total = total.sum_over(dist)
         values = step_metrics(total, objective, time.perf_counter() - started, flops, frame_rate_hz, dist)
         at.step += 1
+        if at.step == cfg.memory_snapshot:
+            write_memory_snapshot(output_dir / f"memory-rank{dist.rank}.pickle", dist)
         at.bad_steps += bool(culprits)
         bad_in_a_row = bad_in_a_row + 1 if culprits else 0
         unreadable = [problem for batch in batches for problem in batch.unreadable]

@@ -61,7 +61,7 @@ class Estimate:
 
     weights: int
     optimizer: int
-    peak: int  # all of it, at the worst moment
+    peak: int  # all of it on the GPU, at the worst moment; with --cpu_offload, weights and optimizer state are not
     sent: float  # over the network or NVLink, in rings
     flops: float
 
@@ -137,7 +137,8 @@ def estimate(
                 seed=cfg.seed,
                 step=0,
             )
-        return Estimate(weights, state, live.peak, live.sent, flops * cfg.grad_accum)
+        on_host = weights + state if cfg.cpu_offload else 0
+        return Estimate(weights, state, live.peak - on_host, live.sent, flops * cfg.grad_accum)
     finally:
         torch_dist.destroy_process_group()
 
