@@ -456,9 +456,7 @@ def materialize(model: nn.Module, device: torch.device, cpu_offload: bool = Fals
     assert not others, f"buffers without a value: {others}"
 
 
-def shard(
-    model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | None, cpu_offload: bool = False
-) -> None:
+def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | None, cpu_offload: bool = False) -> None:
     """The whole FSDP2 sharding plan: each decoder layer, each layer of the audio tower, then the rest at the root.
 
     mesh:        1-D (shard), or 2-D (replicate, shard) for HSDP.

@@ -12,6 +12,7 @@ import loss
 import model_patch
 import train
 from config import parse_config
+from optimizer import build_optimizer
 from tools import plan, synthetic
 from tools.memory import LiveBytes, resident_bytes
 
@@ -35,12 +36,14 @@ def measure(dist, cfg, config, batch) -> tuple[int, int]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)
-    optimizer = train.build_optimizer(model, cfg)
+    optimizer = build_optimizer(model, cfg)
     model.train()
     ids, objective = loss.AudioIds.of(config), train.build_objective(cfg, config)
 
     def step() -> None:
-        train.train_step(model, optimizer, [batch], objective, ids, train.Alignment(), dist, lr=1e-4, grad_clip=1.0, seed=0, step=0)
+        train.train_step(
+            model, optimizer, [batch], objective, ids, train.Alignment(), dist, lr=1e-4, grad_clip=1.0, seed=0, step=0
+        )
 
     step()
     resident = resident_bytes(model, optimizer)
@@ -88,7 +91,14 @@ def test_more_ranks_and_checkpointing_need_less(config, batch):
 
 def test_command(toys, capsys):
     """A manifest and a checkpoint give the steps and times of the run; mistakes are named."""
-    flags = ["--base_ckpt", str(toys / "checkpoint"), "--train_manifest", str(toys / "train.jsonl"), "--audio_tokenizer", "none"]
+    flags = [
+        "--base_ckpt",
+        str(toys / "checkpoint"),
+        "--train_manifest",
+        str(toys / "train.jsonl"),
+        "--audio_tokenizer",
+        "none",
+    ]
     assert plan.main([*flags, "--ranks", "2", "--batch_size", "4", "--epochs", "3", "--num_workers", "0"]) == 0
     report = capsys.readouterr().out
     assert "31 records, the largest micro-batch of the first epoch: 4 of them" in report

@@ -42,6 +42,7 @@ from audio import AudioStore, codec_frame_rate_hz
 from collate import ExtendedHiggsAudioBatchInput, create_collator
 from config import Config, parse_config
 from distributed import USER_ERRORS, Dist, make_mesh
+from optimizer import build_optimizer
 from tools import demo, synthetic
 from tools.memory import LiveBytes
 
@@ -120,7 +121,7 @@ def estimate(
         with varlen, FakeTensorMode(allow_non_fake_inputs=True), Counter() as live:
             model_patch.materialize(model, device)
             weights = live.now
-            optimizer = train.build_optimizer(model, cfg)
+            optimizer = build_optimizer(model, cfg)
             checkpoint.create_state(optimizer)
             state = live.now - weights
             model.train()
