@@ -52,18 +52,16 @@ def measure(dist, cfg, config, batch) -> tuple[int, int]:
     return resident, resident + live.peak
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
-    "flags",
-    [["--lora_r", "0"], ["--lora_r", "4", "--activation_checkpointing", "full"]],
-    ids=["full", "LoRA, checkpointing"],
+    ("world_size", "flags"),
+    [(1, ["--lora_r", "0"]), (2, ["--lora_r", "0"]), (2, ["--lora_r", "4", "--activation_checkpointing", "full"])],
 )
-def test_prediction_is_what_is_measured(flags, world_size, config, batch):
+def test_prediction_is_what_is_measured(world_size, flags, config, batch):
     cfg = parse_config([*FLAGS, *flags])
     found = plan.estimate(cfg, config, batch, world_size, on_gpu=False)
     resident, peak = run_ranks(measure, world_size, cfg, config, batch)[0]
     assert found.weights + found.optimizer == resident
-    assert found.peak == pytest.approx(peak, rel=0.02)
+    assert found.peak == pytest.approx(peak, rel=0.01)  # found: 0.1 to 0.3 % less, the copies of the batch itself
 
 
 def test_communication(config, batch):
@@ -103,9 +101,22 @@ def test_command(toys, capsys):
     report = capsys.readouterr().out
     assert "31 records, the largest micro-batch of the first epoch: 4 of them" in report
     assert "for 12 steps" in report  # ceil(31 / 4) = 8 micro-batches, 4 steps of two ranks, 3 epochs
-    assert report.count("| LoRA r 16 |") == report.count("| full | ") - 2 == 3
-    assert plan.main(["--batch_size", "0"]) == 2
-    assert "--batch_size 0: must be at least 1" in capsys.readouterr().err
-    assert plan.main([*flags, "--ranks", "3", "--replicate", "2"]) == 2
-    assert "--replicate 2 does not divide 3 ranks" in capsys.readouterr().err
+    assert report.count("\n| LoRA r 16 |") == report.count("\n| full |") == 3
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--ranks", "8,x"], "--ranks 8,x: expected numbers of GPUs"),
+        (["--ranks", "3", "--replicate", "2"], "--replicate 2 does not divide 3 ranks"),
+        (["--mfu", "40"], "--mfu 40.0: must be above 0 and at most 1"),
+        (["--pack", "no"], "neither --pack no nor an audio tower"),
+        (["--lora_targets", "nothing"], "LoRA target pattern 'nothing' matches nothing"),
+    ],
+)
+def test_mistakes_are_named(flags, complaint, checkpoint_dir, capsys):
+    assert plan.main(["--base_ckpt", str(checkpoint_dir), *flags]) == 2
+    assert complaint in capsys.readouterr().err
     assert not torch.distributed.is_initialized()

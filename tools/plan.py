@@ -40,7 +40,7 @@ import model_patch
 import train
 from audio import AudioStore, codec_frame_rate_hz
 from collate import ExtendedHiggsAudioBatchInput, create_collator
-from config import Config, parse_config
+from config import Config, ConfigError, parse_config
 from distributed import USER_ERRORS, Dist, make_mesh
 from optimizer import build_optimizer
 from tools import demo, synthetic
@@ -254,10 +254,22 @@ def _duration(seconds: float) -> str:
 
 
 def read_config(cfg: Config) -> HiggsAudioConfig:
-    """The checkpoint's; of the published one the same architecture, without asking the Hub."""
+    """The checkpoint's, of the published one without asking the Hub, with the special ids of the demo's tokenizer."""
+    like_demo = synthetic.make_config("real")
     if cfg.base_ckpt == checkpoint.BASE_CKPT:
-        return synthetic.make_config("real")
-    return checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+        return like_demo
+    config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):
+        setattr(config, name, getattr(like_demo, name))
+    return config
+
+
+def read_ranks(value: str) -> list[int]:
+    """raises: ConfigError"""
+    numbers = [part.strip() for part in value.split(",")]
+    if not all(number.isdigit() and int(number) for number in numbers):
+        raise ConfigError(f"--ranks {value}: expected numbers of GPUs, such as 1,8,64")
+    return [int(number) for number in numbers]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -270,8 +282,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])
         cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
-        ranks = [int(number) for number in args.ranks.split(",")]
-        config = read_config(cfg)
+        ranks, config = read_ranks(args.ranks), read_config(cfg)
+        if not cfg.pack or not config.skip_audio_tower:
+            raise ConfigError("tools.plan knows micro-batches without padding only: neither --pack no nor an audio tower")
+        if not 0 < args.mfu <= 1:
+            raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1")
         print(plan(cfg, config, read_workload(cfg, config), ranks, args.mfu))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
