@@ -430,7 +430,7 @@ def list_states(folder: Path) -> list[Path]:
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Live references to everything that training changes; loading writes into them."""
-    _create_state(optimizer)
+    create_state(optimizer)
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -440,7 +440,7 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def _create_state(optimizer: torch.optim.Optimizer) -> None:
+def create_state(optimizer: torch.optim.Optimizer) -> None:
     """Make a fresh optimizer allocate its state, by a step that changes nothing."""
     if optimizer.state:
         return

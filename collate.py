@@ -96,6 +96,10 @@ class Packing:
         """Positions that attention works on, with padding."""
         return len(self.lengths) * self.row_length or self.num_positions
 
+    def work(self) -> tuple[int, int, int, int]:
+        """What has to be computed: positions, pairs, text targets, audio rows; see `model_patch.Flops.total`."""
+        return self.num_positions, self.num_pairs, len(self.text_rows), len(self.audio_rows)
+
     @classmethod
     def of(cls, batch: ExtendedHiggsAudioBatchInput, audio_in_token: int, audio_out_token: int) -> Packing:
         """The packing of a collated batch whose audio is all given as codes."""

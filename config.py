@@ -100,6 +100,12 @@ class Config:
     compile: bool = _setting(
         False, "compile the decoder layers' element-wise work with torch.compile; the first steps take minutes", const=True
     )
+    cpu_offload: bool = _setting(
+        False, "keep sharded weights, gradients and optimizer state in host memory, where the optimizer runs", const=True
+    )
+    memory_snapshot: int = _setting(
+        0, "write what GPU memory holds, and who asked for it, after so many steps: OUTPUT/memory-rankN.pickle; 0: never"
+    )
     replicate: int = _setting(1, "HSDP: number of replicas the ranks are divided into, each sharded by itself")
     num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
 
@@ -242,6 +248,8 @@ def _find_problems(cfg: Config) -> list[str]:
             problems.append(f"--codebook_weights {cfg.codebook_weights}: weights are 0 or more, and not all 0")
     except ValueError:
         problems.append(f"--codebook_weights {cfg.codebook_weights}: expected comma-separated numbers")
+    if cfg.memory_snapshot and (cfg.device == "cpu" or not torch.cuda.is_available()):
+        problems.append("--memory_snapshot: records the allocations on a GPU, and this run has none")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this PyTorch sees no GPU")
     return problems

@@ -121,8 +121,6 @@ def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: flo
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, num_local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world_size % replicate:
-        raise ConfigError(f"--replicate {replicate} does not divide {world_size} ranks")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and num_local > torch.cuda.device_count():
         raise ConfigError(
@@ -135,12 +133,21 @@ def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: flo
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         timeout = datetime.timedelta(minutes=timeout_min)
         torch_dist.init_process_group(backend, store=_meeting_place(timeout), rank=rank, world_size=world_size, timeout=timeout)
+    return Dist(rank, local_rank, world_size, here, make_mesh(here.type, world_size, replicate))
+
+
+def make_mesh(device_type: str, world_size: int, replicate: int) -> DeviceMesh:
+    """All ranks in one dimension, or in `replicate` equal groups that are each sharded by themselves.
+
+    raises: ConfigError if the ranks cannot be divided so
+    """
+    if world_size % replicate:
+        raise ConfigError(f"--replicate {replicate} does not divide {world_size} ranks")
     if replicate > 1:
         shape, names = (replicate, world_size // replicate), ("replicate", "shard")
     else:
         shape, names = (world_size,), ("shard",)
-    mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
-    return Dist(rank, local_rank, world_size, here, mesh)
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
 def _meeting_place(timeout: datetime.timedelta) -> torch_dist.Store:

@@ -45,7 +45,7 @@ from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDu
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
@@ -199,7 +199,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing | Routing
         rows = (x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy(0, packing.in_rows, x) for x in (query, key, value))
         attended = sdpa(*(x.unflatten(0, shape).transpose(1, 2) for x in rows))
         return attended.transpose(1, 2).flatten(0, 1).index_select(0, packing.in_rows)
-    if _has_varlen(query.device, query.dtype):
+    if has_varlen_kernel(query.device, query.dtype):
         longest = max(packing.lengths)
         return varlen_attn(
             query, key, value, packing.offsets, packing.offsets, longest, longest, **_varlen_options(query.shape != key.shape)
@@ -212,7 +212,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing | Routing
 
 
 @functools.cache
-def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `varlen_attn`, a flash attention, runs there."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -507,9 +507,10 @@ def build_on_meta(config: HiggsAudioConfig) -> HiggsAudioModel:
         return HiggsAudioModel(config)
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give a meta model storage on `device`; weights are undefined until loaded, rotary tables are computed."""
-    model.to_empty(device=device)
+def materialize(model: nn.Module, device: torch.device, cpu_offload: bool = False) -> None:
+    """Give a meta model storage on `device`, or its shards on the host; weights are undefined until loaded, rotary tables
+    are computed."""
+    model.to_empty(device="cpu" if cpu_offload else device)
     for module in model.modules():
         if isinstance(module, LlamaRotaryEmbedding):  # its only buffer is computed, never stored
             inv_freq, module.attention_scaling = module.rope_init_fn(module.config, device)
@@ -518,19 +519,22 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     assert not others, f"buffers without a value: {others}"
 
 
-def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
+def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | None, cpu_offload: bool = False) -> None:
     """The whole FSDP2 plan: each decoder layer, each layer of the audio tower, then the rest at the root; what is prefetched.
 
     mesh:        1-D (shard), or 2-D (replicate, shard) for HSDP.
     param_dtype: what is gathered and computed in; gradients are always reduced in float32.
+    cpu_offload: shards, their gradients and so the optimizer stay on the host.
     """
     # FSDP warns of views among the outputs (audio logits, in float32); nothing writes to them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)}
+    if cpu_offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     tower_layers = model.audio_tower.layers if model.audio_tower is not None else ()
     for layer in (*tower_layers, *model.layers):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
     model.set_modules_to_forward_prefetch([model.layers[0]])
     for layer, following in pairwise(model.layers):  # while one layer computes, the next one's weights are on their way
         layer.set_modules_to_forward_prefetch([following])

@@ -60,10 +60,21 @@ from optimizer import averaged, build_optimizer, lr_at
 def build_model(
     cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path
 ) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
-    """Construct on meta, patch, adapt, choose dtypes, checkpoint activations, shard, load: in this order.
+    """Construct and load. No rank ever holds a full copy: weights go from the files into each rank's own rows."""
+    model, lora = construct_model(cfg, dist, config)
+    model_patch.materialize(model, dist.device, cpu_offload=cfg.cpu_offload)
+    unused = dist.together(lambda: checkpoint.check_base(model, folder))
+    checkpoint.load_base(model, folder)
+    if unused:
+        log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
+    model_patch.init_lora(model, cfg.seed)
+    return model, lora
 
-    No rank ever holds a full copy: weights go from the files into each rank's own rows.
-    """
+
+def construct_model(
+    cfg: Config, dist: Dist, config: HiggsAudioConfig
+) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
+    """Construct on meta, patch, adapt, choose dtypes, checkpoint activations, shard: in this order. It has no storage yet."""
     compute_dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
     lora = None
@@ -76,13 +87,7 @@ def build_model(
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
     if cfg.compile:
         model_patch.compile_layers(model)
-    model_patch.shard(model, dist.mesh, param_dtype=compute_dtype)
-    model_patch.materialize(model, dist.device)
-    unused = dist.together(lambda: checkpoint.check_base(model, folder))
-    checkpoint.load_base(model, folder)
-    if unused:
-        log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
-    model_patch.init_lora(model, cfg.seed)
+    model_patch.shard(model, dist.mesh, param_dtype=compute_dtype, cpu_offload=cfg.cpu_offload)
     return model, lora
 
 
@@ -328,6 +333,13 @@ def step_metrics(
     }
 
 
+def write_memory_snapshot(path: Path, dist: Dist) -> None:
+    """What GPU memory holds and held, with the stack that asked for it, for pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)
+    log(dist, f"{path}: open it at https://pytorch.org/memory_viz")
+
+
 def _peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak from the vendor's data sheets, or None."""
     if device.type != "cuda":
@@ -418,6 +430,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         mininterval=bar_interval_sec(),
     )
 
+    if cfg.memory_snapshot:
+        torch.cuda.memory._record_memory_history()
     model.train()
     steps = dist.iterate(iter_steps(loader, at.position))
     alignment = failure = None
@@ -496,6 +510,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         )
         values = step_metrics(total, objective, time.perf_counter() - started, flops, frame_rate_hz, dist)
         at.step += 1
+        if at.step == cfg.memory_snapshot:
+            write_memory_snapshot(output_dir / f"memory-rank{dist.rank}.pickle", dist)
         at.bad_steps += bool(culprits)
         bad_in_a_row = bad_in_a_row + 1 if culprits else 0
         unreadable = [problem for batch in batches for problem in batch.unreadable]

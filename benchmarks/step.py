@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as torch_dist
 import torch.nn.functional as F
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchInput, HiggsAudioSampleCollator
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
@@ -46,7 +47,7 @@ import train  # noqa: E402
 from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, create_collator  # noqa: E402
 from config import Config, parse_config  # noqa: E402
 from distributed import Dist, setup_distributed  # noqa: E402
-from tools import synthetic  # noqa: E402
+from tools import plan, synthetic  # noqa: E402
 from tools.memory import LiveBytes, resident_bytes  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,11 +60,6 @@ class Micro:
 
     ours: ExtendedHiggsAudioBatchInput
     padded: HiggsAudioBatchInput  # the official collator's
-
-    def work(self) -> tuple[int, int, int, int]:
-        """Real positions, attention pairs, text targets, audio rows; see `model_patch.Flops.total`."""
-        packing = self.ours.packing
-        return packing.num_positions, packing.num_pairs, len(packing.text_rows), len(packing.audio_rows)
 
 
 class Ours:
@@ -244,7 +240,7 @@ def measure(
     peaks = []
     for _ in range(num_steps):
         micro = next(micros)
-        work = micro.work()
+        work = micro.ours.packing.work()
         peaks.append(peak_flops(dist.device, dtype))
         for contender in contenders:
             seconds = timed(dist.device, lambda contender=contender, micro=micro: contender.step(micro))
@@ -350,9 +346,15 @@ def compare(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str
         figures |= found
         del contenders
         gc.collect()
+    first = next(micro_batches(cfg, dist, config))  # in which peak memory was measured
+    torch_dist.destroy_process_group()  # makes room for the planner's fake one
+    planned = plan.estimate(cfg, config, first.ours, dist.world_size, on_gpu=dist.device.type == "cuda").peak
     report = [describe(args.size, dist, peak, args.argv), table(figures)]
+    report.append(
+        f"\n`tools.plan` says {planned / 2**30:.2f} GiB: {planned / figures['ours'].peak_bytes:.3f} of ours measured."
+    )
     if args.size == "vocab":
-        ours, reference = loss_part_memory(config, next(micro_batches(cfg, dist, config))).values()
+        ours, reference = loss_part_memory(config, first).values()
         report.append(
             f"\nThe loss part (heads, cross-entropy, backward) has at most {ours / 2**20:,.0f} MiB alive, the reference's "
             f"{reference / 2**20:,.0f} MiB: 1/{reference / ours:.0f}."

@@ -49,7 +49,7 @@ def test_useful_flops_are_those_of_a_packed_step(lora_r, config, tokenizer):
     batch = create_collator(config, strict=True)(case_samples("reference and target", tokenizer))
     counts = counted_flops(model, batch, config)
     found = sum(count for name, count in counts.items() if name.startswith(("mm", "addmm")))
-    positions, pairs, text_targets, audio_rows = step.Micro(batch, None).work()
+    positions, pairs, text_targets, audio_rows = batch.packing.work()
     expected = flops.total(positions, 0, text_targets, audio_rows)
     assert found == expected if not lora_r else 0.93 < found / expected < 1
     assert pairs == sum(n * (n + 1) // 2 for n in batch.packing.lengths)

@@ -1,0 +1,298 @@
+"""What a run will need, before it has a GPU or weights: memory, communication and time of a step, on so many ranks.
+
+    python -m tools.plan                                                 # the published checkpoint, clones of 3 to 20 s
+    python -m tools.plan --train_manifest train.jsonl --base_ckpt FOLDER --max_tokens 8192 --epochs 3
+    python -m tools.plan --lora_r 64 --batch_size 16 --ranks 8 --mfu 0.45
+
+The flags of train.py, of which --train_manifest and --output_dir may be left out, and a few of its own. Every checkpointing mode
+is planned for the given LoRA rank and for a full fine-tune.
+
+Nothing is estimated by formula: train.py's own `train_step` runs on fake tensors (shapes without data) among fake ranks, in which
+each tensor that comes and goes is counted, and each collective. The micro-batch is the largest of the first epoch, or as
+many clones as --batch_size or --max_tokens say. What is not counted: allocator's fragmentation, kernels' workspaces, CUDA itself and
+NCCL; `fits` leaves room for them (`needed`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import checkpoint
+import data
+import loss
+import model_patch
+import train
+from audio import AudioStore, codec_frame_rate_hz
+from collate import ExtendedHiggsAudioBatchInput, create_collator
+from config import Config, ConfigError, parse_config
+from distributed import USER_ERRORS, Dist, make_mesh
+from optimizer import build_optimizer
+from tools import demo, synthetic
+from tools.memory import LiveBytes
+
+# nominal GB: (GiB that the driver reports, dense bf16 FLOP/s by the data sheet, an example)
+GPUS = {24: (23.6, 165e12, "RTX 4090"), 48: (44.5, 362e12, "L40S"), 80: (79.1, 989e12, "H100"), 141: (139.8, 989e12, "H200")}
+FRAGMENTATION = 1.05
+RESERVED = 1.5 * 2**30  # bytes: CUDA's context, NCCL's buffers, workspaces
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step among fake ranks
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one rank needs; bytes, per optimizer step where that matters."""
+
+    weights: int
+    optimizer: int
+    peak: int  # all of it on the GPU, at the worst moment; with --cpu_offload, weights and optimizer state are not
+    sent: float  # over the network or NVLink, in rings
+    flops: float
+
+    @property
+    def needed(self) -> float:
+        """Bytes a GPU should have."""
+        return self.peak * FRAGMENTATION + RESERVED
+
+
+class Counter(LiveBytes):
+    """Counts what lives and what is sent; answers 1.0 where a step looks at a number, which fake tensors do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        if func.namespace == "c10d":
+            self.sent += _ring_bytes(func, args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _ring_bytes(func, args: tuple) -> float:
+    """Bytes that each rank sends in a collective, as rings do it."""
+    name = func.name()
+    if "allgather_base" in name:
+        (whole, _, group, *_), rounds = args, 1
+    elif "reduce_scatter_base" in name:
+        (_, whole, group, *_), rounds = args, 1
+    elif "allreduce" in name:
+        (tensors, group, *_), rounds = args, 2
+        (whole,) = tensors
+    else:
+        raise NotImplementedError(f"tools.plan does not know how much {name} sends")
+    size = torch_dist.ProcessGroup.unbox(group).size()
+    return rounds * whole.nbytes * (size - 1) / size
+
+
+def estimate(
+    cfg: Config, config: HiggsAudioConfig, batch: ExtendedHiggsAudioBatchInput, world_size: int, on_gpu: bool = True
+) -> Estimate:
+    """Take `cfg.grad_accum` micro-batches like `batch` through `train.train_step`, as rank 0 of so many.
+
+    on_gpu: attention as a GPU computes it; else as a CPU does
+    raises: ConfigError, PatchError as train.py would
+    """
+    torch_dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    varlen = mock.patch.object(model_patch, "has_varlen_kernel", lambda device, dtype: on_gpu)
+    try:
+        device = torch.device("cpu")  # so that neither CUDA nor streams are needed
+        dist = Dist(0, 0, world_size, device, make_mesh("cpu", world_size, cfg.replicate))
+        model, _ = train.construct_model(cfg, dist, config)
+        flops = model_patch.Flops.of(model).total(*batch.packing.work())
+        with varlen, FakeTensorMode(allow_non_fake_inputs=True), Counter() as live:
+            model_patch.materialize(model, device)
+            weights = live.now
+            optimizer = build_optimizer(model, cfg)
+            checkpoint.create_state(optimizer)
+            state = live.now - weights
+            model.train()
+            train.train_step(
+                model,
+                optimizer,
+                [batch] * cfg.grad_accum,
+                train.build_objective(cfg, config),
+                loss.AudioIds.of(config),
+                train.Alignment(),
+                dist,
+                lr=cfg.peak_lr,
+                grad_clip=cfg.grad_clip,
+                seed=cfg.seed,
+                step=0,
+            )
+        on_host = weights + state if cfg.cpu_offload else 0
+        return Estimate(weights, state, live.peak - on_host, live.sent, flops * cfg.grad_accum)
+    finally:
+        torch_dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What there is to train on."""
+
+    batch: ExtendedHiggsAudioBatchInput  # the largest micro-batch
+    about: str
+    lengths: np.ndarray | None = None  # [records] positions; None without a manifest
+
+    def steps(self, cfg: Config, world_size: int) -> int | None:
+        """Optimizer steps of the run, or None if it has no end."""
+        if cfg.max_steps or self.lengths is None:
+            return cfg.max_steps or None
+        order = np.arange(len(self.lengths))
+        batching = data.Batching(cfg.batch_size, cfg.max_tokens, self.lengths, packed=cfg.pack)
+        _, bounds = data.plan_micro_batches(order, batching, (cfg.seed, 0))
+        return cfg.epochs * math.ceil((len(bounds) - 1) / (world_size * cfg.grad_accum))
+
+
+def clones_of(config: HiggsAudioConfig, seconds: np.ndarray) -> ExtendedHiggsAudioBatchInput:
+    """One micro-batch of clones, [records, 2] seconds of reference and target."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = synthetic.write_clones(Path(folder), seconds, config.audio_codebook_size)
+        store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, synthetic.FRAME_RATE_HZ, Path(folder))
+        dataset = data.ChatMLDataset(data.read_manifest(manifest), demo.make_tokenizer(), store)
+        return create_collator(config, strict=True)([dataset[i] for i in range(len(dataset))])
+
+
+POSITIONS_PER_SEC = synthetic.FRAME_RATE_HZ + synthetic.TOKENS_PER_SEC
+
+
+def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
+    """The manifest's largest micro-batch, imitated by one clip of its length each; or clones without a manifest."""
+    if not cfg.train_manifest:
+        seconds = synthetic.clone_durations(4096)
+        positions = (seconds.sum(1) * POSITIONS_PER_SEC).cumsum()
+        count = int((positions <= cfg.max_tokens).sum()) if cfg.max_tokens else cfg.batch_size
+        return Workload(
+            clones_of(config, seconds[: max(1, count)]), f"{count} clones, references of 3 to 10 s, targets of 2 to 20 s"
+        )
+    records, _, _ = data.open_records(cfg.train_manifest, cfg.missing_audio == "skip")
+    tokenizer = checkpoint.load_tokenizer(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    with tempfile.TemporaryDirectory() as folder:
+        rate = codec_frame_rate_hz(cfg.audio_tokenizer)
+        store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, rate, Path(cfg.codes_dir or folder))
+        dataset = data.ChatMLDataset(records, tokenizer, store)
+        collator = create_collator(config, strict=True)
+        lengths, problems = data.measure_lengths(dataset, collator, num_workers=cfg.num_workers)
+    if problems:
+        raise data.DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[: data.MAX_SHOWN]]))
+    batching = data.Batching(cfg.batch_size, cfg.max_tokens, lengths, packed=cfg.pack)
+    order = data.epoch_order([len(lengths)], [1.0], cfg.seed, 0)
+    order, bounds = data.plan_micro_batches(order, batching, (cfg.seed, 0))
+    largest = max((lengths[order[a:b]] for a, b in pairwise(bounds)), key=np.sum)
+    seconds = np.stack([np.zeros(len(largest)), largest / POSITIONS_PER_SEC], axis=1)
+    about = f"{len(lengths)} records, the largest micro-batch of the first epoch: {len(largest)} of them"
+    return Workload(clones_of(config, seconds), about, lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def plan(cfg: Config, config: HiggsAudioConfig, workload: Workload, ranks: Sequence[int], mfu: float) -> str:
+    """A table of settings; progress goes to stderr, since each takes seconds."""
+    packing = workload.batch.packing
+    lines = [
+        f"{workload.about}: {packing.num_positions:,} positions per micro-batch, {cfg.grad_accum} micro-batch(es) per step",
+        "",
+        "| training | checkpointing | ranks | weights | optimizer | peak | sent per step | "
+        + " | ".join(f"{size} GB, {example}" for size, (_, _, example) in GPUS.items())
+        + " |",
+        "| --- " * (7 + len(GPUS)) + "|",
+    ]
+    for lora_r in dict.fromkeys((cfg.lora_r, 0)):
+        for mode in model_patch.CHECKPOINTING_MODES:
+            for world_size in ranks:
+                training = f"LoRA r {lora_r}" if lora_r else "full"
+                print(f"{training}, {mode}, {world_size} rank(s)", file=sys.stderr)
+                settings = dataclasses.replace(cfg, lora_r=lora_r, activation_checkpointing=mode)
+                found = estimate(settings, config, workload.batch, world_size)
+                steps = workload.steps(cfg, world_size)
+                lines.append(f"| {training} | {mode} | {world_size} | {_row(found, steps, mfu)} |")
+    lines += [
+        "",
+        f"GB are 2^30 bytes; a setting fits where {FRAGMENTATION} x peak + {RESERVED / 2**30:g} GB do. Times are for {mfu:.0%} of the GPU's peak.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(found: Estimate, steps: int | None, mfu: float) -> str:
+    sizes = [f"{size / 2**30:.1f} GB" for size in (found.weights, found.optimizer, found.peak, found.sent)]
+    for gib, flops_per_sec, _ in GPUS.values():
+        seconds = found.flops / (flops_per_sec * mfu)
+        total = f", {_duration(steps * seconds)} for {steps} steps" if steps else ""
+        sizes.append(f"{_duration(seconds)} a step{total}" if found.needed <= gib * 2**30 else "-")
+    return " | ".join(sizes)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def read_config(cfg: Config) -> HiggsAudioConfig:
+    """The checkpoint's, of the published one without asking the Hub, with the special ids of the demo's tokenizer."""
+    like_demo = synthetic.make_config("real")
+    if cfg.base_ckpt == checkpoint.BASE_CKPT:
+        return like_demo
+    config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):
+        setattr(config, name, getattr(like_demo, name))
+    return config
+
+
+def read_ranks(value: str) -> list[int]:
+    """raises: ConfigError"""
+    numbers = [part.strip() for part in value.split(",")]
+    if not all(number.isdigit() and int(number) for number in numbers):
+        raise ConfigError(f"--ranks {value}: expected numbers of GPUs, such as 1,8,64")
+    return [int(number) for number in numbers]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", default="1,8,64", help="numbers of GPUs to plan for (default: 1,8,64)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak to count on for times (default: 0.4)")
+    args, flags = parser.parse_known_args(argv)
+    try:
+        cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])
+        cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
+        ranks, config = read_ranks(args.ranks), read_config(cfg)
+        if not cfg.pack or not config.skip_audio_tower:
+            raise ConfigError("tools.plan knows micro-batches without padding only: neither --pack no nor an audio tower")
+        if not 0 < args.mfu <= 1:
+            raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1")
+        print(plan(cfg, config, read_workload(cfg, config), ranks, args.mfu))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
