@@ -20,7 +20,8 @@ from config import Config
 def of_run(output_dir: Path, last_step: float = math.inf) -> str:
     """The card of a run's model after `last_step`, from OUTPUT/config.json and OUTPUT/metrics.jsonl."""
     run = json.loads((output_dir / "config.json").read_text())
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    path = output_dir / "metrics.jsonl"  # not there where a resumed run had no step left
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = [line for line in lines if line["step"] <= last_step]
     train, val, heard = ([line for line in lines if line["split"] == split] for split in ("train", "val", "sample"))
     known = {f.name: f for f in dataclasses.fields(Config)}

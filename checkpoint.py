@@ -555,9 +555,8 @@ class MetricsFile:
     def __init__(self, path: Path, steps_done: int):
         self.path = path
         self.enabled = dist.get_rank() == 0
-        if self.enabled:  # a resumed run repeats the steps after its checkpoint
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= steps_done)
+        if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
+            kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if _step_of(line) <= steps_done)
             write_whole(path, lambda file: file.write(kept.encode()))
 
     def write(self, **values: Any) -> None:

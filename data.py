@@ -18,8 +18,10 @@ import dataclasses
 import hashlib
 import math
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -188,9 +190,9 @@ class _Lengths(Dataset):
         self.dataset = dataset
         self.collator = collator
 
-    def __getitem__(self, chunk: int) -> tuple[list[int], list[str]]:
+    def __getitem__(self, indices: range) -> tuple[list[int], list[str]]:
         lengths, problems = [], []
-        for index in range(chunk * self.CHUNK, min((chunk + 1) * self.CHUNK, len(self.dataset))):
+        for index in indices:
             try:
                 lengths.append(self.dataset.length(self.dataset.records[index], self.collator))
             except DataError as error:
@@ -199,22 +201,35 @@ class _Lengths(Dataset):
         return lengths, problems
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # which schedulers and shells send to every process of a job
+
+
 def _workers(num_workers: int) -> dict:
     """A DataLoader's arguments for so many processes, forked from a server instead of from this one.
 
     This one has threads (gloo, NCCL, saving), and a child forked while one of them holds a lock may wait for it forever: seen
-    in CPython 3.11 right after a collective. The server imports what the workers need, once. Like this process, it and they
-    do not end by the signals that schedulers send to every process of a job.
+    in CPython 3.11 right after a collective. The server imports what the workers need, once.
     """
     if not num_workers:
         return {}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "data"])
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     forkserver.ensure_running()  # which inherits what is ignored
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return {"num_workers": num_workers, "multiprocessing_context": context}
+    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _live_with_parent}
+
+
+def _live_with_parent(worker: int) -> None:
+    """A worker serves until the process that reads from it ends, however that ends, and no signal ends it before.
+
+    PyTorch gives it a handler for SIGTERM, and lets it look whether its server still lives, which lives as long as workers do.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def measure_lengths(
@@ -229,7 +244,8 @@ def measure_lengths(
     returns: [records] int32, 0 for the other ranks' share of the records, and what is wrong with records
     """
     lengths, problems = np.zeros(len(dataset), np.int32), []
-    chunks = range(rank, math.ceil(len(dataset) / _Lengths.CHUNK), world_size)
+    chunks = [range(len(dataset))[start : start + _Lengths.CHUNK] for start in range(0, len(dataset), _Lengths.CHUNK)]
+    chunks = chunks[rank::world_size]
     loader = DataLoader(
         _Lengths(dataset, collator),
         sampler=chunks,
@@ -238,7 +254,7 @@ def measure_lengths(
         **_workers(num_workers),
     )
     for chunk, (found, wrong) in zip(chunks, loader):
-        lengths[chunk * _Lengths.CHUNK :][: len(found)] = found
+        lengths[chunk.start : chunk.stop] = found
         problems += wrong
     return lengths, problems
 
