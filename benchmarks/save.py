@@ -49,7 +49,7 @@ def build(dist):
     model_patch.shard(model, dist.mesh, param_dtype=None)
     optimizer = train.build_optimizer(model, Config(lora_r=0))
     dataset = data.ChatMLDataset(read_manifest(path), tokenizer, AudioStore(8, 64, 25.0, folder / "codes"))
-    batch = create_collator(config, strict=True)([dataset[i] for i in range(16)])
+    batch = create_collator(config, strict=True)([dataset[i] for i in range(2)])
     objective, ids = loss.Objective(), loss.AudioIds.of(config)
 
     def step(number: int) -> None:
