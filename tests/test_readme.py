@@ -19,6 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 # What README names as an example -> what is on the desk
 SUBSTITUTED = {
     "runs/voice/spikes/step_812-rank0.safetensors": "runs/spoilt/spikes/step_2-rank0.safetensors",
-    "step_150": "step_1",
-    "step_175": "step_2",
+    "step_175": "step_1",
+    "step_180": "step_2",
     "node0": "127.0.0.1",
 }
 # What makes a command small: flags after those of README
@@ -144,7 +145,7 @@ def main_of(name: str, argv: list[str], monkeypatch) -> int:
 
 def products(name: str, argv: list[str]) -> list[Path]:
     """What a command says it makes."""
-    made = [Path(value) for flag, value in zip(argv, argv[1:]) if flag in ("--out", "--report")]
+    made = [Path(value) for flag, value in pairwise(argv) if flag in ("--out", "--report")]
     if name.startswith("train") and "--output_dir" in argv:
         output_dir = Path(argv[argv.index("--output_dir") + 1])
         made += [output_dir / part for part in ("config.json", "metrics.jsonl", "checkpoints/step_2", "final")]
@@ -247,10 +248,6 @@ def test_two_ranks_for_real(desk, this_environment):
     assert (config["mixed_precision"], config["activation_checkpointing"], config["lora_r"]) == ("bf16", "full", 64)
     lines = [json.loads(line) for line in (desk / "runs/voice/metrics.jsonl").read_text().splitlines()]
     assert config["world_size"] == 2 and all(math.isfinite(line["loss"]) for line in lines)
-    again = run_for_real(command, desk, this_environment, NPROC="2")
-    _, err = again.communicate(timeout=180)
-    assert again.returncode == 2 and "Traceback" not in err
-    assert err.strip().splitlines()[-1].startswith("error: --output_dir")
 
 
 def test_two_nodes_for_real(desk, this_environment):
