@@ -23,11 +23,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_codec import write_wav
 from torch.distributed.run import parse_args
 
 import train
+from config import parse_config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -40,7 +42,8 @@ SUBSTITUTED = {
 }
 # What makes a command small: flags after those of README
 APPENDED = {
-    "train": "--base_ckpt checkpoint --audio_tokenizer codec --device cpu --num_workers 0 --max_steps 2 --save_steps 1 --num_samples 1",
+    "train": "--base_ckpt checkpoint --audio_tokenizer codec --device cpu --num_workers 0 --batch_size 2 --grad_accum 1 "
+    "--max_steps 2 --save_steps 1 --num_samples 1",
     "tools.generate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio",
     "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
     "tools.prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
@@ -158,12 +161,21 @@ def products(name: str, argv: list[str]) -> list[Path]:
 # ---- the desk
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Faster for what is so small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, toys, loud_dir, codec_files) -> Path:
     """What README's reader has: recordings/ of one speaker, manifests, a base checkpoint, a codec, and a run that went wrong."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "recordings" / "anna").mkdir(parents=True)
-    for index in range(1, 31):
+    for index in range(1, 21):
         write_wav(folder / "recordings" / "anna" / f"{index:03}.wav", 0.2, seed=index)
         (folder / "recordings" / "anna" / f"{index:03}.txt").write_text(f"line {index:03}")
     records = (toys / "train.jsonl").read_text()
@@ -180,7 +192,7 @@ def desk(tmp_path_factory, toys, loud_dir, codec_files) -> Path:
         patch.chdir(folder)
         spoilt = f"--train_manifest train.jsonl --output_dir runs/spoilt --lr 1e30 {APPENDED['train']}"
         assert train.main(spoilt.split()) == 0
-        train.torch_dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     return folder
 
 
@@ -211,6 +223,8 @@ def test_command(command, asked_of_python, at_desk, monkeypatch, capsys):
         name, argv = f"{name} {argv[0]}", argv[1:]
     if name == "train" and "--output_dir" in argv:  # README gives several ways to make the same run
         shutil.rmtree(argv[argv.index("--output_dir") + 1], ignore_errors=True)
+    if name == "train" and argv != ["--help"]:
+        parse_config(argv)  # README's own values, some of which are replaced below
     made = products(name, argv)
     module, *subcommand = name.split()
     status = main_of(module, [*subcommand, *argv, *APPENDED.get(name, "").split()], monkeypatch)
