@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One entry to everything. Sets up .venv when needed, then:
 #
-#   bash launch.sh                 the offline demo: train a tiny model on toy voices, then listen to it
-#   bash launch.sh ARGS...         torchrun train.py ARGS... on every GPU of this node (or NPROC=2 ... on two CPU ranks)
+#   bash launch.sh                    the offline demo: train a tiny model on toy voices, then listen to it
+#   bash launch.sh [train] --FLAG...  torchrun train.py --FLAG... on every GPU of this node (or NPROC=2 ... on two CPU ranks)
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
-#   bash launch.sh test [ARGS...]  pytest tests/, or pytest ARGS...
-#   bash launch.sh setup           only set up
-#   bash launch.sh demo [ARGS...]  the demo with other settings (bash launch.sh demo --help)
+#   bash launch.sh NAME [ARGS...]     python -m tools.NAME: prepare, plan, generate, report, replay, demo
+#   bash launch.sh bench NAME [ARGS...]  python benchmarks/NAME.py
+#   bash launch.sh test [ARGS...]     pytest tests/, or pytest ARGS...
+#   bash launch.sh setup              only set up
 #
 # Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set, and a folder they share for the output.
 set -euo pipefail
@@ -29,6 +30,30 @@ NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
 MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed goes on by itself, from its newest checkpoint
+
+# ---- what to run ------------------------------------------------------------------------------------------------------
+TOOLS="prepare plan generate report replay demo"
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+case "${1:-}" in
+"") COMMAND=$([ -n "${TRAIN_MANIFEST:-}" ] && echo train || echo demo) ;;
+-*) COMMAND=train ;;
+*) COMMAND=$1 && shift ;;
+esac
+case " train test bench setup $TOOLS " in
+*" $COMMAND "*) ;;
+*) fail "launch.sh knows no '$COMMAND'; it knows train, test, bench, setup, ${TOOLS// /, }, and flags of train.py" ;;
+esac
+if [ "$COMMAND" = bench ]; then
+    BENCHMARK=${1:-}
+    [ -f "$ROOT/benchmarks/$BENCHMARK.py" ] ||
+        fail "no benchmark '$BENCHMARK'; there are: $(cd "$ROOT/benchmarks" && echo *.py | sed 's/\.py//g')"
+    shift
+fi
 
 # ---- environment ------------------------------------------------------------------------------------------------------
 setup() {
@@ -63,14 +88,15 @@ setup
 PY="$VENV/bin/python"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# ---- what to run ------------------------------------------------------------------------------------------------------
-case "${1:-}" in
+case "$COMMAND" in
 setup) exit 0 ;;
-test) shift; cd "$ROOT"; exec "$PY" -m pytest "${@:-tests/}" ;;
-demo) shift; exec "$PY" -m tools.demo "$@" ;;
+test) cd "$ROOT" && exec "$PY" -m pytest "${@:-tests/}" ;;
+bench) exec "$PY" "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
+train) ;;
+*) exec "$PY" -m "tools.$COMMAND" "$@" ;;
 esac
-[ $# -gt 0 ] || [ -n "${TRAIN_MANIFEST:-}" ] || exec "$PY" -m tools.demo
 
+# ---- torchrun ---------------------------------------------------------------------------------------------------------
 ARGS=()
 for name in $SETTINGS; do
     variable=$(tr '[:lower:]' '[:upper:]' <<<"$name")

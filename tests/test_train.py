@@ -31,7 +31,7 @@ from tools import demo
 
 def run_shell(command: str, timeout_sec: int = 180) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment |= {"VENV": sys.prefix, "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
         command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_sec, check=False
     )
@@ -42,19 +42,18 @@ def metrics(output_dir: Path, split: str) -> list[dict]:
     return [line for line in lines if line["split"] == split]
 
 
-# ---- the commands of README.md
+# ---- commands of README.md on two ranks (test_readme.py runs them all)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_lora_command(nproc, toys, tmp_path):
+def test_lora_command(toys, tmp_path):
     manifest, output, base = toys / "train.jsonl", tmp_path / "o", toys / "checkpoint"
     done = run_shell(
-        f"torchrun --standalone --nproc_per_node={nproc} train.py --train_manifest {manifest} --output_dir {output} --base_ckpt {base} "
+        f"torchrun --standalone --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {output} --base_ckpt {base} "
         "--batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"
     )
     assert done.returncode == 0, done.stderr
     lines = metrics(output, "train")
-    per_step = 2 * 8 * nproc
+    per_step = 2 * 8 * 2
     assert len(lines) == 2 * math.ceil(31 / per_step)
     assert {"step", "epoch", "loss", "text_loss", "audio_loss", "codebook_losses", "eos_loss", "grad_norm", "lr"} <= lines[
         0
@@ -80,22 +79,6 @@ def test_validation_and_checkpoints_command(toys, tmp_path):
     assert [p.name for p in checkpoint.list_states(output / "checkpoints")] == ["step_5", "step_6"]
     assert (output / "final" / "adapter_model.safetensors").is_file()
     assert json.loads((output / "config.json").read_text())["world_size"] == 2
-
-
-@pytest.mark.skipif(not (Path(sys.prefix) / ".installed").is_file(), reason="this environment was not set up by launch.sh")
-def test_launch_command(toys, tmp_path):
-    manifest, output, base = toys / "train.jsonl", tmp_path / "o", toys / "checkpoint"
-    done = run_shell(
-        f"bash launch.sh --train_data {manifest} --output_dir {output} --base_ckpt {base} --batch_size 4 --gradient_accumulation_steps 4 "
-        "--dataloader_num_workers 2 --lora_r 64 --lora_alpha 128 --mixed_precision --use_gradient_checkpointing"
-    )
-    assert done.returncode == 0, done.stderr
-    config = json.loads((output / "config.json").read_text())
-    assert (config["mixed_precision"], config["activation_checkpointing"], config["lora_r"]) == ("bf16", "full", 64)
-    assert all(math.isfinite(line["loss"]) for line in metrics(output, "train"))
-    again = run_shell(f"TRAIN_MANIFEST={manifest} OUTPUT_DIR={output} BASE_CKPT={base} bash launch.sh")
-    assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].startswith("error: --output_dir") and "Traceback" not in again.stderr
 
 
 # ---- in this process

@@ -191,7 +191,8 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
     tokenizer = checkpoint.load_tokenizer(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     with tempfile.TemporaryDirectory() as folder:
         rate = codec_frame_rate_hz(cfg.audio_tokenizer)
-        store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, rate, Path(cfg.codes_dir or folder))
+        codes_dir = Path(cfg.codes_dir or folder)
+        store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, rate, codes_dir, cfg.codec)
         dataset = data.ChatMLDataset(records, tokenizer, store)
         collator = create_collator(config, strict=True)
         lengths, problems = data.measure_lengths(dataset, collator, num_workers=cfg.num_workers)

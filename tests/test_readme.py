@@ -1,0 +1,316 @@
+"""Every command of README.md, run as it stands there, and launch.sh.
+
+The commands run in README's order on a *desk*: a folder that holds tiny things under the names that README uses. All that is
+changed is in `SUBSTITUTED` and `APPENDED`. Most run in this process, in one rank: what launch.sh would start is asked of
+launch.sh, what torchrun would start of torchrun's own parser. `bash launch.sh` on two ranks and on two nodes are real launches.
+A test alone lacks what the commands before it made; run the file as a whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_codec import write_wav
+from torch.distributed.run import parse_args
+
+import train
+from config import parse_config
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+# What README names as an example -> what is on the desk
+SUBSTITUTED = {
+    "runs/voice/spikes/step_812-rank0.safetensors": "runs/spoilt/spikes/step_2-rank0.safetensors",
+    "step_175": "step_1",
+    "step_180": "step_2",
+    "node0": "127.0.0.1",
+}
+# What makes a command small: flags after those of README
+APPENDED = {
+    "train": "--base_ckpt checkpoint --audio_tokenizer codec --device cpu --num_workers 0 --batch_size 2 --grad_accum 1 "
+    "--max_steps 2 --save_steps 1 --num_samples 1",
+    "tools.generate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio",
+    "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
+    "tools.prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
+    "tools.prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
+    "step": "--help",  # its smallest size runs in test_benchmarks.py
+}
+RUN_BY_CI = ("tools.demo", "pytest", "setup")
+ENTRY_POINTS = {"tools.prepare": "tools.prepare.__main__", "checkpoint": "export"}
+MAKES_ITS_LAST_NAME = {
+    "tools.prepare convert",
+    "tools.prepare pair",
+    "checkpoint export",
+    "checkpoint merge",
+    "checkpoint average",
+}
+
+IS_COMMAND = re.compile(r"(\w+=\S+ )*(bash|python|torchrun) \S")
+
+
+def commands(text: str) -> list[str]:
+    """Those in fenced blocks, their continued lines joined, and those in code spans, in order."""
+    found = []
+    for block, span in re.findall(r"^```\w*\n(.*?)^```|`([^`]+)`", text, re.MULTILINE | re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines() or [span]
+        found += [" ".join(line.split()) for line in lines]
+    return [line for line in dict.fromkeys(found) if IS_COMMAND.match(line)]
+
+
+COMMANDS = commands((ROOT / "README.md").read_text())
+OF_SEVERAL_NODES = [command for command in COMMANDS if "NNODES=" in command]
+
+
+# ---- what a command runs
+
+
+def make_environment(folder: Path, python: str) -> Path:
+    """What launch.sh takes for the environment it has set up, with this script as its Python."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n")
+    (folder / "bin" / "python").chmod(0o755)
+    wanted = b"".join((ROOT / f"requirements{kind}.txt").read_bytes() for kind in ("", "-codec"))
+    (folder / ".installed").write_bytes(subprocess.run("cksum", input=wanted, capture_output=True, check=True).stdout)
+    return folder
+
+
+def launch_sh(words: list[str], environment: dict[str, str], **kwargs) -> subprocess.CompletedProcess:
+    values = {name: value for name, value in os.environ.items() if name not in ("TRAIN_MANIFEST", "NPROC")}
+    values |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
+    command = ["bash", str(ROOT / "launch.sh"), *words]
+    return subprocess.run(command, env=values, capture_output=True, text=True, timeout=180, check=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def asked_of_python(tmp_path_factory):
+    """A function: what launch.sh asks its Python to run, given these words and variables."""
+    folder = tmp_path_factory.mktemp("recorder")
+    record = folder / "asked"
+    venv = make_environment(folder / "venv", f"""printf '%s\\0' "$@" >'{record}'""")
+
+    def ask(words: list[str], variables: dict[str, str]) -> list[str]:
+        record.unlink(missing_ok=True)
+        done = launch_sh(words, variables | {"VENV": str(venv)})
+        assert done.returncode == 0, done.stderr
+        return record.read_text().split("\0")[:-1] if record.exists() else ["-m", "setup"]
+
+    return ask
+
+
+def split_variables(command: str) -> tuple[dict[str, str], list[str]]:
+    """NAME=value ... in front of a command, and its words."""
+    words = shlex.split(command, comments=True)
+    count = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
+    return dict(word.split("=", 1) for word in words[:count]), words[count:]
+
+
+def program(command: str, ask) -> tuple[str, list[str]]:
+    """(module, its arguments) of one rank."""
+    variables, (starter, *words) = split_variables(command)
+    if starter == "bash":
+        assert words[0] == "launch.sh"
+        words = ask(words[1:], variables)
+    if starter == "torchrun":
+        words = ["-m", "torch.distributed.run", *words]
+    if words[:2] in (["-m", "torch.distributed.run"], ["-m", "tools.launch"]):
+        args = parse_args(words[2:])
+        words = ["-m"] * args.module + [args.training_script, *args.training_script_args]
+    if words[0] == "-m":
+        return words[1], words[2:]
+    assert (ROOT / words[0]).is_file(), f"{words[0]}: no such file"
+    return Path(words[0]).stem, words[1:]
+
+
+def main_of(name: str, argv: list[str], monkeypatch) -> int:
+    """The exit status of a module's command."""
+    main = importlib.import_module(ENTRY_POINTS.get(name, name)).main
+    monkeypatch.setattr(sys, "argv", [name, *argv])
+    try:
+        return main(argv) or 0 if inspect.signature(main).parameters else main() or 0
+    except SystemExit as end:  # --help
+        return end.code or 0
+
+
+def products(name: str, argv: list[str]) -> list[Path]:
+    """What a command says it makes."""
+    made = [Path(value) for flag, value in pairwise(argv) if flag in ("--out", "--report")]
+    if name.startswith("train") and "--output_dir" in argv:
+        output_dir = Path(argv[argv.index("--output_dir") + 1])
+        made += [output_dir / part for part in ("config.json", "metrics.jsonl", "checkpoints/step_2", "final")]
+    if name in MAKES_ITS_LAST_NAME:
+        flags = [i for i, word in enumerate(argv) if word.startswith("--")]
+        made.append(Path(argv[min(flags, default=len(argv)) - 1]))
+    return made
+
+
+# ---- the desk
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Faster for what is so small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, toys, loud_dir, codec_files) -> Path:
+    """What README's reader has: recordings/ of one speaker, manifests, a base checkpoint, a codec, and a run that went wrong."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "recordings" / "anna").mkdir(parents=True)
+    for index in range(1, 21):
+        write_wav(folder / "recordings" / "anna" / f"{index:03}.wav", 0.2, seed=index)
+        (folder / "recordings" / "anna" / f"{index:03}.txt").write_text(f"line {index:03}")
+    records = (toys / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(records * 2)
+    (folder / "val.jsonl").write_text("".join(records.splitlines(keepends=True)[:2]))
+    for name, target in {
+        "clips": toys / "clips",
+        "checkpoint": loud_dir,
+        "codec": codec_files,
+        "bosonai": codec_files / "bosonai",
+    }.items():
+        (folder / name).symlink_to(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        spoilt = f"--train_manifest train.jsonl --output_dir runs/spoilt --lr 1e30 {APPENDED['train']}"
+        assert train.main(spoilt.split()) == 0
+        torch.distributed.destroy_process_group()
+    return folder
+
+
+@pytest.fixture()
+def at_desk(desk, monkeypatch) -> Path:
+    monkeypatch.chdir(desk)
+    return desk
+
+
+def prepare(command: str) -> str:
+    for example, ours in SUBSTITUTED.items():
+        command = command.replace(example, ours)
+    return command
+
+
+# ---- the tests
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in OF_SEVERAL_NODES])
+def test_command(command, asked_of_python, at_desk, monkeypatch, capsys):
+    """Exit status 0, and what it says it makes is there."""
+    name, argv = program(prepare(command), asked_of_python)
+    if name in RUN_BY_CI:
+        lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+        assert name in {program(line, asked_of_python)[0] for line in lines if line.startswith("bash launch.sh")}
+        return
+    if name != "train" and argv and f"{name} {argv[0]}" in APPENDED | dict.fromkeys(MAKES_ITS_LAST_NAME):
+        name, argv = f"{name} {argv[0]}", argv[1:]
+    if name == "train" and "--output_dir" in argv:  # README gives several ways to make the same run
+        shutil.rmtree(argv[argv.index("--output_dir") + 1], ignore_errors=True)
+    if name == "train" and argv != ["--help"]:
+        parse_config(argv)  # README's own values, some of which are replaced below
+    made = products(name, argv)
+    module, *subcommand = name.split()
+    status = main_of(module, [*subcommand, *argv, *APPENDED.get(name, "").split()], monkeypatch)
+    assert status == 0, capsys.readouterr().err
+    for path in made:
+        assert path.exists() and (path.is_dir() or path.stat().st_size > 100), path
+
+
+def run_for_real(command: str, desk: Path, venv: Path, **variables: str) -> subprocess.Popen:
+    given, words = split_variables(prepare(command))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "VENV": str(venv), **given, **variables}
+    words = ["bash", str(ROOT / "launch.sh"), *words[2:], *APPENDED["train"].split()]
+    return subprocess.Popen(words, env=environment, cwd=desk, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(launched: subprocess.Popen) -> str:
+    try:
+        _, err = launched.communicate(timeout=180)
+    finally:
+        launched.kill()
+    assert launched.returncode == 0, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def this_environment(tmp_path_factory) -> Path:
+    return make_environment(tmp_path_factory.mktemp("this") / "venv", f'exec "{sys.executable}" "$@"')
+
+
+def test_two_ranks_for_real(desk, this_environment):
+    (command,) = (command for command in COMMANDS if "--use_gradient_checkpointing" in command)
+    shutil.rmtree(desk / "runs" / "voice", ignore_errors=True)
+    finish(run_for_real(command, desk, this_environment, NPROC="2"))
+    config = json.loads((desk / "runs/voice/config.json").read_text())
+    assert (config["mixed_precision"], config["activation_checkpointing"], config["lora_r"]) == ("bf16", "full", 64)
+    lines = [json.loads(line) for line in (desk / "runs/voice/metrics.jsonl").read_text().splitlines()]
+    assert config["world_size"] == 2 and all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_two_nodes_for_real(desk, this_environment):
+    """Two launchers with a rank each, the second line on a second node."""
+    assert len(OF_SEVERAL_NODES) == 2
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    nodes = [run_for_real(command, desk, this_environment, NPROC="1", MASTER_PORT=str(port)) for command in OF_SEVERAL_NODES]
+    for node in nodes:
+        finish(node)
+    assert json.loads((desk / "runs/nodes/config.json").read_text())["world_size"] == 2
+    assert (desk / "runs/nodes/final/adapter_model.safetensors").is_file()
+
+
+def test_what_launch_sh_starts(asked_of_python):
+    for words, started in {
+        "": "-m tools.demo",
+        "demo --steps 3": "-m tools.demo --steps 3",
+        "prepare check x": "-m tools.prepare check x",
+        "generate --text x": "-m tools.generate --text x",
+        "plan": "-m tools.plan",
+        "report runs/voice": "-m tools.report runs/voice",
+        "replay file": "-m tools.replay file",
+        "bench step --size mini": f"{ROOT}/benchmarks/step.py --size mini",
+        "test": "-m pytest tests/",
+        "test tests/test_loss.py -k x": "-m pytest tests/test_loss.py -k x",
+        "setup": "-m setup",
+    }.items():
+        assert asked_of_python(words.split(), {}) == started.split(), words
+    flags = asked_of_python(["--lr", "1"], {"NPROC": "2", "LORA_R": "4"})
+    assert flags[:2] == ["-m", "tools.launch"] and flags[-5:] == [f"{ROOT}/train.py", "--lora_r", "4", "--lr", "1"]
+    assert "--nproc_per_node=2" in flags and flags == asked_of_python(["train", "--lr", "1"], {"NPROC": "2", "LORA_R": "4"})
+
+
+def test_launch_sh_refuses_what_it_does_not_know(tmp_path):
+    """Before anything is set up."""
+    for words, message in {
+        "trian --lr 1": "error: launch.sh knows no 'trian'; it knows train, ",
+        "train.jsonl": "error: launch.sh knows no 'train.jsonl'",
+        "bench": "error: no benchmark ''; there are: encode ",
+        "bench setp": "error: no benchmark 'setp'",
+    }.items():
+        done = launch_sh(words.split(), {"VENV": str(tmp_path / "venv")})
+        assert done.returncode == 2 and done.stderr.startswith(message) and not done.stdout, words
+    assert not list(tmp_path.iterdir())
+
+
+def test_extraction():
+    text = "Say `python a.py\nx`, `torchrun` or\n```\nA=1 bash launch.sh \\\n    y  # why\ntree.py  what it is\n```\n| `bash launch.sh` | `--x` |"
+    assert commands(text) == ["python a.py x", "A=1 bash launch.sh y # why", "bash launch.sh"]
+    assert len(COMMANDS) > 40 and "bash launch.sh" in COMMANDS
