@@ -214,8 +214,11 @@ def _workers(num_workers: int) -> dict:
         return {}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "data"])
+    # What the server and the tracker of semaphores inherit: they live through signals, and the tracker does not warn of what
+    # it finds after a process that ended at once, as ours do; it removes it.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    forkserver.ensure_running()  # which inherits what is ignored
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    forkserver.ensure_running()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _live_with_parent}
