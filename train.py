@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def construct_model(
         lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
         model_patch.freeze(model, _split(cfg.freeze))
+    if cfg.consistency_loss_weight and not model.can_pack:
+        raise ConfigError(
+            "--consistency_loss_weight: this checkpoint's layers cannot be trained on packed batches, which it reads"
+        )
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
     if cfg.compile:
@@ -130,19 +135,29 @@ class Totals:
         return Totals(loss.LossSums.unpack(packed[: -len(counts)]), *packed[-len(counts) :].tolist())
 
 
-def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[Tensor, Totals]:
+def forward(
+    model,
+    batch: ExtendedHiggsAudioBatchInput,
+    ids: loss.AudioIds,
+    alignment: Alignment,
+    voice_sums: Callable | None = None,
+) -> tuple[Tensor, Totals]:
     """One micro-batch through the model; the sums are part of the graph.
 
+    voice_sums: of `compare_voices`
     returns: `loss.copy_counts` [2], zero while training; the totals
     """
     with_copies = not torch.is_grad_enabled()
     counts = batch.num_frames(), len(batch.unreadable)
     if batch.packing is not None and model.can_pack and alignment == Alignment():
         packing = batch.packing
-        head_loss = functools.partial(loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies)
+        head_loss = functools.partial(
+            loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies, voice_sums=voice_sums
+        )
         sums, copies = model(**batch.model_inputs(), packing=packing, head_loss=head_loss)
         positions = packing.num_positions, packing.num_places
         return copies, Totals(loss.LossSums.unpack(sums), *positions, *counts, packing.num_pairs)
+    assert voice_sums is None, "voices are compared in packed batches alone"
     output = model(**batch.model_inputs())  # logits everywhere; the device has to be asked where everything is
     scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
     copies = loss.copy_counts(scored) if with_copies else torch.zeros(2, device=output.logits.device)
@@ -151,13 +166,41 @@ def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alig
     return copies, Totals(loss.loss_sums(scored, ids.stream_eos), sum(lengths), output.attention_mask.numel(), *counts, pairs)
 
 
+def compare_voices(
+    batch: ExtendedHiggsAudioBatchInput, speakers: Sequence[Sequence[str]], dist: Dist
+) -> Callable[[Callable], Tensor] | None:
+    """What reads `loss.consistency_sums` off a micro-batch's hidden states, or None where no batch has voices.
+
+    speakers: of each rank's voices in its micro-batch of this number; their references are gathered when it is called, which is
+              collective
+    """
+    if batch.voices is None:
+        return None
+
+    def voice_sums(rows: Callable[[Tensor], Tensor]) -> Tensor:
+        spoken, heard = loss.pool_voices(rows, batch.voices)
+        counts = [len(names) for names in speakers]
+        everyone = list(itertools.chain.from_iterable(speakers))
+        return loss.consistency_sums(spoken, dist.gather_rows(heard, counts), everyone, first=sum(counts[: dist.rank]))
+
+    return voice_sums
+
+
+def gather_speakers(batches: Sequence[ExtendedHiggsAudioBatchInput], dist: Dist) -> list[list[list[str]]]:
+    """Of each micro-batch, the speakers of each rank's voices; nobody, and nothing is sent, where no batch has voices. Collective."""
+    if any(batch.voices is None for batch in batches):
+        return [[] for _ in batches]
+    by_rank = dist.gather([batch.voices.speakers for batch in batches])
+    return list(map(list, zip(*by_rank)))
+
+
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
     weights = cfg.codebook_weight_list
     if weights and len(weights) != config.audio_num_codebooks:
         raise ConfigError(
             f"--codebook_weights has {len(weights)} values, the checkpoint {config.audio_num_codebooks} codebooks"
         )
-    return Objective(cfg.text_loss_weight, cfg.audio_loss_weight, tuple(weights) or None)
+    return Objective(cfg.text_loss_weight, cfg.audio_loss_weight, tuple(weights) or None, cfg.consistency_loss_weight)
 
 
 def train_step(
@@ -190,14 +233,16 @@ def train_step(
     counts = [torch.cat([text[None], audio]) for text, audio in (batch.num_targets() for batch in batches)]
     counts = dist.sum(torch.stack(counts).sum(0).to(dist.device, non_blocking=True)).float()
     num_text, num_audio = counts[0], counts[1:]
+    speakers = gather_speakers(batches, dist)
+    num_voices = sum(loss.num_comparable(list(itertools.chain.from_iterable(everyone))) for everyone in speakers)
 
     total, values = None, []
     for index, batch in enumerate(batches):
         batch = batch.to(dist.device, non_blocking=True)
         model.set_requires_gradient_sync(index == len(batches) - 1)
         torch.manual_seed(_micro_batch_seed(seed, step, index * dist.world_size + dist.rank))
-        _, part = forward(model, batch, ids, alignment)
-        value = objective(part.losses, num_text, num_audio) * dist.world_size
+        _, part = forward(model, batch, ids, alignment, compare_voices(batch, speakers[index], dist))
+        value = objective(part.losses, num_text, num_audio, num_voices) * dist.world_size
         value.backward()
         values.append(value.detach())
         part.losses = part.losses.detach()
@@ -276,7 +321,9 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
     total, copies, unreadable = None, torch.zeros(2, device=dist.device), []
     with evaluating(model):
         for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
-            copied, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
+            (speakers,) = gather_speakers([batch], dist)
+            batch = batch.to(dist.device, non_blocking=True)
+            copied, part = forward(model, batch, ids, alignment, compare_voices(batch, speakers, dist))
             copies += copied
             total = part if total is None else total + part
             unreadable += batch.unreadable
