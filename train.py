@@ -45,7 +45,7 @@ import loss
 import model_patch
 import spikes
 from audio import codec_frame_rate_hz
-from collate import ExtendedHiggsAudioBatchInput
+from collate import ExtendedHiggsAudioBatchInput, Voices
 from config import Config, ConfigError, parse_config
 from distributed import USER_ERRORS, Dist, Signals, bar_interval_sec, log, log_list, lost_others, setup_distributed
 from listen import Listener
@@ -144,13 +144,15 @@ def forward(
 ) -> tuple[Tensor, Totals]:
     """One micro-batch through the model; the sums are part of the graph.
 
-    voice_sums: of `compare_voices`
+    voice_sums: of `compare_voices`; adds the voice term, and is collective
     returns: `loss.copy_counts` [2], zero while training; the totals
     """
     with_copies = not torch.is_grad_enabled()
     counts = batch.num_frames(), len(batch.unreadable)
     if batch.packing is not None and model.can_pack and alignment == Alignment():
         packing = batch.packing
+        if voice_sums:
+            voice_sums = functools.partial(voice_sums, voices=batch.voices)
         head_loss = functools.partial(
             loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies, voice_sums=voice_sums
         )
@@ -166,32 +168,26 @@ def forward(
     return copies, Totals(loss.loss_sums(scored, ids.stream_eos), sum(lengths), output.attention_mask.numel(), *counts, pairs)
 
 
-def compare_voices(
-    batch: ExtendedHiggsAudioBatchInput, speakers: Sequence[Sequence[str]], dist: Dist
-) -> Callable[[Callable], Tensor] | None:
-    """What reads `loss.consistency_sums` off a micro-batch's hidden states, or None where no batch has voices.
+def compare_voices(batches: Sequence[ExtendedHiggsAudioBatchInput], dist: Dist) -> tuple[list[Callable | None], int]:
+    """What `forward` needs to compare voices in each micro-batch, None where they have none; and how many voices count in all.
 
-    speakers: of each rank's voices in its micro-batch of this number; their references are gathered when it is called, which is
-              collective
+    Ranks tell each other here who speaks, and their references when a micro-batch's forward pass comes to it. Collective.
     """
-    if batch.voices is None:
-        return None
-
-    def voice_sums(rows: Callable[[Tensor], Tensor]) -> Tensor:
-        spoken, heard = loss.pool_voices(rows, batch.voices)
-        counts = [len(names) for names in speakers]
-        everyone = list(itertools.chain.from_iterable(speakers))
-        return loss.consistency_sums(spoken, dist.gather_rows(heard, counts), everyone, first=sum(counts[: dist.rank]))
-
-    return voice_sums
-
-
-def gather_speakers(batches: Sequence[ExtendedHiggsAudioBatchInput], dist: Dist) -> list[list[list[str]]]:
-    """Of each micro-batch, the speakers of each rank's voices; nobody, and nothing is sent, where no batch has voices. Collective."""
     if any(batch.voices is None for batch in batches):
-        return [[] for _ in batches]
+        return [None] * len(batches), 0
     by_rank = dist.gather([batch.voices.speakers for batch in batches])
-    return list(map(list, zip(*by_rank)))
+    functions, num_voices = [], 0
+    for parts in zip(*by_rank):
+        speakers, counts = list(itertools.chain.from_iterable(parts)), list(map(len, parts))
+        functions.append(functools.partial(_voice_sums, speakers=speakers, counts=counts, dist=dist))
+        num_voices += loss.num_comparable(speakers)
+    return functions, num_voices
+
+
+def _voice_sums(rows: Callable, voices: Voices, speakers: Sequence[str], counts: Sequence[int], dist: Dist) -> Tensor:
+    """`loss.consistency_sums` of this rank's voices among all, `counts` of each rank. Collective."""
+    spoken, heard = loss.pool_voices(rows, voices)
+    return loss.consistency_sums(spoken, dist.gather_rows(heard, counts), speakers, first=sum(counts[: dist.rank]))
 
 
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
@@ -233,15 +229,14 @@ def train_step(
     counts = [torch.cat([text[None], audio]) for text, audio in (batch.num_targets() for batch in batches)]
     counts = dist.sum(torch.stack(counts).sum(0).to(dist.device, non_blocking=True)).float()
     num_text, num_audio = counts[0], counts[1:]
-    speakers = gather_speakers(batches, dist)
-    num_voices = sum(loss.num_comparable(list(itertools.chain.from_iterable(everyone))) for everyone in speakers)
+    voice_sums, num_voices = compare_voices(batches, dist)
 
     total, values = None, []
     for index, batch in enumerate(batches):
         batch = batch.to(dist.device, non_blocking=True)
         model.set_requires_gradient_sync(index == len(batches) - 1)
         torch.manual_seed(_micro_batch_seed(seed, step, index * dist.world_size + dist.rank))
-        _, part = forward(model, batch, ids, alignment, compare_voices(batch, speakers[index], dist))
+        _, part = forward(model, batch, ids, alignment, voice_sums[index])
         value = objective(part.losses, num_text, num_audio, num_voices) * dist.world_size
         value.backward()
         values.append(value.detach())
@@ -321,9 +316,8 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
     total, copies, unreadable = None, torch.zeros(2, device=dist.device), []
     with evaluating(model):
         for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
-            (speakers,) = gather_speakers([batch], dist)
-            batch = batch.to(dist.device, non_blocking=True)
-            copied, part = forward(model, batch, ids, alignment, compare_voices(batch, speakers, dist))
+            (voice_sums,), _ = compare_voices([batch], dist)
+            copied, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment, voice_sums)
             copies += copied
             total = part if total is None else total + part
             unreadable += batch.unreadable

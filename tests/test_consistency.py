@@ -235,15 +235,11 @@ def test_steps_without_rivals_are_those_without_the_loss():
 
 
 def test_a_run_logs_it(toys, tmp_path):
-    """Of steps and evaluations, and only where it is on. The toys' batches of two samples do not always hold two voices."""
-    for weight, is_on in ((1.0, True), (0.0, False)):
-        folder = tmp_path / str(weight)
-        argv = settings(toys, folder, 0, consistency_loss_weight=weight, max_steps=2, val_steps=2, batch_size=4)
-        assert train.main(argv) == 0
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["split"] for line in lines] == ["train", "train", "val"]
-        assert all(("consistency_loss" in line) == is_on for line in lines)
-        assert not is_on or all(line["consistency_loss"] > 0 for line in lines)
+    """From a manifest to metrics.jsonl, of a step and an evaluation."""
+    assert train.main(settings(toys, tmp_path, 0, consistency_loss_weight=1.0, max_steps=1, batch_size=4)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train", "val"]
+    assert all(0.1 < line["consistency_loss"] < 10 for line in lines)
 
 
 def test_what_cannot_be_compared_is_refused(config, tokenizer, toys, tmp_path, capsys):
