@@ -88,7 +88,7 @@ class Config:
     text_loss_weight: float = _setting(1.0, "weight of the text loss")
     audio_loss_weight: float = _setting(1.0, "weight of the audio loss")
     consistency_loss_weight: float = _setting(
-        0.0, "weight of the voice-consistency loss: what is spoken is nearer to its speaker's reference than to others; 0: off"
+        0.0, "weight of the loss that draws what is spoken to its speaker's reference and away from those of others; 0: off"
     )
     codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default equal")
 
