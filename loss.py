@@ -288,10 +288,11 @@ def consistency_sums(spoken: Tensor, heard: Tensor, speakers: Sequence[str], fir
     names = {name: number for number, name in enumerate(speakers)}
     numbers = torch.tensor([names[name] for name in speakers], device=heard.device)
     own = torch.arange(first, first + len(spoken), device=heard.device)
-    is_rival = numbers[own, None] != numbers
-    is_own = own[:, None] == torch.arange(len(heard), device=heard.device)
+    is_other = numbers[own, None] != numbers
+    is_candidate = is_other.index_put((own - first, own), is_other.new_ones(()))
     cosines = F.normalize(spoken, dim=1) @ F.normalize(heard, dim=1).T
-    nats = F.cross_entropy((cosines / VOICE_TEMPERATURE).masked_fill(~is_rival & ~is_own, -torch.inf), own, reduction="sum")
+    logits = (cosines / VOICE_TEMPERATURE).masked_fill(~is_candidate, -torch.inf)
+    nats = F.cross_entropy(logits, own, reduction="sum")
     return torch.stack([nats, nats.new_tensor(len(spoken))])
 
 
