@@ -19,6 +19,7 @@ Legend: B batch, s text positions before expansion, K codebooks, T frames, N aud
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 import warnings
@@ -169,6 +170,62 @@ def _columns(starts: Tensor, lengths: Tensor) -> Tensor:
 
 
 @dataclass
+class Voices:
+    """Who is heard and then speaks in a packed batch: the reference and the trained audio of one speaker in one sample, a pair.
+
+    Audio is an input clip or a clip without targets (the reference), or one with targets. A clip whose speaker is not known, and
+    a speaker who has only one kind in the sample, are left out.
+
+    speakers        of each pair
+    heard, spoken   [columns] int64, sorted positions of all references and of all trained audio, pair after pair
+    heard_lengths, spoken_lengths      columns of each pair
+    """
+
+    speakers: list[str]
+    heard: Tensor
+    spoken: Tensor
+    heard_lengths: list[int]
+    spoken_lengths: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        batch: ExtendedHiggsAudioBatchInput,
+        num_text: int,
+        speakers: Sequence[Sequence[str | None]],
+        audio_in_token: int,
+        audio_out_token: int,
+    ) -> Voices:
+        """speakers: of each sample's clips, in the order of their placeholders; clips beyond them have none"""
+        in_lengths = _clip_lengths(batch.audio_in_ids_start, batch.audio_in_ids).tolist()
+        out_lengths = _clip_lengths(batch.audio_out_ids_start, batch.audio_out_ids).tolist()
+        places = (num_text + torch.arange(sum(in_lengths) + sum(out_lengths))).split(in_lengths + out_lengths)
+        is_target = (batch.label_audio_ids != IGNORE_INDEX).any(0).split(out_lengths)
+        clips = {
+            audio_in_token: iter([(place, False) for place in places[: len(in_lengths)]]),
+            audio_out_token: iter([(p, bool(t.any())) for p, t in zip(places[len(in_lengths) :], is_target)]),
+        }
+        heard: dict[tuple[int, str], list[Tensor]] = {}
+        spoken: dict[tuple[int, str], list[Tensor]] = {}
+        for row, (ids, names) in enumerate(zip(batch.input_ids.tolist(), speakers)):
+            placeholders = (token for token in ids if token in clips)
+            for token, name in zip(placeholders, itertools.chain(names, itertools.repeat(None))):
+                place, is_trained = next(clips[token])
+                if name is not None:
+                    (spoken if is_trained else heard).setdefault((row, name), []).append(place)
+        pairs = [voice for voice in spoken if voice in heard]
+        before, after = ([torch.cat(places[voice]) for voice in pairs] for places in (heard, spoken))
+        nothing = torch.zeros(0, dtype=torch.long)
+        return cls(
+            [name for _, name in pairs],
+            torch.cat([nothing, *before]),
+            torch.cat([nothing, *after]),
+            [len(place) for place in before],
+            [len(place) for place in after],
+        )
+
+
+@dataclass
 class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
     """A batch of the official collator, with its size, its targets and where its samples came from.
 
@@ -185,6 +242,7 @@ class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
     clamped: dict[str, int] = field(default_factory=dict)  # clamped audio indices by source
     has_label_overrides: bool = False  # some labels came from `audio_label_ids_concat`, not from the inputs
     packing: Packing | None = None  # the same batch as one sequence; None where the audio comes through Whisper
+    voices: Voices | None = None  # for the voice-consistency loss; None where nobody asked
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -197,8 +255,9 @@ class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
 
     def _map(self, function) -> ExtendedHiggsAudioBatchInput:
         changed = _mapped(self, function)
-        if self.packing is not None:
-            changed["packing"] = dataclasses.replace(self.packing, **_mapped(self.packing, function))
+        for name in ("packing", "voices"):
+            if (part := getattr(self, name)) is not None:
+                changed[name] = dataclasses.replace(part, **_mapped(part, function))
         return dataclasses.replace(self, **changed)
 
     def model_inputs(self) -> dict:
@@ -232,6 +291,7 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
     strict:            more placeholders than clips is an error instead of a clamped index.
     pack:              attention works on one sequence without padding, else on padded rows. Neither where audio comes
                        through Whisper or is not heard at all: such a batch has no `Packing`.
+    with_voices:       batches know their `Voices`, from the samples' `speakers`.
     Other arguments are the official collator's.
     """
 
@@ -242,6 +302,7 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         feature_shape: tuple[int, int] | None = None,
         strict: bool = False,
         pack: bool = True,
+        with_voices: bool = False,
         **kwargs,
     ):
         super().__init__(whisper_processor=None, encode_whisper_embed=False, **kwargs)
@@ -250,6 +311,7 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         self.feature_extractor = feature_extractor
         self.feature_shape = feature_shape
         self.strict = strict
+        self.with_voices = with_voices
 
     def __call__(self, batch: Sequence[ChatMLDatasetSample]) -> ExtendedHiggsAudioBatchInput:
         if not batch:
@@ -281,6 +343,11 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         if self.has_packing:
             packing = Packing.of(result, self.audio_in_token_id, self.audio_out_token_id)
             result.packing = packing if self.pack else packing.with_rows(self.round_to)
+        if self.with_voices:
+            speakers = [getattr(sample, "speakers", ()) for sample in batch]
+            result.voices = Voices.of(
+                result, result.packing.num_text, speakers, self.audio_in_token_id, self.audio_out_token_id
+            )
         return result
 
     def num_positions(self, num_ids: int, clips: Sequence[tuple[int, bool]]) -> int:
@@ -476,6 +543,7 @@ def create_collator(
     encode_whisper_embed: bool | None = None,
     strict: bool = False,
     pack: bool = True,
+    with_voices: bool = False,
     round_to: int = 8,
 ) -> ExtendedHiggsAudioSampleCollator:
     """The collator a checkpoint was made for; None follows the checkpoint's config, anything else overrides it.
@@ -498,12 +566,18 @@ def create_collator(
         raise CollateError(
             f"audio_num_codebooks={num_codebooks}, but this checkpoint embeds and predicts {config.audio_num_codebooks}"
         )
+    if with_voices and (has_tower or not in_tokens):
+        raise CollateError(
+            "the voice-consistency loss compares hidden states of reference codes, which this checkpoint does not read "
+            "(skip_audio_tower=false or encode_audio_in_tokens=false); leave out --consistency_loss_weight"
+        )
     extractor = _feature_extractor(config) if has_tower else None
     return ExtendedHiggsAudioSampleCollator(
         feature_extractor=extractor if whisper else None,
         feature_shape=(extractor.feature_size, extractor.nb_max_frames) if has_tower else None,
         strict=strict,
         pack=pack,
+        with_voices=with_voices,
         audio_in_token_id=config.audio_in_token_idx,
         audio_out_token_id=config.audio_out_token_idx,
         pad_token_id=config.pad_token_id,

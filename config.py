@@ -87,6 +87,9 @@ class Config:
 
     text_loss_weight: float = _setting(1.0, "weight of the text loss")
     audio_loss_weight: float = _setting(1.0, "weight of the audio loss")
+    consistency_loss_weight: float = _setting(
+        0.0, "weight of the loss that draws what is spoken to its speaker's reference and away from those of others; 0: off"
+    )
     codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default equal")
 
     mixed_precision: str = _setting("bf16", "compute dtype; masters stay float32", const="bf16", choices=("bf16", "no"))

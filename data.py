@@ -52,9 +52,10 @@ BUCKET_WIDTH = 0.01  # samples whose lengths differ by less than this share chan
 
 @dataclass
 class Sample(ChatMLDatasetSample):
-    """The official sample, and where it came from."""
+    """The official sample, where it came from, and who speaks in its clips."""
 
     source: str = ""
+    speakers: Sequence[str | None] = ()
 
 
 @dataclass(eq=False)
@@ -96,6 +97,7 @@ class ChatMLDataset(Dataset):
             audio_sample_rate=torch.tensor(rates, dtype=torch.float32),
             audio_speaker_indices=torch.zeros(0, dtype=torch.long),
             source=record.source,
+            speakers=record.speakers(),
         )
 
     def length(self, record: Record, collator: ExtendedHiggsAudioSampleCollator) -> int:

@@ -66,6 +66,17 @@ class Dist:
         torch_dist.all_gather_object(values, value)
         return values
 
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Every rank's rows [n, D], one rank after the other. Collective, unless nobody has any.
+
+        counts: n of each rank, the same everywhere
+        """
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        if max(counts):
+            torch_dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
     def together(self, function: Callable[[], T]) -> T:
         """Run `function` on every rank; if the user's input made it fail on any, raise that error on all. Collective."""
         result = error = None

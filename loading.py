@@ -72,7 +72,10 @@ def build_loaders(
         cache_dir=Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"),
         codec=cfg.codec,
     )
-    collator = dist.together(lambda: collate.create_collator(config, strict=True, pack=cfg.pack))
+    with_voices = cfg.consistency_loss_weight > 0
+    collator = dist.together(lambda: collate.create_collator(config, strict=True, pack=cfg.pack, with_voices=with_voices))
+    if with_voices:
+        dist.together(lambda: check_voices(records))
     encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
 
     def build(records: Mixture, grad_accum: int, shuffle: bool) -> data.Loader:
@@ -95,6 +98,18 @@ def build_loaders(
 
     val_loader = build(val_records, grad_accum=1, shuffle=False) if val_records else None
     return build(records, cfg.grad_accum, shuffle=True), val_loader
+
+
+def check_voices(records: Mixture) -> None:
+    """DataError unless some record has a reference of its own speaker, which the consistency loss compares with."""
+    for record in itertools.chain.from_iterable(records.parts):
+        names = [name for name in record.speakers() if name]
+        if len(names) > len(set(names)):
+            return
+    raise DataError(
+        "--consistency_loss_weight: no record to train on has both a `speaker` and a reference clip of that speaker before "
+        "its last one; name speakers and let python -m tools.prepare pair add references, or leave the weight at 0"
+    )
 
 
 def fit_to_budget(cfg: Config, dist: Dist, dataset: data.ChatMLDataset, collator) -> tuple[data.ChatMLDataset, np.ndarray]:

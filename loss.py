@@ -1,6 +1,6 @@
-"""The dual loss: text and per-codebook audio, as float32 sums and counts.
+"""The dual loss: text and per-codebook audio, as float32 sums and counts; and, where asked for, voice consistency.
 
-    L = w_text * S_text / N_text + w_audio * mean_k(c_k * S_k / N_k)
+    L = w_text * S_text / N_text + w_audio * mean_k(c_k * S_k / N_k) + w_cons * S_voices / N_voices
 
 S are sums of cross-entropy in nats, N counts of targets over *all* micro-batches of the optimizer step and all ranks,
 known before the first backward. Averaging the means of micro-batches instead weighs targets by the company they keep.
@@ -9,8 +9,14 @@ Upstream labels are input-aligned: `expanded_labels[b, t]` is the token fed at t
 at frame j. Position t therefore has to be scored against the label at t + 1. Scored in place the loss falls as well, to a
 model that copies its input and speaks silence; `find_alignment` and `copy_counts` exist so that this cannot happen unseen.
 
+The voice term (`consistency_sums`) asks of the audio that a sample is trained to speak to be nearer, in the model's last hidden
+states, to the same speaker's reference in that sample than to the references of other speakers. Those others are the ones
+in the same micro-batch of all ranks, whose references are known at that moment: so many ranks with one micro-batch each give
+what one rank gives with all of their samples, whereas accumulating gradients over more micro-batches means fewer rivals for
+each voice. It is the one term that depends on how a step's samples are divided.
+
 Legend: B batch, S positions after expansion, K codebooks, N audio positions in the batch, V text vocabulary, C audio
-vocabulary (codebook size plus two stream ids).
+vocabulary (codebook size plus two stream ids), P pairs of a reference and what is trained to follow it in its voice.
 
     python loss.py      # shows the three alignments on a toy example
 """
@@ -18,7 +24,7 @@ vocabulary (codebook size plus two stream ids).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -36,6 +42,9 @@ Alignment = Literal["shift", "aligned"]
 CONFIDENT_COPY = 0.9  # probability of the input token from which a prediction counts as a copy
 MAX_COPY_SHARE = 0.5  # a sound model stays near 0, a collapsed one is near 1
 MIN_COPY_POSITIONS = 32  # fewer positions than this say nothing
+
+
+VOICE_TEMPERATURE = 0.1  # cosines of mean hidden states lie close together
 
 
 class AlignmentError(ValueError):
@@ -63,22 +72,26 @@ class LossSums:
     right_text: Tensor  # [] float32, targets that were the likeliest prediction
     right_audio: Tensor  # [K] float32
     right_eos: Tensor  # [] float32
+    voices: Tensor | None = None  # [2] float32, of `consistency_sums`, where asked for
+
+    def _values(self) -> list[Tensor]:
+        return [value for f in fields(self) if (value := getattr(self, f.name)) is not None]
 
     def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return LossSums(*map(torch.add, self._values(), other._values()))
 
     def detach(self) -> LossSums:
-        return LossSums(*(getattr(self, f.name).detach() for f in fields(self)))
+        return LossSums(*map(Tensor.detach, self._values()))
 
     def pack(self) -> Tensor:
-        """All values in one vector [3 * K + 6], ready for one all-reduce."""
-        return torch.cat([getattr(self, f.name).detach().flatten() for f in fields(self)])
+        """All values in one vector [3 * K + 6], or [3 * K + 8] with voices, ready for one all-reduce."""
+        return torch.cat([value.detach().flatten() for value in self._values()])
 
     @classmethod
     def unpack(cls, vector: Tensor) -> LossSums:
-        K = (len(vector) - 6) // 3
-        parts = vector.split([1, K, 1] * 3)
-        return cls(*(part if i % 3 == 1 else part[0] for i, part in enumerate(parts)))
+        K, num_more = divmod(len(vector) - 6, 3)
+        parts = vector.split([1, K, 1] * 3 + [2] * (num_more > 0))
+        return cls(*(part[0] if i % 3 != 1 and i < 9 else part for i, part in enumerate(parts)))
 
 
 def text_targets(output, label_ids: Tensor, input_ids: Tensor, attention_mask: Tensor, ids: AudioIds) -> Tensor:
@@ -161,19 +174,22 @@ def packed_sums(
     *,
     stream_eos: int,
     with_copies: bool,
+    voice_sums: Callable[[Callable], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums of a packed batch, from logits of the supervised positions alone, in pieces of at most MAX_LOGITS.
 
     rows:    hidden states [n, D] of n sorted positions; see `TrainableHiggsAudioModel._forward_packed`
     packing: a `collate.Packing`
-    returns: `LossSums.pack` [3 * K + 6], part of the graph; `copy_counts` [2], zero unless asked for
+    voice_sums: gives `consistency_sums` from `rows`
+    returns: `LossSums.pack`, part of the graph; `copy_counts` [2], zero unless asked for
     """
     text, _, right_text, _, text_copies = _stream_sums(rows, text_head, packing, "text", stream_eos, with_copies)
     audio, eos, right, right_eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
     supervised = packing.audio_targets != IGNORE_INDEX
     is_eos = packing.audio_targets == stream_eos
     counts = [eos[None], eos.new_full((1,), len(packing.text_rows)), supervised.sum(0), is_eos.sum()[None]]
-    return torch.cat([text, audio, *counts, right_text, right, right_eos[None]]), text_copies + audio_copies
+    voices = [voice_sums(rows)] if voice_sums else []
+    return torch.cat([text, audio, *counts, right_text, right, right_eos[None], *voices]), text_copies + audio_copies
 
 
 def _stream_sums(rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool) -> tuple[Tensor, ...]:
@@ -238,6 +254,48 @@ def loss_sums(scored: Scored, stream_eos: int) -> LossSums:
     )
 
 
+def pool_voices(rows: Callable[[Tensor], Tensor], voices) -> tuple[Tensor, Tensor]:
+    """Mean hidden states of each pair's trained audio [P, D], and of its reference [P, D], which gets no gradient; float32.
+
+    rows: as in `packed_sums`; voices: a `collate.Voices`
+    """
+    with torch.no_grad():
+        heard = _means(rows(voices.heard).float(), voices.heard_lengths)
+    return _means(rows(voices.spoken).float(), voices.spoken_lengths), heard
+
+
+def _means(states: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The mean of each piece of states [sum(lengths), D]; one by one, as adding by index is not deterministic on a GPU."""
+    means = [piece.mean(0) for piece in states.split(lengths)] if lengths else []
+    return torch.stack(means) if means else states[:0]
+
+
+def num_comparable(speakers: Sequence[str]) -> int:
+    """How many of so many pairs count: all of them, or none where there are fewer than two speakers to tell apart."""
+    return len(speakers) if len(set(speakers)) > 1 else 0
+
+
+def consistency_sums(spoken: Tensor, heard: Tensor, speakers: Sequence[str], first: int = 0) -> Tensor:
+    """InfoNCE: which reference is whose, told by cosine from what follows it. References of one speaker are no rivals.
+
+    spoken:   [P, D], of this rank's pairs
+    heard:    [R, D], references of all ranks' pairs; `first` is where this rank's begin
+    speakers: of all R pairs
+    returns:  [2] float32: nats, and the pairs they were summed over; exactly 0 with fewer than two speakers
+    """
+    if len(spoken) == 0 or not num_comparable(speakers):
+        return heard.new_zeros(2)
+    names = {name: number for number, name in enumerate(speakers)}
+    numbers = torch.tensor([names[name] for name in speakers], device=heard.device)
+    own = torch.arange(first, first + len(spoken), device=heard.device)
+    is_other = numbers[own, None] != numbers
+    is_candidate = is_other.index_put((own - first, own), is_other.new_ones(()))
+    cosines = F.normalize(spoken, dim=1) @ F.normalize(heard, dim=1).T
+    logits = (cosines / VOICE_TEMPERATURE).masked_fill(~is_candidate, -torch.inf)
+    nats = F.cross_entropy(logits, own, reduction="sum")
+    return torch.stack([nats, nats.new_tensor(len(spoken))])
+
+
 def combine(
     sums: LossSums,
     num_text: Tensor,
@@ -261,26 +319,36 @@ def combine(
 
 @dataclass(frozen=True)
 class Objective:
-    """The scalar that trains, from sums and global counts: `combine` with its weights."""
+    """The scalar that trains, from sums and global counts: `combine` with its weights, and the voice term."""
 
     text_weight: float = 1.0
     audio_weight: float = 1.0
     codebook_weights: tuple[float, ...] | None = None  # one per codebook; None: equal
+    consistency_weight: float = 0.0
 
-    def __call__(self, sums: LossSums, num_text: Tensor, num_audio: Tensor) -> Tensor:
+    def __call__(self, sums: LossSums, num_text: Tensor, num_audio: Tensor, num_voices: float = 0.0) -> Tensor:
         weights = None if self.codebook_weights is None else sums.audio.new_tensor(self.codebook_weights)
-        return combine(sums, num_text, num_audio, self.text_weight, self.audio_weight, weights)
+        value = combine(sums, num_text, num_audio, self.text_weight, self.audio_weight, weights)
+        if sums.voices is None:
+            return value
+        return value + self.consistency_weight * sums.voices[0] / max(1.0, num_voices)
 
     def metrics(self, sums: LossSums) -> dict:
-        """Losses in nats per target and shares of right guesses, from global sums; None where nothing was supervised."""
+        """Losses in nats per target and shares of right guesses, from global sums; None where nothing was supervised.
+
+        The consistency loss, in nats per voice, is among them where it was computed.
+        """
 
         def ratio(total: Tensor, count: Tensor) -> float | None:
             return (total / count).item() if count > 0 else None
 
         codebooks = [ratio(s, n) for s, n in zip(sums.audio, sums.num_audio)]
         supervised = [value for value in codebooks if value is not None]
+        has_voices = sums.voices is not None
+        num_voices = sums.voices[1].item() if has_voices else 0.0
+        voices = {"consistency_loss": ratio(*sums.voices) or 0.0} if has_voices else {}
         return {
-            "loss": self(sums, sums.num_text, sums.num_audio).item(),
+            "loss": self(sums, sums.num_text, sums.num_audio, num_voices).item(),
             "text_loss": ratio(sums.text, sums.num_text) or 0.0,
             "audio_loss": sum(supervised) / len(supervised) if supervised else 0.0,
             "codebook_losses": codebooks,
@@ -291,6 +359,7 @@ class Objective:
             "eos_accuracy": ratio(sums.right_eos, sums.num_eos),
             "text_targets": int(sums.num_text.item()),
             "audio_targets": int(sums.num_audio.sum().item()),
+            **voices,
         }
 
 

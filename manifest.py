@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, Tex
 ROLES = ("system", "user", "assistant")
 CODE_SUFFIXES = (".npy", ".safetensors")
 
+
+SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SPEAKER0: ..." of a scene
 
 MAX_SHOWN = 20  # problems in one message
 MAX_SEC = 1e7  # no clip is four months long
@@ -83,12 +86,35 @@ class Record:
     audio: list[AudioPart]
     source: str  # "manifest.jsonl record 3 (line 4)"
 
+    def parts(self) -> list[str | TextContent | AudioContent]:
+        """What its turns consist of, in order."""
+        contents = (turn.content for turn in self.chatml.messages)
+        return [part for content in contents for part in (content if isinstance(content, list) else [content])]
+
     def cropped(self, num_turns: int) -> Record:
         """The record's first turns alone, with their clips."""
-        turns = self.chatml.messages[:num_turns]
-        contents = [part for turn in turns for part in (turn.content if isinstance(turn.content, list) else [turn.content])]
-        num_clips = sum(isinstance(part, AudioContent) for part in contents)
-        return Record(dataclasses.replace(self.chatml, messages=turns), self.audio[:num_clips], self.source)
+        short = dataclasses.replace(self, chatml=dataclasses.replace(self.chatml, messages=self.chatml.messages[:num_turns]))
+        num_clips = sum(isinstance(part, AudioContent) for part in short.parts())
+        return dataclasses.replace(short, audio=self.audio[:num_clips])
+
+    def speakers(self) -> list[str | None]:
+        """Whose voice each clip is, None where that cannot be told.
+
+        All clips are the record's `speaker`'s, unless texts tell several speakers apart by tags: then a clip belongs to the one
+        tag in the text since the clip before it, SPEAKER0 being `speaker`, and to nobody if there is none or more than one.
+        """
+        tags, clips = set(), []
+        for part in self.parts():
+            if isinstance(part, AudioContent):
+                clips.append(tags)
+                tags = set()
+            else:
+                tags = tags | set(SPEAKER_TAG.findall(part if isinstance(part, str) else part.text))
+        name = self.chatml.speaker or None
+        if name is None or len(tags.union(*clips) - {"0"}) == 0:
+            return [name] * len(clips)
+        names = [min(tags) if len(tags) == 1 else None for tags in clips]
+        return [name if tag == "0" else tag and f"{name}, SPEAKER{tag}" for tag in names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

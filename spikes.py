@@ -39,7 +39,8 @@ def write_dump(folder: Path, about: dict[str, Any], batches: Sequence[ExtendedHi
     """This rank's micro-batches of one step in a file of their own; `about` (JSON) holds at least "step" and "rank"."""
     tensors, rest = {}, []
     for index, batch in enumerate(batches):
-        values = {name: value for name, value in vars(batch).items() if name != "packing"}  # which follows from the rest
+        # The packing follows from the rest; voices are compared with those of other ranks.
+        values = {name: value for name, value in vars(batch).items() if name not in ("packing", "voices")}
         # clones: safetensors refuses tensors that share memory
         tensors |= {f"{index}.{name}": value.clone() for name, value in values.items() if isinstance(value, Tensor)}
         rest.append({name: value for name, value in values.items() if not isinstance(value, Tensor)})

@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
+import itertools
 import json
 import math
 import os
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +45,7 @@ import loss
 import model_patch
 import spikes
 from audio import codec_frame_rate_hz
-from collate import ExtendedHiggsAudioBatchInput
+from collate import ExtendedHiggsAudioBatchInput, Voices
 from config import Config, ConfigError, parse_config
 from distributed import USER_ERRORS, Dist, Signals, bar_interval_sec, log, log_list, lost_others, setup_distributed
 from listen import Listener
@@ -83,6 +85,10 @@ def construct_model(
         lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
         model_patch.freeze(model, _split(cfg.freeze))
+    if cfg.consistency_loss_weight and not model.can_pack:
+        raise ConfigError(
+            "--consistency_loss_weight: this checkpoint's layers cannot be trained on packed batches, which it reads"
+        )
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
     if cfg.compile:
@@ -129,19 +135,31 @@ class Totals:
         return Totals(loss.LossSums.unpack(packed[: -len(counts)]), *packed[-len(counts) :].tolist())
 
 
-def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alignment: Alignment) -> tuple[Tensor, Totals]:
+def forward(
+    model,
+    batch: ExtendedHiggsAudioBatchInput,
+    ids: loss.AudioIds,
+    alignment: Alignment,
+    voice_sums: Callable | None = None,
+) -> tuple[Tensor, Totals]:
     """One micro-batch through the model; the sums are part of the graph.
 
+    voice_sums: of `compare_voices`; adds the voice term, and is collective
     returns: `loss.copy_counts` [2], zero while training; the totals
     """
     with_copies = not torch.is_grad_enabled()
     counts = batch.num_frames(), len(batch.unreadable)
     if batch.packing is not None and model.can_pack and alignment == Alignment():
         packing = batch.packing
-        head_loss = functools.partial(loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies)
+        if voice_sums:
+            voice_sums = functools.partial(voice_sums, voices=batch.voices)
+        head_loss = functools.partial(
+            loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies, voice_sums=voice_sums
+        )
         sums, copies = model(**batch.model_inputs(), packing=packing, head_loss=head_loss)
         positions = packing.num_positions, packing.num_places
         return copies, Totals(loss.LossSums.unpack(sums), *positions, *counts, packing.num_pairs)
+    assert voice_sums is None, "voices are compared in packed batches alone"
     output = model(**batch.model_inputs())  # logits everywhere; the device has to be asked where everything is
     scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
     copies = loss.copy_counts(scored) if with_copies else torch.zeros(2, device=output.logits.device)
@@ -150,13 +168,35 @@ def forward(model, batch: ExtendedHiggsAudioBatchInput, ids: loss.AudioIds, alig
     return copies, Totals(loss.loss_sums(scored, ids.stream_eos), sum(lengths), output.attention_mask.numel(), *counts, pairs)
 
 
+def compare_voices(batches: Sequence[ExtendedHiggsAudioBatchInput], dist: Dist) -> tuple[list[Callable | None], int]:
+    """What `forward` needs to compare voices in each micro-batch, None where they have none; and how many voices count in all.
+
+    Ranks tell each other here who speaks, and their references when a micro-batch's forward pass comes to it. Collective.
+    """
+    if any(batch.voices is None for batch in batches):
+        return [None] * len(batches), 0
+    by_rank = dist.gather([batch.voices.speakers for batch in batches])
+    functions, num_voices = [], 0
+    for parts in zip(*by_rank):
+        speakers, counts = list(itertools.chain.from_iterable(parts)), list(map(len, parts))
+        functions.append(functools.partial(_voice_sums, speakers=speakers, counts=counts, dist=dist))
+        num_voices += loss.num_comparable(speakers)
+    return functions, num_voices
+
+
+def _voice_sums(rows: Callable, voices: Voices, speakers: Sequence[str], counts: Sequence[int], dist: Dist) -> Tensor:
+    """`loss.consistency_sums` of this rank's voices among all, `counts` of each rank. Collective."""
+    spoken, heard = loss.pool_voices(rows, voices)
+    return loss.consistency_sums(spoken, dist.gather_rows(heard, counts), speakers, first=sum(counts[: dist.rank]))
+
+
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
     weights = cfg.codebook_weight_list
     if weights and len(weights) != config.audio_num_codebooks:
         raise ConfigError(
             f"--codebook_weights has {len(weights)} values, the checkpoint {config.audio_num_codebooks} codebooks"
         )
-    return Objective(cfg.text_loss_weight, cfg.audio_loss_weight, tuple(weights) or None)
+    return Objective(cfg.text_loss_weight, cfg.audio_loss_weight, tuple(weights) or None, cfg.consistency_loss_weight)
 
 
 def train_step(
@@ -189,14 +229,15 @@ def train_step(
     counts = [torch.cat([text[None], audio]) for text, audio in (batch.num_targets() for batch in batches)]
     counts = dist.sum(torch.stack(counts).sum(0).to(dist.device, non_blocking=True)).float()
     num_text, num_audio = counts[0], counts[1:]
+    voice_sums, num_voices = compare_voices(batches, dist)
 
     total, values = None, []
     for index, batch in enumerate(batches):
         batch = batch.to(dist.device, non_blocking=True)
         model.set_requires_gradient_sync(index == len(batches) - 1)
         torch.manual_seed(_micro_batch_seed(seed, step, index * dist.world_size + dist.rank))
-        _, part = forward(model, batch, ids, alignment)
-        value = objective(part.losses, num_text, num_audio) * dist.world_size
+        _, part = forward(model, batch, ids, alignment, voice_sums[index])
+        value = objective(part.losses, num_text, num_audio, num_voices) * dist.world_size
         value.backward()
         values.append(value.detach())
         part.losses = part.losses.detach()
@@ -275,7 +316,8 @@ def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioId
     total, copies, unreadable = None, torch.zeros(2, device=dist.device), []
     with evaluating(model):
         for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
-            copied, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment)
+            (voice_sums,), _ = compare_voices([batch], dist)
+            copied, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment, voice_sums)
             copies += copied
             total = part if total is None else total + part
             unreadable += batch.unreadable
@@ -676,6 +718,7 @@ def run_and_exit(argv: Sequence[str]) -> None:
         get_error_handler().record_exception(error)  # for the launcher, who repeats it last
         traceback.print_exc()
         status = 1
+    gc.collect()  # ends what loaders hold: workers, and semaphores that Python would warn of
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # the work is done or lost: taking process groups down in good order can hang (NCCL) or abort (gloo)

@@ -6,7 +6,8 @@
 train.py keeps the micro-batches of steps whose loss jumped or was not finite, one file per rank; naming one of them takes in
 the others of its step. The weights are those of the checkpoint the run had saved last (its very weights, if that was the
 step before), of --resume, or of the base checkpoint with `--resume base`. Printed are each sample's losses, the worst first,
-and the step's loss and gradient norm now and then. Nothing is written.
+and the step's loss and gradient norm now and then. Nothing is written. The voice-consistency loss is left out: it compares
+the voices of different ranks.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
     total, grad_norm, _ = train.train_step(
         model, optimizer, batches, objective, ids, alignment, dist, lr=0.0, grad_clip=0.0, seed=cfg.seed, step=about["step"] - 1
     )
+    if cfg.consistency_loss_weight:
+        print("\nnow without the run's voice-consistency loss, which compares the voices of different ranks")
     then = {name: float("nan") if about[name] is None else about[name] for name in ("loss", "grad_norm")}
     print(f"\n{'':12}{'now':>12} {'in the run':>12}")
     print(f"{'loss':12}{objective.metrics(total.losses)['loss']:12.6f} {then['loss']:12.6f}")

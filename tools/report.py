@@ -119,6 +119,7 @@ def charts(run: Run) -> str:
             both("Audio loss", "audio_loss", "loss"),
             both("End-of-speech loss", "eos_loss", "loss"),
             codebooks("Audio loss", "codebook_losses", "loss"),
+            both("Voice-consistency loss", "consistency_loss", "loss"),
             both("Text accuracy", "text_accuracy", "share"),
             both("Audio accuracy", "audio_accuracy", "share"),
             codebooks("Accuracy", "codebook_accuracies", "share"),
