@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,8 +374,8 @@ def print_scores(title: str, scores: dict[str, Score]) -> Score:
     return clones
 
 
-def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int) -> None:
-    """The ordinary train.py under torchrun."""
+def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int, flags: Sequence[str] = ()) -> None:
+    """The ordinary train.py under torchrun; flags: more of its own, which win over those here."""
     settings = {
         "train_manifest": folder / "train.jsonl",
         "val_manifest": folder / "val.jsonl",
@@ -397,7 +398,7 @@ def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int) -> 
         "device": "cpu",  # the same figures everywhere
     }
     command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={nproc}", "--standalone", str(ROOT / "train.py")]
-    command += [item for name, value in settings.items() for item in (f"--{name}", str(value))]
+    command += [*(item for name, value in settings.items() for item in (f"--{name}", str(value))), *flags]
     threads = max(1, (os.cpu_count() or 1) // nproc)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": str(ROOT)}
     print("torchrun", " ".join(command[3:]), flush=True)
@@ -405,19 +406,21 @@ def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a tiny model on toy voices and let it speak.")
+    parser = argparse.ArgumentParser(
+        description="Train a tiny model on toy voices and let it speak.", epilog="Other flags are passed to train.py."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--nproc", type=int, default=2, help="ranks")
     parser.add_argument("--min_match", type=float, default=0.0, help="fail if clones match less than this share of codes")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
 
     folder = args.output_dir / "data"
     start_afresh(args.output_dir)
     make_demo(folder, args.seed)
     started = time.perf_counter()
-    train(folder, args.output_dir / "run", args.seed, args.steps, args.nproc)
+    train(folder, args.output_dir / "run", args.seed, args.steps, args.nproc, flags)
     trained = time.perf_counter()
     test, said = folder / "test.jsonl", args.output_dir / "said"
     untrained = listen(folder / "checkpoint", test, said / "untrained", force_audio=True)
