@@ -159,7 +159,7 @@ def _after_attention(
     text, audio = hidden[:num_text], hidden[num_text:]
     text = layer.mlp(_normed(layer.post_attention_layernorm, text))
     audio = layer.audio_mlp(_normed(layer.audio_post_attention_layernorm, audio))
-    return hidden + torch.cat([text, audio]).to(hidden.dtype)
+    return torch.cat([text, audio]).to(hidden.dtype).add_(hidden)
 
 
 def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
