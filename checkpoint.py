@@ -434,7 +434,7 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert isinstance(parameter, DTensor), f"{name} is not sharded now; call model.reshard() after evaluation"
+            assert isinstance(parameter, DTensor), f"{name} is not sharded now; call model_patch.reshard after evaluation"
             tensors[f"model.{name}"] = parameter.data
             tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return tensors

@@ -8,7 +8,7 @@ the weights, the state-dict names and `isinstance` stay as they were, a deep cop
   HiggsAudioModel.forward                 PEFT wrappers and trainer loops inject `labels` and friends: stripped here.
   HiggsAudioModel._embed_audio_ids        returns the dtype of the codebook embeddings, float32 under autocast; the
                                           merge then fails ("Index put requires the source and destination dtypes
-                                          match"). Here: always the dtype of `embed_tokens`.
+                                          match"). Here: always the dtype that is computed in.
   HiggsAudioModel._apply_audio_tower      a batch without audio leaves the tower out of the backward graph, so FSDP
   (and _embed_audio_ids)                  ranks would disagree on what to reduce. Here: kept in the graph by a sum over
                                           nothing, which is exactly 0 and has exactly zero gradients.
@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from boson_multimodal.model.higgs_audio.audio_head import HiggsAudioDecoderProjector
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -227,6 +228,15 @@ def _varlen_options(is_grouped: bool) -> dict:
     return options | ({"enable_gqa": True} if "enable_gqa" in names and is_grouped else {})
 
 
+class TrainableDecoderProjector(HiggsAudioDecoderProjector):
+    """The heads. Sharded ones have their weights only during their forward pass, so what reads them runs in here."""
+
+    def forward(self, hidden_states, *args, read: Callable[[Tensor, nn.Module, nn.Module], Any] | None = None, **kwargs):
+        if read is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return read(hidden_states, self.text_lm_head, self.audio_lm_head)
+
+
 class TrainableHiggsAudioModel(HiggsAudioModel):
     """`HiggsAudioModel` with the patches of this module; make one with `patch_for_training`."""
 
@@ -248,8 +258,7 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
         """Embed, run the layers on the packed positions, and let `head_loss` read the result; see `collate.Packing`.
 
         head_loss: called as head_loss(rows, text_head, audio_head, packing) where rows(indices) gives the normalised hidden
-                   states of sorted positions; what it returns is returned. It runs in here because sharded heads have their
-                   weights only during the forward pass.
+                   states of sorted positions; what it returns is returned
         """
         self._unused = []
         heard, spoken = batch["audio_in_ids"], batch["audio_out_ids"]
@@ -259,8 +268,11 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
         cos, sin = (table[0] for table in self.rotary_emb(hidden, packing.position_ids[None]))
         for layer in self.layers:
             hidden = layer(hidden, packing=packing, position_embeddings=(cos, sin))
-        heads = self.audio_decoder_proj
-        return head_loss(lambda rows: self.norm(hidden.index_select(0, rows)), heads.text_lm_head, heads.audio_lm_head, packing)
+
+        def read(hidden: Tensor, text_head: nn.Module, audio_head: nn.Module) -> Any:
+            return head_loss(lambda rows: self.norm(hidden.index_select(0, rows)), text_head, audio_head, packing)
+
+        return self.audio_decoder_proj(hidden, read=read)
 
     @functools.wraps(HiggsAudioModel.forward)  # generate() reads the names of the arguments from the signature
     def forward(self, *args, return_dict: bool | None = None, packing: Packing | None = None, head_loss=None, **kwargs):
@@ -276,8 +288,8 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
         return output if return_dict or (return_dict is None and self.config.use_return_dict) else output.to_tuple()
 
     def _embed_audio_ids(self, audio_ids: Tensor) -> Tensor:
-        """audio_ids: [K, N]; returns [N, D] in the dtype of `embed_tokens`."""
-        embed = super()._embed_audio_ids(audio_ids).to(self.embed_tokens.weight.dtype)
+        """audio_ids: [K, N]; returns [N, D] in the dtype that is computed in; `embed_tokens` is sharded again by now."""
+        embed = super()._embed_audio_ids(audio_ids).to(self.norm.weight.dtype)
         if embed.shape[0] == 0:
             self._unused.append(embed.sum())
         return embed
@@ -332,6 +344,7 @@ def patch_for_training(model: HiggsAudioModel) -> HiggsAudioModel:
         # Fast-forward layers and separate audio attention do not occur in the published checkpoint; they stay upstream's.
         if type(layer) is HiggsAudioDualFFNDecoderLayer and not layer.fast_forward and not layer.use_audio_attention:
             layer.__class__ = TrainableDualFFNDecoderLayer
+    model.audio_decoder_proj.__class__ = TrainableDecoderProjector
     return model
 
 
@@ -339,6 +352,7 @@ def unpatch(model: HiggsAudioModel) -> HiggsAudioModel:
     """Undo `patch_for_training` in place (before sharding) and return the model."""
     if type(model) is TrainableHiggsAudioModel:
         model.__class__ = HiggsAudioModel
+        model.audio_decoder_proj.__class__ = HiggsAudioDecoderProjector
     for layer in model.layers:
         if type(layer) is TrainableDualFFNDecoderLayer:
             layer.__class__ = HiggsAudioDualFFNDecoderLayer
@@ -520,7 +534,8 @@ def materialize(model: nn.Module, device: torch.device, cpu_offload: bool = Fals
 
 
 def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | None, cpu_offload: bool = False) -> None:
-    """The whole FSDP2 plan: each decoder layer, each layer of the audio tower, then the rest at the root; what is prefetched.
+    """The whole FSDP2 plan: word embeddings, each decoder layer, each layer of the audio tower, heads, then the rest at the root;
+    and what is prefetched.
 
     mesh:        1-D (shard), or 2-D (replicate, shard) for HSDP.
     param_dtype: what is gathered and computed in; gradients are always reduced in float32.
@@ -532,13 +547,23 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
     if cpu_offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     tower_layers = model.audio_tower.layers if model.audio_tower is not None else ()
-    for layer in (*tower_layers, *model.layers):
-        fully_shard(layer, **settings)
+    for module in (model.embed_tokens, *tower_layers, *model.layers):
+        fully_shard(module, **settings)
+    fully_shard(model.audio_decoder_proj, reshard_after_forward=False, **settings)  # the backward pass begins with it
     fully_shard(model, **settings)
-    model.set_modules_to_forward_prefetch([model.layers[0]])
-    for layer, following in pairwise(model.layers):  # while one layer computes, the next one's weights are on their way
-        layer.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([layer])
+    if mesh.device_type != "cuda":  # nothing would overlap, and what is prefetched takes memory
+        return
+    model.set_modules_to_forward_prefetch([model.embed_tokens, model.layers[0]])
+    for module, following in pairwise([*model.layers, model.audio_decoder_proj]):
+        module.set_modules_to_forward_prefetch([following])  # on its way while this one computes
+        following.set_modules_to_backward_prefetch([module])
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered weights, which a forward pass without a backward one leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @dataclass(frozen=True)

@@ -302,12 +302,12 @@ def check_first_batch(
 def evaluating(model):
     """Evaluation mode without gradients; afterwards the model trains again and is sharded again.
 
-    FSDP leaves the root's parameters whole after a forward without backward, where saving would find them.
+    FSDP leaves some parameters whole after a forward without backward, where saving would find them.
     """
     model.eval()
     with torch.no_grad():
         yield
-    model.reshard()
+    model_patch.reshard(model)
     model.train()
 
 

@@ -88,7 +88,9 @@ def main(argv: Sequence[str]) -> int:
             peak, course = watch(launcher, log)
         print(log.read_text(errors="replace"))
         print("second  GB  files  log")
-        for second, total, files, said in course[:: max(1, len(course) // 60)]:
+        size = max(1, len(course) // 60)
+        for start in range(0, len(course), size):  # of each few seconds the greatest
+            second, total, files, said = max(course[start : start + size], key=lambda row: row[1])
             print(f"{second:6.0f} {total:6.2f} {files:6.2f}  {said[-100:]}")
     print(f"\n{args.nproc} ranks at their peak: " + ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in peak.items()))
     return launcher.returncode

@@ -65,16 +65,19 @@ def test_prediction_is_what_is_measured(world_size, flags, config, batch):
 
 
 def test_communication(config, batch):
-    """A full fine-tune gathers all parameters once, the layers' once more, and reduces every gradient once, in float32."""
+    """A full fine-tune gathers all parameters once, those of the layers and the words once more, and reduces every gradient once,
+    in float32."""
     cfg = parse_config([*FLAGS, "--lora_r", "0"])
     model = model_patch.build_on_meta(config)
-    numbers = [4 * sum(p.numel() for p in module.parameters()) for module in (model, model.layers)]
-    expected = 2 * numbers[0] + numbers[1]
+    whole, again = (
+        4 * sum(p.numel() for m in modules for p in m.parameters())
+        for modules in ([model], [*model.layers, model.embed_tokens])
+    )
     assert plan.estimate(cfg, config, batch, 1).sent == 0
     found = plan.estimate(cfg, config, batch, 4)
-    assert found.sent == pytest.approx(expected * 3 / 4, rel=0.001)  # the rest: target counts, the gradient norm
+    assert found.sent == pytest.approx((2 * whole + again) * 3 / 4, rel=0.001)  # the rest: target counts, the gradient norm
     accumulating = plan.estimate(dataclasses.replace(cfg, grad_accum=2), config, batch, 4)
-    assert accumulating.sent == pytest.approx((3 * numbers[0] + 2 * numbers[1]) * 3 / 4, rel=0.01)
+    assert accumulating.sent == pytest.approx((3 * whole + 2 * again) * 3 / 4, rel=0.01)
     assert accumulating.flops == 2 * found.flops
 
 

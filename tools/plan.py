@@ -233,7 +233,8 @@ def plan(cfg: Config, config: HiggsAudioConfig, workload: Workload, ranks: Seque
                 lines.append(f"| {training} | {mode} | {world_size} | {_row(found, steps, mfu)} |")
     lines += [
         "",
-        f"GB are 2^30 bytes; a setting fits where {FRAGMENTATION} x peak + {RESERVED / 2**30:g} GB do. Times are for {mfu:.0%} of the GPU's peak.",
+        f"GB are 2^30 bytes; a setting fits where {FRAGMENTATION} x peak + {RESERVED / 2**30:g} GB do. "
+        f"Times are those of computing at {mfu:.0%} of the GPU's peak; sending comes on top where it takes longer than computing.",
     ]
     return "\n".join(lines)
 
