@@ -551,12 +551,17 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
         fully_shard(module, **settings)
     fully_shard(model.audio_decoder_proj, reshard_after_forward=False, **settings)  # the backward pass begins with it
     fully_shard(model, **settings)
-    if mesh.device_type != "cuda":  # nothing would overlap, and what is prefetched takes memory
+    if not can_prefetch(mesh):
         return
     model.set_modules_to_forward_prefetch([model.embed_tokens, model.layers[0]])
     for module, following in pairwise([*model.layers, model.audio_decoder_proj]):
         module.set_modules_to_forward_prefetch([following])  # on its way while this one computes
         following.set_modules_to_backward_prefetch([module])
+
+
+def can_prefetch(mesh: DeviceMesh) -> bool:
+    """Whether weights travel while something computes; elsewhere they would merely take memory."""
+    return mesh.device_type == "cuda"
 
 
 def reshard(model: nn.Module) -> None:

@@ -108,17 +108,18 @@ def estimate(
 ) -> Estimate:
     """Take `cfg.grad_accum` micro-batches like `batch` through `train.train_step`, as rank 0 of so many.
 
-    on_gpu: attention as a GPU computes it; else as a CPU does
+    on_gpu: attention and prefetching as on a GPU; else as on a CPU
     raises: ConfigError, PatchError as train.py would
     """
     torch_dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    varlen = mock.patch.object(model_patch, "has_varlen_kernel", lambda device, dtype: on_gpu)
+    like_gpu = mock.patch.multiple(model_patch, has_varlen_kernel=lambda *_: on_gpu, can_prefetch=lambda *_: on_gpu)
     try:
         device = torch.device("cpu")  # so that neither CUDA nor streams are needed
         dist = Dist(0, 0, world_size, device, make_mesh("cpu", world_size, cfg.replicate))
-        model, _ = train.construct_model(cfg, dist, config)
+        with like_gpu:
+            model, _ = train.construct_model(cfg, dist, config)
         flops = model_patch.Flops.of(model).total(*batch.packing.work())
-        with varlen, FakeTensorMode(allow_non_fake_inputs=True), Counter() as live:
+        with like_gpu, FakeTensorMode(allow_non_fake_inputs=True), Counter() as live:
             model_patch.materialize(model, device)
             weights = live.now
             optimizer = build_optimizer(model, cfg)
