@@ -105,6 +105,16 @@ def test_resume_is_exact_to_the_bit(lora_r, toys, tmp_path):
     assert worst < 1e-5
 
 
+def test_offloading_changes_nothing(toys, tmp_path):
+    """--cpu_offload, stopped and resumed, against a plain run: every bit."""
+    whole, parts = (settings(toys, tmp_path / name, 0, max_steps=4, save_steps=2) for name in ("whole", "parts"))
+    expected = run_ranks(run, 2, whole)[0]
+    run_ranks(run_and_stop, 2, [*parts, "--cpu_offload"], 3)
+    found = run_ranks(run, 2, [*parts, "--cpu_offload", "--resume", "auto"])[0]
+    assert all(torch.equal(found[n], p) for n, p in expected.items())
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
 def test_files_hold_no_pickle(toys, tmp_path):
     run_ranks(run, 2, settings(toys, tmp_path / "o", 4, max_steps=2, save_steps=1))
     states = checkpoint.list_states(tmp_path / "o" / "checkpoints")
