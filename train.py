@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
 import json
 import math
@@ -718,7 +717,6 @@ def run_and_exit(argv: Sequence[str]) -> None:
         get_error_handler().record_exception(error)  # for the launcher, who repeats it last
         traceback.print_exc()
         status = 1
-    gc.collect()  # ends what loaders hold: workers, and semaphores that Python would warn of
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # the work is done or lost: taking process groups down in good order can hang (NCCL) or abort (gloo)
