@@ -20,6 +20,8 @@ the weights, the state-dict names and `isinstance` stay as they were, a deep cop
                                           before audio, which are looked up once per forward or come with the batch
                                           (`collate.Packing`). The result takes the residual's dtype, and the layer can
                                           recompute its activations in the backward pass, which upstream ignores.
+  HiggsAudioDecoderProjector.forward      computes logits of every position. Here also: lets a loss read the heads, whose
+  (audio_head.py)                         sharded weights are whole only during this call.
 
 Inference with a cache runs the upstream layers untouched.
 
