@@ -5,7 +5,7 @@
     Loader          seeded, rank-sharded, epoch-aware micro-batches of a number of samples or of a token budget; its
                     position is saved and restored
 
-manifest.py reads and checks the records, codes.py turns their clips into codes.
+manifest.py reads and checks the records, audio.py turns their clips into codes.
 
 Legend: K codebooks, T frames.
 
