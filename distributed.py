@@ -22,6 +22,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError
 from collate import CollateError
 from config import ConfigError
+from data import SIGNALS
 from loss import AlignmentError, CopyCollapseError, DivergenceError
 from manifest import MAX_SHOWN, DataError
 from model_patch import PatchError
@@ -183,13 +184,11 @@ class Signals:
     """SIGTERM, SIGUSR1 (schedulers announce preemption so) and SIGINT ask a run to save and end after its current step; a
     second SIGINT ends it at once."""
 
-    WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def __init__(self):
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._note) for number in self.WATCHED}
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
