@@ -25,20 +25,10 @@ import export
 import layouts
 from loss import IGNORE_INDEX
 from tools import demo
+from tools.synthetic import PUBLISHED_ROPE
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "native_loss.safetensors"
-
-PUBLISHED_ROPE = {
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}
 
 # References in the system turn and as an exchange, text and audio in one answer, two clips in one sample, padding.
 CONVERSATIONS = (

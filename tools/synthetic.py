@@ -34,8 +34,7 @@ SIZES: dict[str, tuple[tuple[int, ...], dict]] = {
     "real": ((3072, 8192, 28, 24, 8, 128256), _CODEBOOKS),  # bosonai/higgs-audio-v2-generation-3B-base
 }
 
-_PUBLISHED_ROPE = {
-    "max_position_embeddings": 131072,
+PUBLISHED_ROPE = {
     "rope_theta": 500000.0,
     "rope_scaling": {
         "factor": 32.0,
@@ -50,8 +49,9 @@ _PUBLISHED_ROPE = {
 def make_config(size: str) -> HiggsAudioConfig:
     """The configuration of a size, with the special ids of the demo's tokenizer."""
     (hidden, ffn, layers, heads, kv_heads, words), audio = SIZES[size]
-    text_config = demo.tiny_config(demo.make_tokenizer()).text_config.to_dict() | _PUBLISHED_ROPE
+    text_config = demo.tiny_config(demo.make_tokenizer()).text_config.to_dict() | PUBLISHED_ROPE
     text_config |= {
+        "max_position_embeddings": 131072,
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
