@@ -21,7 +21,7 @@ import data
 from audio import AudioStore, codec_frame_rate_hz, load_codec
 from config import Config, ConfigError
 from distributed import Dist, bar_interval_sec, log, log_list
-from manifest import DataError, Mixture
+from manifest import DataError, Mixture, report_problems
 
 
 def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
@@ -122,9 +122,7 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: data.ChatMLDataset, collator
         lengths, problems = dist.together(
             lambda: data.measure_lengths(dataset, collator, dist.rank, dist.world_size, cfg.num_workers)
         )
-        problems = [problem for part in dist.gather(problems) for problem in part]
-        if problems:
-            raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[: data.MAX_SHOWN]]))
+        report_problems([problem for part in dist.gather(problems) for problem in part])
         lengths = sum(dist.gather(lengths))
         if dist.is_main:
             checkpoint.write_whole(path, lambda file: np.save(file, lengths))

@@ -42,6 +42,7 @@ from audio import AudioStore, codec_frame_rate_hz
 from collate import ExtendedHiggsAudioBatchInput, create_collator
 from config import Config, ConfigError, parse_config
 from distributed import USER_ERRORS, Dist, make_mesh
+from manifest import report_problems
 from optimizer import build_optimizer
 from tools import demo, synthetic
 from tools.memory import LiveBytes
@@ -197,8 +198,7 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
         dataset = data.ChatMLDataset(records, tokenizer, store)
         collator = create_collator(config, strict=True)
         lengths, problems = data.measure_lengths(dataset, collator, num_workers=cfg.num_workers)
-    if problems:
-        raise data.DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[: data.MAX_SHOWN]]))
+    report_problems(problems)
     batching = data.Batching(cfg.batch_size, cfg.max_tokens, lengths, packed=cfg.pack)
     order = data.epoch_order([len(lengths)], [1.0], cfg.seed, 0)
     order, bounds = data.plan_micro_batches(order, batching, (cfg.seed, 0))
