@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import checkpoint
-from config import Config
+from config import Config, to_argv
 
 
 def of_run(output_dir: Path, last_step: float = math.inf) -> str:
@@ -26,7 +26,7 @@ def of_run(output_dir: Path, last_step: float = math.inf) -> str:
     train, val, heard = ([line for line in lines if line["split"] == split] for split in ("train", "val", "sample"))
     known = {f.name: f for f in dataclasses.fields(Config)}
     changed = {name: run[name] for name, field in known.items() if name in run and run[name] != field.default}
-    command = shlex.join(["train.py", *(item for name, value in changed.items() for item in (f"--{name}", str(value)))])
+    command = shlex.join(["train.py", *to_argv(changed)])
     hours = sum(line["audio_sec_per_sec"] * line["step_time_sec"] for line in train) / 3600
     data = {
         "manifest": run["train_manifest"],

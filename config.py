@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,6 +209,11 @@ def _convert(value: Any, type_name: str) -> Any:
             raise ValueError(value)
         return value.lower() in ("true", "1", "yes")
     return {"str": str, "int": int, "float": float, "float | None": float}[type_name](value)
+
+
+def to_argv(settings: Mapping[str, object]) -> list[str]:
+    """The command line that `parse_config` reads these settings from."""
+    return [str(item) for name, value in settings.items() for item in (f"--{name}", value)]
 
 
 def _find_problems(cfg: Config) -> list[str]:

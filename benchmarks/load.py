@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from config import to_argv  # noqa: E402
 from tools import synthetic  # noqa: E402
 
 FIELDS = ("Pss", "Pss_Anon", "Pss_File", "Pss_Shmem")
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
             "device": "cpu",
         }
         command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={args.nproc}", "--standalone", ROOT / "train.py"]
-        command += [item for name, value in settings.items() for item in (f"--{name}", value)]
+        command += to_argv(settings)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
         log = Path(temporary) / "log"
         with open(log, "w") as file:

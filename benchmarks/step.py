@@ -45,7 +45,7 @@ import loss  # noqa: E402
 import model_patch  # noqa: E402
 import train  # noqa: E402
 from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, create_collator  # noqa: E402
-from config import Config, parse_config  # noqa: E402
+from config import Config, parse_config, to_argv  # noqa: E402
 from distributed import Dist, setup_distributed  # noqa: E402
 from tools import plan, synthetic  # noqa: E402
 from tools.memory import LiveBytes, resident_bytes  # noqa: E402
@@ -144,7 +144,7 @@ def prepare(folder: Path, size: str, flags: Sequence[str], num_samples: int, str
         "lora_r": 0,
         "num_workers": 0,
     }
-    given = [str(item) for name, value in defaults.items() for item in (f"--{name}", value)]
+    given = to_argv(defaults)
     cfg = parse_config([*given, *flags])
     on_gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     if not on_gpu and "--mixed_precision" not in flags:

@@ -21,7 +21,7 @@ import export
 import model_patch
 import train
 from audio import import_codec
-from config import Config, parse_config
+from config import Config, parse_config, to_argv
 from tools import demo, parity
 
 
@@ -38,7 +38,7 @@ def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
         "save_steps": 2,
         "device": "cpu",
     }
-    return [item for name, value in (values | extra).items() for item in (f"--{name}", str(value))]
+    return to_argv(values | extra)
 
 
 def run(argv: list[str]) -> None:

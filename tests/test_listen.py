@@ -21,6 +21,7 @@ import listen
 import monitor
 import speech
 import train
+from config import to_argv
 from listen import Listener, SpeakerSimilarity, Transcriber, word_errors
 from monitor import Monitor
 from tools import demo
@@ -59,7 +60,7 @@ def test_figures_do_not_depend_on_ranks_or_repetition(num_records, toys, loud_di
     val.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = {"train_manifest": val, "val_manifest": val, "base_ckpt": loud_dir, "audio_tokenizer": "none", "lora_r": 0}
     values |= {"device": "cpu", "num_workers": 0, "sample_steps": 1, "num_samples": 3, "mixed_precision": "no"}
-    argv = [item for name, value in values.items() for item in (f"--{name}", str(value))] + ["--codes_dir", str(tmp_path)]
+    argv = to_argv(values) + ["--codes_dir", str(tmp_path)]
     ((one, codes),) = run_ranks(evaluate_and_listen, 1, argv)
     two, again = run_ranks(evaluate_and_listen, 2, argv)
     assert two[0] == again[0], "every rank knows the same figures"

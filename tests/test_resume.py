@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import checkpoint
 import data
 import train
+from config import to_argv
 
 
 def settings(toys: Path, output_dir: Path, lora_r: int = 4, **extra) -> list[str]:
@@ -43,7 +44,7 @@ def settings(toys: Path, output_dir: Path, lora_r: int = 4, **extra) -> list[str
         "val_steps": 5,
         "device": "cpu",
     }
-    return [item for name, value in (values | extra).items() for item in (f"--{name}", str(value))]
+    return to_argv(values | extra)
 
 
 def run(dist, argv: list[str]) -> dict[str, torch.Tensor]:
@@ -265,7 +266,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(number, to_all, uninterrupte
 def test_another_run_is_not_continued(change, message, toys, tmp_path, capsys):
     run(train.setup_distributed("cpu"), settings(toys, tmp_path / "o", 4, max_steps=1, save_steps=1))
     argv = settings(toys, tmp_path / "p", 4, max_steps=2, resume=str(tmp_path / "o" / "checkpoints" / "step_1"))
-    assert train.main([*argv, *(item for name, value in change.items() for item in (f"--{name}", str(value)))]) == 2
+    assert train.main([*argv, *to_argv(change)]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -24,6 +24,7 @@ import data
 import model_patch
 import train
 from audio import AudioStore
+from config import to_argv
 from manifest import read_manifest
 from speech import as_prompt, speak
 from tools import demo
@@ -95,7 +96,7 @@ def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
         "lr": 5e-3,
         "device": "cpu",
     }
-    return [item for name, value in (values | extra).items() for item in (f"--{name}", str(value))]
+    return to_argv(values | extra)
 
 
 def run_here(argv: list[str]):

@@ -33,6 +33,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast
 
 from audio import import_codec
+from config import to_argv
 from speech import Score
 from tools import generate, report
 
@@ -398,7 +399,7 @@ def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int, fla
         "device": "cpu",  # the same figures everywhere
     }
     command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={nproc}", "--standalone", str(ROOT / "train.py")]
-    command += [*(item for name, value in settings.items() for item in (f"--{name}", str(value))), *flags]
+    command += [*to_argv(settings), *flags]
     threads = max(1, (os.cpu_count() or 1) // nproc)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": str(ROOT)}
     print("torchrun", " ".join(command[3:]), flush=True)
