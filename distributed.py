@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import signal
 import socket
@@ -40,6 +41,20 @@ USER_ERRORS = (
     CopyCollapseError,
     DivergenceError,
 )
+
+
+def says_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """A command that says in one line what its user can mend, and returns 2."""
+
+    @functools.wraps(main)
+    def command(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return command
 
 
 @dataclass(frozen=True)

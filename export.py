@@ -43,7 +43,7 @@ import layouts
 import model_patch
 from checkpoint import CheckpointError, Stored, is_lora
 from config import Config
-from distributed import USER_ERRORS
+from distributed import says_errors
 
 MAX_FILE_BYTES = 5_000_000_000
 # Files beside the weights that belong to a layout; a model written in the layout it came in keeps them.
@@ -510,23 +510,20 @@ def describe(folder: Path) -> str:
     return "\n".join(lines)
 
 
+@says_errors
 def main(argv: Sequence[str]) -> int:
     commands = {"export": _export, "merge": _merge, "average": _average}
     if not argv or argv[0] not in (*commands, "-h", "--help"):
         argv = ["show", *argv]
     args = _parser().parse_args(argv)
     command = shlex.join(["python", "checkpoint.py", *argv])
-    try:
-        if args.command == "show":
-            print(describe(args.folder))
-        elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise CheckpointError(f"{args.out} exists already; choose another folder")
-        else:
-            commands[args.command](args, command)
-            print(f"written: {args.out}")
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.command == "show":
+        print(describe(args.folder))
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise CheckpointError(f"{args.out} exists already; choose another folder")
+    else:
+        commands[args.command](args, command)
+        print(f"written: {args.out}")
     return 0
 
 

@@ -45,7 +45,7 @@ from audio import AudioStore, codec_frame_rate_hz, load_codec
 from checkpoint import CheckpointError
 from config import Config, ConfigError
 from data import ChatMLDataset
-from distributed import USER_ERRORS, Dist, setup_distributed
+from distributed import Dist, says_errors, setup_distributed
 from export import ADAPTER_PREFIX, Adapter, Full, merged, open_model
 from manifest import AudioPart, DataError, Record, parse_record, read_manifest
 from speech import (
@@ -458,12 +458,9 @@ def table(scores: dict[str, Score]) -> str:
     return "\n".join(f"  {kind:36} {score}" for kind, score in scores.items())
 
 
+@says_errors
 def main(argv: Sequence[str]) -> int:
-    try:
-        results, scores = run(argv)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    results, scores = run(argv)
     silent = [result["name"] for result in results if not result["frames"]]
     cut = [result["name"] for result in results if result["frames"] and not result["stopped"]]
     print(f"{len(results) - len(silent)} of {len(results)} said, {sum(result['frames'] for result in results)} frames")

@@ -41,7 +41,7 @@ import train
 from audio import AudioStore, codec_frame_rate_hz
 from collate import ExtendedHiggsAudioBatchInput, create_collator
 from config import Config, ConfigError, parse_config
-from distributed import USER_ERRORS, Dist, make_mesh
+from distributed import Dist, make_mesh, says_errors
 from manifest import report_problems
 from optimizer import build_optimizer
 from tools import demo, synthetic
@@ -275,6 +275,7 @@ def read_ranks(value: str) -> list[int]:
     return [int(number) for number in numbers]
 
 
+@says_errors
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -282,18 +283,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", default="1,8,64", help="numbers of GPUs to plan for (default: 1,8,64)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak to count on for times (default: 0.4)")
     args, flags = parser.parse_known_args(argv)
-    try:
-        cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])
-        cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
-        ranks, config = read_ranks(args.ranks), read_config(cfg)
-        if not cfg.pack or not config.skip_audio_tower:
-            raise ConfigError("tools.plan knows micro-batches without padding only: neither --pack no nor an audio tower")
-        if not 0 < args.mfu <= 1:
-            raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1")
-        print(plan(cfg, config, read_workload(cfg, config), ranks, args.mfu))
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])
+    cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
+    ranks, config = read_ranks(args.ranks), read_config(cfg)
+    if not cfg.pack or not config.skip_audio_tower:
+        raise ConfigError("tools.plan knows micro-batches without padding only: neither --pack no nor an audio tower")
+    if not 0 < args.mfu <= 1:
+        raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1")
+    print(plan(cfg, config, read_workload(cfg, config), ranks, args.mfu))
     return 0
 
 

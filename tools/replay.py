@@ -26,7 +26,7 @@ import checkpoint
 import train
 from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, Packing, create_collator
 from config import Config, ConfigError
-from distributed import USER_ERRORS, Dist, setup_distributed
+from distributed import Dist, says_errors, setup_distributed
 from loss import AudioIds
 from spikes import read_dump
 
@@ -108,6 +108,7 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
     print(f"{'grad norm':12}{grad_norm:12.6f} {then['grad_norm']:12.6f}")
 
 
+@says_errors
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tools.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,11 +117,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", help="checkpoint to take the weights from, or 'base'; default: the run's newest then")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's")
     args = parser.parse_args(argv)
-    try:
-        replay(args.file, args.resume, args.device)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    replay(args.file, args.resume, args.device)
     return 0
 
 
