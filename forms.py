@@ -80,6 +80,7 @@ class Conversion:
     form: str
     folder: Path  # what relative audio paths start from
     records: Iterable[tuple[str, dict]] = ()  # (where it stood, ChatML); made while they are read, once
+    num_records: int = 0  # of the manifest that `open_manifest` made of them
     repairs: Counter[str] = field(default_factory=Counter)  # complete when the records have been read, as are:
     problems: list[str] = field(default_factory=list)  # with the records that are not among `records`
 
@@ -95,6 +96,7 @@ def open_manifest(path: str | Path, tolerant: bool = False) -> tuple[Manifest, C
         return read_manifest(path), None
     conversion = convert(path)
     manifest = Manifest.of_values(path, conversion.folder, conversion.records)
+    conversion.num_records = len(manifest)
     if not (tolerant and manifest):
         report_problems(conversion.problems)
     if not manifest:

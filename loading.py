@@ -31,7 +31,7 @@ def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
         records, skipped, conversions = dist.together(lambda: data.open_records(spec, cfg.missing_audio == "skip"))
         for found in conversions:
             repairs = [f"{count} x {repair}" for repair, count in found.repairs.most_common()]
-            log(dist, f"{found.form}, read as ChatML: {len(found.records)} records")
+            log(dist, f"{found.form}, read as ChatML: {found.num_records} records")
             log_list(dist, "repaired on the way:", repairs)
         log_list(dist, f"{len(skipped)} records without their audio are skipped (--missing_audio skip)", skipped)
         return records

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import forms
+import train
+from config import to_argv
 from forms import convert, open_manifest, recognise
 from manifest import DataError, check, parse_record, read_manifest
 from tools.prepare.__main__ import main as prepare
@@ -289,6 +291,20 @@ def test_every_form_is_the_chatml_written_by_hand(make, folder, tokenizer, tmp_p
     assert prepare(["convert", str(once), str(twice)]) == 0
     check(read_manifest(twice))
     assert prepare(["convert", str(once), str(once)]) == 2
+
+
+@pytest.mark.parametrize("make", BY_HAND, ids=lambda make: make.__name__)
+def test_every_form_trains(make, folder, codec_dir, toys, tmp_path, capsys):
+    """Two steps of train.py, as a user would take them: read, encoded by a codec, trained."""
+    path, output = make(folder), tmp_path / "out"
+    flags = {"train_manifest": path, "output_dir": output, "base_ckpt": toys / "checkpoint", "audio_tokenizer": codec_dir}
+    flags |= {"max_steps": 2, "batch_size": 2, "mixed_precision": "no", "device": "cpu", "num_workers": 0}
+    flags |= {"codes_dir": codec_dir / "codes"}  # to the codec all these clips are one
+    assert train.main(to_argv(flags)) == 0
+    form, expected = BY_HAND[make]
+    assert f"{form}, read as ChatML: {len(expected)} records" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["audio_targets"] > 0 for line in lines)
 
 
 def test_repairs_are_counted(folder):
