@@ -17,15 +17,11 @@ What becomes of them is export.py's subject; its commands are
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import socket
-import sys
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -40,20 +36,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import layouts
+from common import CheckpointError, sha256_of
+from config import base_revision
+from distributed import gather, own_rows
+from export import layouts
 
 T = TypeVar("T")
 
-BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
-# The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
-BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
-
 STATE_FILE = "state.json"
 DCP_PIECES = "DCP_SHARDING_INFO"  # where DCP notes which rows of a tensor a safetensors file holds
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of another kind; the message names the path and the remedy."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +63,7 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
         raise CheckpointError(f"checkpoint {name_or_path}: neither a folder nor a Hub repository (owner/name)")
     from huggingface_hub import snapshot_download
 
-    revision = revision or (BASE_REVISION if name_or_path == BASE_CKPT else None)
+    revision = base_revision(name_or_path, revision)
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the Hub client has many: offline, no access, no such repository or revision
@@ -258,7 +249,7 @@ class Saver:
             own = written.result()
         except (OSError, SafetensorError) as caught:
             error = str(caught)
-        errors, parts = zip(*_gather((error, own)))
+        errors, parts = zip(*gather((error, own)))
         error = next(filter(None, errors), None)
         if dist.get_rank() == 0:
             try:
@@ -270,7 +261,7 @@ class Saver:
                 error = str(caught)
             if error:
                 shutil.rmtree(_unfinished(folder), ignore_errors=True)
-        error = _gather(error)[0]
+        error = gather(error)[0]
         if error:
             raise CheckpointError(f"{folder}: cannot be written ({error}); earlier checkpoints are untouched")
 
@@ -294,7 +285,7 @@ def _copy_own_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     """
     rows, offsets = {}, {}
     for name, tensor in tensors.items():
-        local = _local(tensor)
+        local = own_rows(tensor)
         if isinstance(tensor, DTensor):
             (chunk,) = tensor.__create_chunk_list__()  # what DCP asks a tensor for
             where = zip(tensor.placements, tensor.device_mesh.get_coordinate())
@@ -305,7 +296,7 @@ def _copy_own_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         if is_mine:
             copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
             rows[name], offsets[name] = copy.copy_(local, non_blocking=True), offset
-    if any(_local(tensor).is_cuda for tensor in tensors.values()):
+    if any(own_rows(tensor).is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     return rows, offsets
 
@@ -334,7 +325,7 @@ def _finish_writing(folder: Path, state: dict) -> None:
 
 def _start_writing(temporary: Path, num_bytes: int) -> None:
     """Make an empty folder, if the disk has room for every rank's `num_bytes`. Collective."""
-    total = sum(_gather(num_bytes))
+    total = sum(gather(num_bytes))
     error = None
     if dist.get_rank() == 0:
         try:
@@ -347,30 +338,16 @@ def _start_writing(temporary: Path, num_bytes: int) -> None:
                 error = f"{total / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
         except OSError as caught:
             error = str(caught)
-    error = _gather(error)[0]
+    error = gather(error)[0]
     if error:
         raise CheckpointError(f"{temporary.parent}: no checkpoint can be written: {error}; earlier ones are untouched")
-
-
-def _gather(value: T) -> list[T]:
-    """Every rank's value. Collective."""
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _describe(path: Path) -> dict:
     """A file's size and sha256, once it is on the disk."""
     _fsync(path)
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": sha256_of(file).hex()}
 
 
 def find_damage(folder: Path, part: slice = slice(None)) -> str | None:
@@ -465,15 +442,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
-def write_whole(path: Path, write: Callable[[IO], Any]) -> None:
-    """Let `write` fill a binary file that has its name only when it is whole; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
-
-
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -525,14 +493,14 @@ def find_resume(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     """
     named = resume != "auto"
     candidates = [Path(resume)] if named else list_states(output_dir / "checkpoints")[::-1]
-    if len(set(map(tuple, _gather(candidates)))) > 1:
+    if len(set(map(tuple, gather(candidates)))) > 1:
         raise CheckpointError(
             f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
         )
     passed_over = []
     share = slice(dist.get_rank(), None, dist.get_world_size())
     for folder in candidates:
-        damage = next((found for found in _gather(find_damage(folder, share)) if found), None)
+        damage = next((found for found in gather(find_damage(folder, share)) if found), None)
         if damage and named:
             raise CheckpointError(f"--resume {folder}: {damage}")
         if not damage:
@@ -547,41 +515,3 @@ def read_launchers(output_dir: Path) -> list[str]:
         return json.loads((output_dir / "config.json").read_text()).get("launchers", [])
     except (OSError, json.JSONDecodeError):
         return []
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
-
-    def __init__(self, path: Path, steps_done: int):
-        self.path = path
-        self.enabled = dist.get_rank() == 0
-        if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
-            kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if _step_of(line) <= steps_done)
-            write_whole(path, lambda file: file.write(kept.encode()))
-
-    def write(self, **values: Any) -> None:
-        if self.enabled:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(json_safe(values), allow_nan=False) + "\n")
-
-
-def json_safe(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, dict):
-        return {name: json_safe(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [json_safe(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:  # the last line of a run that was cut off
-        return math.inf
-
-
-if __name__ == "__main__":
-    import export
-
-    sys.exit(export.main(sys.argv[1:]))

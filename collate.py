@@ -13,7 +13,7 @@
 
 Legend: B batch, s text positions before expansion, K codebooks, T frames, N audio positions in the batch.
 
-    python collate.py MANIFEST BASE_CKPT      # shapes and targets of the first batch
+    python collate.py      # a small batch: what is fed, and its labels
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,11 +36,9 @@ from boson_multimodal.model.higgs_audio.utils import build_delay_pattern_mask
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
+from common import CollateError
+
 IGNORE_INDEX = -100
-
-
-class CollateError(ValueError):
-    """A sample that cannot become part of a batch, or an option the checkpoint cannot serve."""
 
 
 @dataclass
@@ -98,7 +95,7 @@ class Packing:
         return len(self.lengths) * self.row_length or self.num_positions
 
     def work(self) -> tuple[int, int, int, int]:
-        """What has to be computed: positions, pairs, text targets, audio rows; see `model_patch.Flops.total`."""
+        """What has to be computed: positions, pairs, text targets, audio rows; see `metrics.Flops.total`."""
         return self.num_positions, self.num_pairs, len(self.text_rows), len(self.audio_rows)
 
     @classmethod
@@ -602,16 +599,29 @@ def _feature_extractor(config: HiggsAudioConfig) -> WhisperFeatureExtractor:
     return WhisperFeatureExtractor(feature_size=encoder.num_mel_bins, chunk_length=int(chunk_sec))
 
 
-def main(argv: list[str]) -> None:
-    from data import open_demo_or_manifest  # only this command needs data.py, which imports this module
-
-    dataset, config = open_demo_or_manifest(argv)
-    batch = create_collator(config)([dataset[i] for i in range(min(2, len(dataset)))])
+def main() -> None:
+    """A text of three tokens and a clip of four frames: what goes in, what is predicted, what is fed."""
+    config = HiggsAudioConfig(skip_audio_tower=True, encode_audio_in_tokens=True, use_delay_pattern=True)
+    text, clip = [11, 12, 13], config.audio_out_token_idx
+    empty = torch.zeros(0, dtype=torch.long)
+    sample = ChatMLDatasetSample(
+        input_ids=torch.tensor([*text, clip, 14]),
+        label_ids=torch.tensor([IGNORE_INDEX] * len(text) + [clip, 14]),
+        audio_ids_concat=torch.arange(4).expand(config.audio_num_codebooks, 4),
+        audio_ids_start=torch.tensor([0]),
+        audio_waveforms_concat=torch.zeros(0),
+        audio_waveforms_start=empty,
+        audio_sample_rate=torch.zeros(0),
+        audio_speaker_indices=empty,
+    )
+    batch = create_collator(config)([sample])
     for name, value in vars(batch).items():
-        print(f"{name:30} {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"{name:30} {value}")
-    text, audio = batch.num_targets()
-    print(f"{'text targets':30} {text.item()}\n{'audio targets per codebook':30} {audio.tolist()}")
+        if isinstance(value, Tensor):
+            print(f"{name:30} {tuple(value.shape)} {value.dtype}")
+    text_targets, audio_targets = batch.num_targets()
+    print(f"\ntext targets {text_targets.item()}, audio targets per codebook {audio_targets.tolist()}")
+    print(f"fed, a row per codebook:\n{batch.audio_out_ids}\nlabels:\n{batch.label_audio_ids}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -14,12 +14,21 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import model_patch
+from common import ConfigError, listing, split_list
+
+BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
+# The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
+BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
+AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
 
 
-class ConfigError(ValueError):
-    """Settings that cannot work; all problems in one message."""
+def base_revision(name: str, revision: str | None = None) -> str | None:
+    """The revision of a Hub checkpoint to fetch: the original layout of the published one, else the one given."""
+    return revision or (BASE_REVISION if name == BASE_CKPT else None)
+
+
+LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
+CHECKPOINTING_MODES = ("none", "full", "selective")
 
 
 def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices: Sequence[str] | None = None) -> Any:
@@ -40,7 +49,7 @@ class Config:
         0.02, "part of the training manifest held out to evaluate on, with --val_steps but no --val_manifest"
     )
     output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
-    base_ckpt: str = _setting(checkpoint.BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
+    base_ckpt: str = _setting(BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
     base_revision: str = _setting("", "revision of a Hub checkpoint; default: the original layout of the published one")
     audio_tokenizer: str = _setting(
         "bosonai/higgs-audio-v2-tokenizer",
@@ -48,7 +57,7 @@ class Config:
     )
 
     codes_dir: str = _setting(
-        "", "cache of encoded waveforms, which runs may share (python -m tools.prepare encode); default: OUTPUT_DIR/codes"
+        "", "cache of encoded waveforms, which runs may share (python -m prepare encode); default: OUTPUT_DIR/codes"
     )
     missing_audio: str = _setting(
         "error", "what to do with records whose audio files do not exist; skip: they are listed", choices=("error", "skip")
@@ -80,7 +89,7 @@ class Config:
     lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
     lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
     lora_targets: str = _setting(
-        ",".join(model_patch.LORA_DEFAULT_TARGETS), "comma-separated patterns of module names that get an adapter"
+        ",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of module names that get an adapter"
     )
     merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base checkpoint", const=True)
     freeze: str = _setting("", "comma-separated patterns of parameter names that do not train")
@@ -98,7 +107,7 @@ class Config:
         "what layers recompute in the backward pass",
         "use_gradient_checkpointing",
         const="full",
-        choices=model_patch.CHECKPOINTING_MODES,
+        choices=CHECKPOINTING_MODES,
     )
     compile: bool = _setting(
         False, "compile the decoder layers' element-wise work with torch.compile; the first steps take minutes", const=True
@@ -149,11 +158,11 @@ class Config:
 
     @property
     def revision(self) -> str | None:
-        return self.base_revision or (checkpoint.BASE_REVISION if self.base_ckpt == checkpoint.BASE_CKPT else None)
+        return base_revision(self.base_ckpt, self.base_revision)
 
     @property
     def lora_target_list(self) -> list[str]:
-        return [pattern.strip() for pattern in self.lora_targets.split(",") if pattern.strip()]
+        return split_list(self.lora_targets)
 
     @property
     def codec(self) -> str:
@@ -197,7 +206,7 @@ def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
     cfg = Config(**values)
     problems += _find_problems(cfg)
     if problems:
-        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems]))
+        raise ConfigError(problems[0] if len(problems) == 1 else listing(f"{len(problems)} problems:", problems))
     return cfg
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,43 +19,57 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import CheckpointError
-from collate import CollateError
-from config import ConfigError
-from data import SIGNALS
-from loss import AlignmentError, CopyCollapseError, DivergenceError
-from manifest import MAX_SHOWN, DataError
-from model_patch import PatchError
+from common import ConfigError, UserError, listing
 
 T = TypeVar("T")
 
-# What the user can cause and mend: one clear message and exit status 2. Anything else keeps its traceback.
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    CollateError,
-    CheckpointError,
-    PatchError,
-    AlignmentError,
-    CopyCollapseError,
-    DivergenceError,
-)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # which schedulers and shells send to every process of a job
 
 
 def says_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """A command that says in one line what its user can mend, and returns 2."""
+    """A command that says in one message what its user can mend, and returns 2."""
 
     @functools.wraps(main)
     def command(argv: Sequence[str]) -> int:
         try:
             return main(argv)
-        except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
+        except UserError as error:
+            _say(error)
             return 2
 
     return command
+
+
+def _say(error: UserError) -> None:
+    """Print it once: by rank 0, or by each node's first rank where the ranks have not met yet.
+
+    The other ranks wait for the launcher to end them: a rank that exits sooner would cut off the message.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    if rank == 0 or (local_rank == 0 and not torch_dist.is_initialized()):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value. Collective."""
+    values: list = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. Collective if it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -78,9 +93,7 @@ class Dist:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value. Collective."""
-        values: list = [None] * self.world_size
-        torch_dist.all_gather_object(values, value)
-        return values
+        return gather(value)
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Every rank's rows [n, D], one rank after the other. Collective, unless nobody has any.
@@ -98,7 +111,7 @@ class Dist:
         result = error = None
         try:
             result = function()
-        except USER_ERRORS as caught:
+        except UserError as caught:
             error = caught
         if self.any(error is not None):
             raise next(e for e in self.gather(error) if e is not None)
@@ -235,5 +248,4 @@ def bar_interval_sec() -> float:
 def log_list(dist: Dist, title: str, items: Sequence[str]) -> None:
     """A title and the first items below it, if there are any."""
     if items:
-        more = [f"... and {len(items) - MAX_SHOWN} more"] * (len(items) > MAX_SHOWN)
-        log(dist, "\n  ".join([title, *items[:MAX_SHOWN], *more]))
+        log(dist, listing(title, items))

@@ -4,7 +4,7 @@
 #   bash launch.sh                    the offline demo: train a tiny model on toy voices, then listen to it
 #   bash launch.sh [train] --FLAG...  torchrun train.py --FLAG... on every GPU of this node (or NPROC=2 ... on two CPU ranks)
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
-#   bash launch.sh NAME [ARGS...]     python -m tools.NAME: prepare, plan, generate, report, replay, demo
+#   bash launch.sh NAME [ARGS...]     prepare, generate, export, merge, average, show, plan, report, replay or demo
 #   bash launch.sh bench NAME [ARGS...]  python benchmarks/NAME.py
 #   bash launch.sh test [ARGS...]     pytest tests/, or pytest ARGS...
 #   bash launch.sh setup              only set up
@@ -32,7 +32,7 @@ MASTER_PORT=${MASTER_PORT:-29500}
 MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed goes on by itself, from its newest checkpoint
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
-TOOLS="prepare plan generate report replay demo"
+TOOLS="prepare generate export merge average show plan report replay demo"
 
 fail() {
     echo "error: $1" >&2
@@ -93,6 +93,8 @@ setup) exit 0 ;;
 test) cd "$ROOT" && exec "$PY" -m pytest "${@:-tests/}" ;;
 bench) exec "$PY" "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
 train) ;;
+prepare | generate) exec "$PY" -m "$COMMAND" "$@" ;;
+export | merge | average | show) exec "$PY" -m export "$COMMAND" "$@" ;;
 *) exec "$PY" -m "tools.$COMMAND" "$@" ;;
 esac
 

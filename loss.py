@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common import AlignmentError, CopyCollapseError
+
 IGNORE_INDEX = -100
 
 # Where the label of the token predicted at position t stands: at t + 1 ("shift", upstream's labels) or at t ("aligned",
@@ -45,18 +47,6 @@ MIN_COPY_POSITIONS = 32  # fewer positions than this say nothing
 
 
 VOICE_TEMPERATURE = 0.1  # cosines of mean hidden states lie close together
-
-
-class AlignmentError(ValueError):
-    """Labels that are neither the inputs nor the inputs one position later."""
-
-
-class CopyCollapseError(RuntimeError):
-    """The model predicts its own input: it was trained on unshifted labels and will generate silence."""
-
-
-class DivergenceError(RuntimeError):
-    """Training whose losses or gradients are no longer finite."""
 
 
 @dataclass

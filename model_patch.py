@@ -37,7 +37,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,15 +54,15 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from common import PatchError
+from config import CHECKPOINTING_MODES, LORA_DEFAULT_TARGETS
+
 if TYPE_CHECKING:
     from collate import Packing
 
 # What PEFT task wrappers, `transformers.Trainer` and home-made loops add to a call. `label_ids` is not one of them: it
 # is upstream's own argument and makes `expanded_labels` appear. Any other unknown argument stays an error.
 INJECTED_KWARGS = frozenset({"labels", "task_ids", "num_items_in_batch", "return_loss"})
-
-LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
-CHECKPOINTING_MODES = ("none", "full", "selective")
 
 # sha256 of each upstream function that the subclasses replace or rely on, boson-multimodal 0.1.1.
 UPSTREAM_SOURCES = {
@@ -74,10 +73,6 @@ UPSTREAM_SOURCES = {
     HiggsAudioModel._apply_audio_tower: "b3cd752abce9df82",
     HiggsAudioDualFFNDecoderLayer.forward: "4664d928bcf8de4e",
 }
-
-
-class PatchError(ValueError):
-    """A pattern, mode or model that these patches cannot serve; the message says what to do."""
 
 
 class Routing(NamedTuple):
@@ -573,52 +568,27 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations that a training step cannot do without: those of its matrix products.
-
-    A weight costs two for each position it meets, two more for the gradient of its input and, where it trains, two for its
-    own; attention scores cost six for each pair, channel and product. Padding, recomputation, and logits without a target
-    are of no use and do not count.
-    """
-
-    per_position: float  # attention's projections and one of the two FFNs, which are equally large
-    per_pair: float  # of a position and one that it attends to
-    per_text_target: float
-    per_audio_row: float  # a position that predicts at least one code
-
-    @classmethod
-    def of(cls, model: HiggsAudioModel) -> Flops:
-        parts = {"layers": 0.0, "text_lm_head": 0.0, "audio_lm_head": 0.0}
-        for name, parameter in model.named_parameters():
-            part = next((part for part in parts if part in name.split(".")), None)
-            if part and parameter.ndim == 2 and ".audio_mlp." not in name and not name.startswith("audio_tower."):
-                parts[part] += parameter.numel() * (6 if parameter.requires_grad else 4)
-        attention = model.layers[0].self_attn
-        per_pair = 12.0 * len(model.layers) * attention.num_heads * attention.head_dim
-        return cls(parts["layers"], per_pair, parts["text_lm_head"], parts["audio_lm_head"])
-
-    def total(self, positions: float, pairs: float, text_targets: float, audio_rows: float) -> float:
-        """Of so many positions; see `collate.Packing`."""
-        counts = (positions, pairs, text_targets, audio_rows)
-        costs = (self.per_position, self.per_pair, self.per_text_target, self.per_audio_row)
-        return sum(count * cost for count, cost in zip(counts, costs))
-
-
 def main() -> None:
-    """What is patched, and what an adapter with the default targets trains, on the demo's tiny model."""
-    from tools.demo import make_tokenizer, tiny_config  # an offline example; only this command needs it
-
+    """What is patched, and what an adapter with the default targets trains, on a small model."""
     check_upstream()
     for function, digest in UPSTREAM_SOURCES.items():
         print(f"{function.__qualname__:50} source {digest}: as expected")
-    model = patch_for_training(build_on_meta(tiny_config(make_tokenizer())))
+    text = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    config = HiggsAudioConfig(
+        text_config=text | {"num_attention_heads": 4, "num_key_value_heads": 2},
+        audio_adapter_type="dual_ffn_fast_forward",
+        audio_dual_ffn_layers=[0, 1],
+        pad_token_id=0,
+        audio_ffn_hidden_size=128,
+        audio_ffn_intermediate_size=256,
+        skip_audio_tower=True,
+    )
+    model = patch_for_training(build_on_meta(config))
     total = sum(p.numel() for p in model.parameters())
     add_lora(model, r=16, alpha=32, dropout=0.0)
     adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
-    print(
-        f"{type(model).__name__}: {total:,} parameters; LoRA r=16 adds {sum(p.numel() for p in adapters):,} in {len(adapters)} tensors"
-    )
+    added = sum(p.numel() for p in adapters)
+    print(f"{type(model).__name__}: {total:,} parameters; LoRA r=16 adds {added:,} in {len(adapters)} tensors")
 
 
 if __name__ == "__main__":

@@ -29,30 +29,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as torch_dist
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
 import data
-import export
 import loss
+import metrics
 import model_patch
-import spikes
-from audio import codec_frame_rate_hz
 from collate import ExtendedHiggsAudioBatchInput, Voices
-from config import Config, ConfigError, parse_config
-from distributed import USER_ERRORS, Dist, Signals, bar_interval_sec, log, log_list, lost_others, setup_distributed
-from listen import Listener
-from loading import build_loaders, check_agreement, read_records
+from common import MAX_SHOWN, AlignmentError, ConfigError, DataError, DivergenceError, split_list, write_whole
+from config import Config, parse_config
+from data import build_loaders, check_agreement, read_records
+from distributed import (
+    Dist,
+    Signals,
+    bar_interval_sec,
+    log,
+    log_list,
+    lost_others,
+    own_rows,
+    says_errors,
+    setup_distributed,
+    whole,
+)
+from export.final import write_final
+from export.merge import describe_changes, relative_changes
+from generate.samples import Listener
 from loss import Objective
-from manifest import DataError
-from monitor import Monitor
-from optimizer import averaged, build_optimizer, lr_at
+from metrics import Monitor
+from prepare.audio import codec_frame_rate_hz
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -83,7 +92,7 @@ def construct_model(
         lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
         lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
-        model_patch.freeze(model, _split(cfg.freeze))
+        model_patch.freeze(model, split_list(cfg.freeze))
     if cfg.consistency_loss_weight and not model.can_pack:
         raise ConfigError(
             "--consistency_loss_weight: this checkpoint's layers cannot be trained on packed batches, which it reads"
@@ -94,10 +103,6 @@ def construct_model(
         model_patch.compile_layers(model)
     model_patch.shard(model, dist.mesh, param_dtype=compute_dtype, cpu_offload=cfg.cpu_offload)
     return model, lora
-
-
-def _split(patterns: str) -> list[str]:
-    return [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,8 +249,7 @@ def train_step(
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-    total, grad_norm = total.sum_over(dist), grad_norm.item()
+    total, grad_norm = total.sum_over(dist), whole(grad_norm).item()
     culprits: list[str] = []
     if math.isfinite(grad_norm):  # the same number on every rank, so all of them step or none does
         for group in optimizer.param_groups:
@@ -278,7 +282,7 @@ def check_first_batch(
     )
     found = [(t or "shift", a or "shift") for t, a in dist.gather((text, audio)) if t or a] or [("shift", "shift")]
     if len(set(found)) > 1:
-        raise loss.AlignmentError(f"ranks found different label alignments: {found}")
+        raise AlignmentError(f"ranks found different label alignments: {found}")
     alignment = Alignment(*found[0])
     with evaluating(model):
         copies, total = forward(model, batch, ids, alignment)
@@ -352,11 +356,78 @@ def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: d
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+class AveragingAdamW(torch.optim.AdamW):
+    """AdamW that also keeps a moving average of the weights it trains, in float32, of each rank's own rows.
+
+    After t steps it is the mean of the weights after each of them, weighted by decay ** (steps ago): the weights before
+    training have no part in it. It is optimizer state like any other, saved and loaded with checkpoints.
+    """
+
+    def __init__(self, groups: list[dict], decay: float, **settings):
+        super().__init__(groups, **settings)
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        super().step(closure)
+        for parameter, state in self.state.items():
+            if "ema" not in state:
+                state["ema"] = torch.zeros_like(parameter)
+            share = (1 - self.decay) / (1 - self.decay ** state["step"])  # 1 at the first step
+            own_rows(state["ema"]).lerp_(own_rows(parameter), share)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """While it lasts, the parameters hold their averages; the model has to be sharded at both ends."""
+        self._swap()
+        yield
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, state in self.state.items():
+            mine, average = own_rows(parameter), own_rows(state["ema"])
+            before = mine.clone()
+            mine.copy_(average)
+            average.copy_(before)
+
+
+def averaged(optimizer: torch.optim.Optimizer):
+    """The context in which the model's weights are those to evaluate and export: with --ema their averages."""
+    has_average = isinstance(optimizer, AveragingAdamW) and optimizer.state
+    return optimizer.averaged() if has_average else contextlib.nullcontext()
+
+
+def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
+    """AdamW over what trains; weight decay on matrices only. Create it after sharding."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    settings = {"lr": cfg.peak_lr, "betas": (0.9, cfg.beta2), "fused": True}
+    return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
+
+
+def lr_at(step: int, total_steps: int, cfg: Config) -> float:
+    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then cosine to min_lr_ratio."""
+    if step < cfg.warmup_steps:
+        return cfg.peak_lr * (step + 1) / cfg.warmup_steps
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.peak_lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
 def step_metrics(
-    total: Totals, objective: Objective, step_time_sec: float, flops: model_patch.Flops, frame_rate_hz: float, dist: Dist
+    total: Totals, objective: Objective, step_time_sec: float, flops: metrics.Flops, frame_rate_hz: float, dist: Dist
 ) -> dict:
     """One line of metrics.jsonl, from global totals."""
     tokens = total.num_tokens
@@ -420,10 +491,10 @@ class Standing:
 
     def add_loss(self, value: float, threshold: float) -> bool:
         """Count in the loss of a step; returns whether it is a spike among the last ones."""
-        is_spike = spikes.is_spike(value, self.losses, threshold)
+        is_spike = metrics.is_spike(value, self.losses, threshold)
         self.spikes += is_spike
         if math.isfinite(value):
-            self.losses = [*self.losses, value][-spikes.WINDOW :]
+            self.losses = [*self.losses, value][-metrics.WINDOW :]
         return is_spike
 
 
@@ -457,10 +528,10 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         at = Standing.of(state)
         log(dist, f"resumed from {resume_from}: {at.step} steps done")
     settings = write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples)
-    metrics = dist.together(lambda: Monitor(output_dir, settings, at.step, cfg.wandb, dist.is_main))
+    monitor = dist.together(lambda: Monitor(output_dir, settings, at.step, cfg.wandb, dist.is_main))
     listener = build_listener(cfg, dist, config, (val_loader or loader).dataset) if cfg.sample_steps else None
     saver = checkpoint.Saver(output_dir / "checkpoints", model, optimizer, cfg.keep_last)
-    flops = model_patch.Flops.of(model)
+    flops = metrics.Flops.of(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
     progress = tqdm(
         total=total_steps,
@@ -487,9 +558,9 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             with averaged(optimizer):
                 values = evaluate(model, val_loader, objective, ids, alignment, dist)
                 if lora and at.step and not evaluated:
-                    log(dist, export.describe_changes(export.relative_changes(model)))
+                    log(dist, describe_changes(relative_changes(model)))
             evaluated = at.step
-            metrics.write(split="val", step=at.step, epoch=at.position.epoch, **values)
+            monitor.write(split="val", step=at.step, epoch=at.position.epoch, **values)
             is_best = improves(values, cfg.best_by, at.best)
             if is_best:
                 at.best = {"metric": cfg.best_by, "value": values[cfg.best_by], "step": at.step}
@@ -503,9 +574,9 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
             with averaged(optimizer), evaluating(model):
                 values = listener.listen(model, at.step, dist)
             sampled = at.step
-            metrics.write(split="sample", step=at.step, epoch=at.position.epoch, **values)
+            monitor.write(split="sample", step=at.step, epoch=at.position.epoch, **values)
             if dist.is_main:
-                metrics.write_samples(at.step, listener.folder / f"step_{at.step}")
+                monitor.write_samples(at.step, listener.folder / f"step_{at.step}")
             log(dist, f"step {at.step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
 
         stop, is_writing = dist.each(signals.received is not None, saver.is_writing)  # either may be so on one rank alone
@@ -561,12 +632,12 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         is_spike = at.add_loss(values["loss"], cfg.spike_threshold if at.step > cfg.warmup_steps else 0.0)
 
         counts = {"bad_steps": at.bad_steps, "bad_samples": at.bad_samples, "spikes": at.spikes}
-        metrics.write(split="train", step=at.step, epoch=epoch, lr=lr, grad_norm=grad_norm, **counts, **values)
+        monitor.write(split="train", step=at.step, epoch=epoch, lr=lr, grad_norm=grad_norm, **counts, **values)
         if culprits:
             log(dist, f"step {at.step}: not finite, skipped; samples: {', '.join(culprits)}")
         if is_spike:
             log(dist, f"step {at.step}: loss {values['loss']:.4f} is far above the median of the last steps")
-        if (culprits or is_spike) and at.bad_steps + at.spikes <= spikes.MAX_DUMPS:
+        if (culprits or is_spike) and at.bad_steps + at.spikes <= metrics.MAX_DUMPS:
             about = {
                 "step": at.step,
                 "loss": values["loss"],
@@ -582,8 +653,8 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
     progress.close()
     with averaged(optimizer):
         if lora:
-            log(dist, export.describe_changes(export.relative_changes(model)))
-        merging = export.write_final(output_dir, model, config, tokenizer, lora, base=folder, merge_lora=cfg.merge_lora)
+            log(dist, describe_changes(relative_changes(model)))
+        merging = write_final(output_dir, model, config, tokenizer, lora, base=folder, merge_lora=cfg.merge_lora)
     if merging:
         log(dist, f"final/merged: {merging}")
     log(dist, f"finished: {output_dir / 'final'}")
@@ -628,7 +699,7 @@ def check_readable(batches: Sequence[ExtendedHiggsAudioBatchInput], max_bad_samp
     problems = [problem for part in problems for problem in part]
     if len(problems) > max_bad_samples or not any(readable):
         raise DataError(
-            "\n  ".join([f"{len(problems)} samples of the first step cannot be read:", *problems[: data.MAX_SHOWN]])
+            "\n  ".join([f"{len(problems)} samples of the first step cannot be read:", *problems[: MAX_SHOWN]])
         )
 
 
@@ -637,7 +708,7 @@ def dump(cfg: Config, dist: Dist, about: dict, batches: Sequence[ExtendedHiggsAu
     about |= {"rank": dist.rank, "world_size": dist.world_size, "config": dataclasses.asdict(cfg)}
     folder = Path(cfg.output_dir) / "spikes"
     try:
-        spikes.write_dump(folder, about, batches)
+        metrics.write_dump(folder, about, batches)
     except OSError as error:
         print(f"rank {dist.rank}: {folder}: the batches cannot be kept: {error}", file=sys.stderr, flush=True)
     log(dist, f"step {about['step']}: look again with python -m tools.replay {folder}/step_{about['step']}-rank0.safetensors")
@@ -646,7 +717,7 @@ def dump(cfg: Config, dist: Dist, about: dict, batches: Sequence[ExtendedHiggsAu
 def find_failure(at: Standing, bad_in_a_row: int, num_unreadable: int, cfg: Config) -> Exception | None:
     """Why the run has to end after this step, if it has to."""
     if 0 < cfg.max_bad_steps <= bad_in_a_row:
-        return loss.DivergenceError(
+        return DivergenceError(
             f"{bad_in_a_row} steps in a row were not finite. Saved at step {at.step}; look at the samples named above, or lower --lr"
         )
     if num_unreadable and at.bad_samples > cfg.max_bad_samples:  # once all are mended, a resumed run goes on
@@ -682,29 +753,15 @@ def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object)
     }
     if dist.is_main:
         content = json.dumps(record, indent=2) + "\n"
-        checkpoint.write_whole(output_dir / "config.json", lambda file: file.write(content.encode()))
+        write_whole(output_dir / "config.json", lambda file: file.write(content.encode()))
     return record
 
 
+@says_errors
 def main(argv: Sequence[str]) -> int:
-    try:
-        cfg = parse_config(argv, description=__doc__)
-        dist = setup_distributed(cfg.device, cfg.replicate, cfg.dist_timeout)
-        train(cfg, dist)
-    except USER_ERRORS as error:
-        report(error)
-        return 2
+    cfg = parse_config(argv, description=__doc__)
+    train(cfg, setup_distributed(cfg.device, cfg.replicate, cfg.dist_timeout))
     return 0
-
-
-def report(error: Exception) -> None:
-    """Say it once: errors of the user's making reach all ranks, or stop each node before the ranks have met. The others
-    wait for the launcher to end them, so that the speaker is not cut off by a faster rank's exit."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    if rank == 0 or (local_rank == 0 and not torch_dist.is_initialized()):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)
 
 
 def run_and_exit(argv: Sequence[str]) -> None:

@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from audio import AudioStore, load_codec, read_waveform  # noqa: E402
 from collate import create_collator  # noqa: E402
-from manifest import read_manifest  # noqa: E402
+from prepare.audio import AudioStore, load_codec, read_waveform  # noqa: E402
+from prepare.manifest import read_manifest  # noqa: E402
 from tools import demo  # noqa: E402
 
 RATE_HZ = 24000

@@ -48,8 +48,8 @@ def write_manifest(folder: Path, num_records: int) -> Path:
 def first_batch(path: Path, num_workers: int) -> dict:
     """Seconds to the first micro-batch and bytes held then, in this fresh process."""
     import data
-    from audio import AudioStore
     from collate import create_collator
+    from prepare.audio import AudioStore
     from tools import demo
 
     tokenizer = demo.make_tokenizer()

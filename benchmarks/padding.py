@@ -19,10 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from audio import AudioStore
 from collate import create_collator
 from data import Batching, round_up
-from manifest import read_manifest
+from prepare.audio import AudioStore
+from prepare.manifest import read_manifest
 from tools import demo
 
 

@@ -23,11 +23,11 @@ import data
 import loss
 import model_patch
 import train
-from audio import AudioStore
 from collate import create_collator
 from config import Config
 from distributed import setup_distributed
-from manifest import read_manifest
+from prepare.audio import AudioStore
+from prepare.manifest import read_manifest
 from tools import demo
 
 STEPS = 20

@@ -11,7 +11,7 @@ same samples as public trainers do: the unpatched model, the official collator's
 all positions of both streams, fused AdamW, gradient clipping; on a GPU all in bf16, because upstream fails under autocast.
 
 Voices are random codes, references of 3 to 10 s and targets of 2 to 20 s, uniformly drawn, with 4 text tokens per second.
-Real tokens are positions after expansion without padding. Useful FLOPs are defined in `model_patch.Flops`; what they are
+Real tokens are positions after expansion without padding. Useful FLOPs are defined in `metrics.Flops`; what they are
 compared with is a large matrix product, measured before every pair of steps. Figures are medians over steps. Peak memory
 is that of tensors: on a GPU by its allocator, on a CPU by tools/memory.py, in a step of its own.
 """
@@ -35,6 +35,8 @@ import torch.nn.functional as F
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchInput, HiggsAudioSampleCollator
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from torch import Tensor, nn
+
+import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -228,7 +230,7 @@ def peak_memory(contender: Ours | Reference, micro: Micro, device: torch.device)
 
 
 def measure(
-    contenders: Sequence[Ours | Reference], micros: Iterator[Micro], flops: model_patch.Flops, num_steps: int, dist: Dist
+    contenders: Sequence[Ours | Reference], micros: Iterator[Micro], flops: metrics.Flops, num_steps: int, dist: Dist
 ):
     """Let the contenders take the same steps in turn; returns {name: Figures} and the measured peak, FLOP/s."""
     dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
@@ -341,7 +343,7 @@ def compare(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str
     figures, flops = {}, None
     for group in rounds:
         contenders = [kind(cfg, dist, config) for kind in group]
-        flops = flops or model_patch.Flops.of(contenders[0].model)
+        flops = flops or metrics.Flops.of(contenders[0].model)
         found, peak = measure(contenders, micro_batches(cfg, dist, config), flops, args.steps, dist)
         figures |= found
         del contenders
@@ -376,7 +378,7 @@ def scaling(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str
         dist = setup_distributed(cfg.device)
         config = checkpoint.read_base_config(Path(cfg.base_ckpt))
         ours = Ours(cfg, dist, config)
-        flops = model_patch.Flops.of(ours.model)
+        flops = metrics.Flops.of(ours.model)
         figures, peak = measure([ours], micro_batches(cfg, dist, config), flops, args.steps, dist)
         found = figures["ours"]
         rate = statistics.median(found.tokens_per_sec)

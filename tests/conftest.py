@@ -19,8 +19,8 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 
 import data
-from audio import AudioStore
-from manifest import read_manifest
+from prepare.audio import AudioStore
+from prepare.manifest import read_manifest
 from tools import demo
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import collate
-import export
-import layouts
+from export import layouts, merge, read
 from loss import IGNORE_INDEX
 from tools import demo
 from tools.synthetic import PUBLISHED_ROPE
@@ -88,7 +87,7 @@ def ask_native(python: str, model: HiggsAudioModel, tokenizer, folder: Path) -> 
     """What the transformers class says about `make_batch`, on the model as we export it; and its versions."""
     model.save_pretrained(folder / "boson")
     tokenizer.save_pretrained(folder / "boson")
-    export.convert(export.open_model(folder / "boson"), folder / "transformers", "transformers")
+    merge.convert(read.open_model(folder / "boson"), folder / "transformers", "transformers")
     batch = make_batch(model.config, tokenizer)
     with torch.no_grad():
         output = model(**batch.model_inputs())

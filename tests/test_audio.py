@@ -18,11 +18,11 @@ from conftest import _context, run_ranks, write_manifest
 from safetensors.torch import save_file
 from test_codec import wave, write_wav
 
-import codes_cache
-from audio import AudioStore, CodecInfo, expected_frames, load_codec, read_waveform
-from codes_cache import CacheWriter, CodesCache, digest
-from manifest import AudioPart, DataError, Record
-from tools.prepare import encode
+from common import DataError
+from prepare import codes_cache, encode
+from prepare.audio import AudioStore, CodecInfo, expected_frames, load_codec, read_waveform
+from prepare.codes_cache import CacheWriter, CodesCache, digest
+from prepare.manifest import AudioPart, Record
 
 
 @pytest.fixture()
@@ -199,7 +199,7 @@ def test_corrupt_audio_is_named_and_nothing_else_lost(codec_dir, tmp_path, capsy
 
 
 def test_a_file_that_changes_while_it_is_read(codec, codec_dir, tmp_path, monkeypatch):
-    import audio
+    from prepare import audio
 
     path = tmp_path / "a.wav"
     write_wav(path, 0.2)

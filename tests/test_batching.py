@@ -14,8 +14,9 @@ import data
 import model_patch
 import train
 from collate import create_collator
+from common import DataError
 from data import Batching, Position, epoch_order, plan_micro_batches
-from manifest import DataError, check, read_manifest, split_weights
+from prepare.manifest import check, read_manifest, split_weights
 
 
 def long_tailed_lengths(num_samples: int, seed: int = 0) -> np.ndarray:

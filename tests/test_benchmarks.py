@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, case_samples, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
+import metrics
 import model_patch
 import train
 from collate import create_collator
@@ -45,7 +46,7 @@ def test_useful_flops_are_those_of_a_packed_step(lora_r, config, tokenizer):
     model = model_patch.patch_for_training(make_model(config)).train()
     if lora_r:
         model_patch.add_lora(model, lora_r, 8, 0.0)
-    flops = model_patch.Flops.of(model)
+    flops = metrics.Flops.of(model)
     batch = create_collator(config, strict=True)(case_samples("reference and target", tokenizer))
     counts = counted_flops(model, batch, config)
     found = sum(count for name, count in counts.items() if name.startswith(("mm", "addmm")))
@@ -64,7 +65,7 @@ def test_sizes():
     assert num_weights["real"] == 5_771_283_456 and len(models["real"].state_dict()) == 397
     assert 90e6 < num_weights["mini"] < 110e6
     assert models["vocab"].embed_tokens.num_embeddings == 128_256
-    shares = {size: model_patch.Flops.of(models[size]) for size in ("mini", "real")}
+    shares = {size: metrics.Flops.of(models[size]) for size in ("mini", "real")}
     for part in ("per_text_target", "per_audio_row"):
         mini, real = (getattr(flops, part) / flops.per_position for flops in (shares["mini"], shares["real"]))
         assert mini == pytest.approx(real, rel=0.1), part

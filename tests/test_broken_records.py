@@ -18,9 +18,10 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from audio import duration_sec
-from forms import open_manifest
-from manifest import DataError, check, parse_record, read_manifest
+from common import DataError
+from prepare.audio import duration_sec
+from prepare.forms import open_manifest
+from prepare.manifest import check, parse_record, read_manifest
 
 CLIP = {"type": "audio", "audio_url": "a.wav"}
 GOOD = {"messages": [{"role": "user", "content": "Good day"}, {"role": "assistant", "content": CLIP}]}

@@ -11,7 +11,7 @@ import torch
 from conftest import write_manifest
 
 import train
-from audio import AudioStore
+from prepare.audio import AudioStore
 from tools import demo
 
 RATE = 24000

@@ -12,8 +12,9 @@ from boson_multimodal.model.higgs_audio.utils import build_delay_pattern_mask
 from conftest import CASES, case_samples, make_model, make_sample
 from transformers import WhisperFeatureExtractor, WhisperProcessor
 
-from collate import CollateError, create_collator
-from speech import official_collator
+from collate import create_collator
+from common import CollateError
+from generate.speech import official_collator
 from tools import demo
 
 TOWER = {

@@ -13,11 +13,12 @@ from conftest import make_model, make_sample, run_ranks, write_manifest
 from test_resume import settings
 
 import loss
+import metrics
 import model_patch
-import spikes
 import train
-from collate import CollateError, create_collator
-from manifest import read_manifest
+from collate import create_collator
+from common import CollateError
+from prepare.manifest import read_manifest
 from tools import demo
 
 # ---- whose voice a clip is
@@ -91,8 +92,8 @@ def test_pairs_and_their_columns(config, tokenizer, tmp_path):
     ann, bob = voices.spoken.split(voices.spoken_lengths)
     assert ann.tolist() == list(range(out + 14, out + 30)) and bob.tolist() == list(range(out + 30, out + 55))
     assert create_collator(config)(samples).voices is None
-    spikes.write_dump(tmp_path, {"step": 1, "rank": 0}, [batch])
-    assert spikes.read_dump(tmp_path / "step_1-rank0.safetensors")[1][0].voices is None, "others' voices are not kept either"
+    metrics.write_dump(tmp_path, {"step": 1, "rank": 0}, [batch])
+    assert metrics.read_dump(tmp_path / "step_1-rank0.safetensors")[1][0].voices is None, "others' voices are not kept either"
     nobody = create_collator(config, with_voices=True)(samples[2:3]).voices
     assert nobody.speakers == [] and nobody.heard.tolist() == nobody.spoken.tolist() == []
 

@@ -16,10 +16,11 @@ from conftest import open_dataset, write_manifest
 from safetensors.numpy import save_file
 
 import data
-from audio import read_waveform
 from collate import create_collator
+from common import DataError
 from data import Batching, Position, epoch_order, plan_micro_batches
-from manifest import AudioPart, DataError, check, parse_record, read_manifest
+from prepare.audio import read_waveform
+from prepare.manifest import AudioPart, check, parse_record, read_manifest
 
 
 @pytest.fixture()

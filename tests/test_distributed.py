@@ -16,7 +16,7 @@ import loss
 import model_patch
 import train
 from collate import create_collator
-from manifest import DataError
+from common import ConfigError, DataError
 from tools import demo
 
 
@@ -194,7 +194,7 @@ def disagree(dist, seeds: list[int], manifests: list[str]):
     argv = ["--train_manifest", "m.jsonl", "--output_dir", "o", "--seed", str(seeds[dist.rank])]
     try:
         train.check_agreement(train.parse_config(argv), dist, data.open_records(manifests[dist.rank])[0], None)
-    except train.ConfigError as error:
+    except ConfigError as error:
         return str(error)
 
 

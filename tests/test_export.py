@@ -15,14 +15,15 @@ from conftest import make_model, run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import card
 import checkpoint
-import export
 import model_patch
 import train
-from audio import import_codec
+from common import CheckpointError
 from config import Config, parse_config, to_argv
-from tools import demo, parity
+from export import card, merge, parity, read, write
+from export.__main__ import main as export_main
+from prepare.audio import import_codec
+from tools import demo
 
 
 def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
@@ -79,12 +80,12 @@ def full_run(toys, tmp_path_factory) -> Path:
 def untrained(toys, tmp_path_factory) -> Path:
     """An adapter as training would start with it."""
     folder = tmp_path_factory.mktemp("untrained") / "adapter"
-    base = export.Full(toys / "checkpoint")
+    base = read.Full(toys / "checkpoint")
     model = make_model(base.config)
     lora = model_patch.add_lora(model, 4, 8.0, 0.0)
     model_patch.init_lora(model, seed=0)
-    named = ((export._adapter_name(n), p.data) for n, p in model.named_parameters() if checkpoint.is_lora(n))
-    export.write_adapter(folder, named, lora, base.tokenizer, "")
+    named = ((read._adapter_name(n), p.data) for n, p in model.named_parameters() if checkpoint.is_lora(n))
+    write.write_adapter(folder, named, lora, base.tokenizer, "")
     return folder
 
 
@@ -100,12 +101,12 @@ def same(mine: dict, theirs: dict) -> bool:
 
 def command(capsys, *argv) -> str:
     """A command of checkpoint.py; returns what it printed."""
-    assert export.main([*map(str, argv)]) == 0, capsys.readouterr().err
+    assert export_main([*map(str, argv)]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
 
 def error(capsys, *argv) -> str:
-    assert export.main([*map(str, argv)]) == 2
+    assert export_main([*map(str, argv)]) == 2
     return capsys.readouterr().err
 
 
@@ -115,7 +116,7 @@ def error(capsys, *argv) -> str:
 def test_merging_is_exact_and_reported(lora_run, toys, tmp_path, capsys):
     """Measured: merged float32 differs from PEFT's adapter by 4e-7 where the adapter changes logits by 2; bfloat16, merged or not, by 9e-3."""
     out = command(capsys, "merge", lora_run / "final", tmp_path / "m", "--manifest", toys / "test.jsonl", "--records", 2)
-    adapter, base = export.open_model(lora_run / "final"), export.Full(toys / "checkpoint")
+    adapter, base = read.open_model(lora_run / "final"), read.Full(toys / "checkpoint")
     alone, merged, rounded, merged_rounded = parity.compare(adapter, base, toys / "test.jsonl", 2, Config.audio_tokenizer).rows
     assert all(str(row) in out for row in (alone, merged, rounded, merged_rounded))
     assert merged.largest < 3e-6 and (merged.same_text, merged.same_audio, merged.same_codes) == (1, 1, 1)
@@ -137,8 +138,8 @@ def test_merging_rounds_once(lora_run, toys, tmp_path):
     base = tmp_path / "base"
     HiggsAudioModel.from_pretrained(toys / "checkpoint").bfloat16().save_pretrained(base)
     demo.make_tokenizer().save_pretrained(base)
-    adapter = export.open_model(lora_run / "final")
-    report = export.merge(adapter, export.Full(base), tmp_path / "m")
+    adapter = read.open_model(lora_run / "final")
+    report = merge.merge(adapter, read.Full(base), tmp_path / "m")
     before, after, factors = weights(base), weights(tmp_path / "m"), weights(lora_run / "final")
     for module in adapter.modules:
         A, B = (factors[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
@@ -165,18 +166,18 @@ def test_training_reports_the_adapter(toys, tmp_path, capsys):
 def _two_ranks(dist, argv: list[str], blocked: str):
     """The changes that a sharded model reports, and what all ranks hear if final/ cannot be written."""
     cfg = parse_config(argv)
-    base = export.Full(Path(cfg.base_ckpt))
+    base = read.Full(Path(cfg.base_ckpt))
     model, lora = train.build_model(cfg, dist, base.config, base.folder)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.manual_seed(len(name))
             parameter.data.copy_(parameter.data + 0.01)
-    changes = export.relative_changes(model)
-    export.write_final(Path(cfg.output_dir), model, base.config, base.tokenizer, lora, base.folder, merge_lora=True)
+    changes = merge.relative_changes(model)
+    write.write_final(Path(cfg.output_dir), model, base.config, base.tokenizer, lora, base.folder, merge_lora=True)
     try:
-        export.write_final(Path(blocked), model, base.config, base.tokenizer, lora, base.folder)
+        write.write_final(Path(blocked), model, base.config, base.tokenizer, lora, base.folder)
         return changes, None
-    except checkpoint.CheckpointError as caught:
+    except CheckpointError as caught:
         return changes, str(caught)
 
 
@@ -190,8 +191,8 @@ def test_two_ranks_report_and_fail_together(lora_run, toys, tmp_path):
     argv = settings(toys, tmp_path / "o", lora_r=4)
     (mine, failure), (theirs, other_failure) = run_ranks(_two_ranks, 2, argv, str(tmp_path / "blocked"))
     assert mine == theirs and failure == other_failure and "final: cannot be written" in failure
-    adapter, base = export.open_model(tmp_path / "o" / "final"), export.Full(toys / "checkpoint")
-    report = export.merge(adapter, base, tmp_path / "m")
+    adapter, base = read.open_model(tmp_path / "o" / "final"), read.Full(toys / "checkpoint")
+    report = merge.merge(adapter, base, tmp_path / "m")
     assert mine.keys() == report.changes.keys()
     assert mine == pytest.approx(report.changes, rel=1e-5)  # measured 3.3e-6
     assert same(weights(tmp_path / "o" / "final" / "merged"), weights(tmp_path / "m"))
@@ -239,11 +240,11 @@ def test_average_is_the_mean(full_run, lora_run, toys, tmp_path, capsys):
 def test_an_average_of_strangers_is_noticed(lora_run, toys, tmp_path):
     """Adapters of separate runs agree in nothing: their factors' mean is far from the mean of what they add."""
     run(settings(toys, tmp_path / "o", lora_r=4, seed=5, max_steps=2, save_steps=0))
-    strangers = [export.open_model(lora_run / "final"), export.open_model(tmp_path / "o" / "final")]
-    report = export.average(strangers, tmp_path / "mean")
+    strangers = [read.open_model(lora_run / "final"), read.open_model(tmp_path / "o" / "final")]
+    report = merge.average(strangers, tmp_path / "mean")
     share = float(report.split("is ")[1].split("%")[0])
-    states = [export.open_model(lora_run / "checkpoints" / f"step_{step}") for step in (2, 4)]
-    close = float(export.average(states, tmp_path / "close").split("is ")[1].split("%")[0])
+    states = [read.open_model(lora_run / "checkpoints" / f"step_{step}") for step in (2, 4)]
+    close = float(merge.average(states, tmp_path / "close").split("is ")[1].split("%")[0])
     assert close < 5 < 20 < share  # measured 0.4 % and 68 %
 
 

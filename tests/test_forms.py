@@ -15,12 +15,13 @@ from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import forms
 import train
+from common import DataError
 from config import to_argv
-from forms import convert, open_manifest, recognise
-from manifest import DataError, check, parse_record, read_manifest
-from tools.prepare.__main__ import main as prepare
+from prepare import forms
+from prepare.__main__ import main as prepare
+from prepare.forms import convert, open_manifest, recognise
+from prepare.manifest import check, parse_record, read_manifest
 
 
 @pytest.fixture()

@@ -14,11 +14,12 @@ from conftest import run_ranks, write_manifest
 from test_codec import write_wav
 from test_train import run_here, settings
 
-import export
-from audio import import_codec, load_codec
-from manifest import parse_record
-from speech import Sampling, Score, join
-from tools import demo, generate
+from export import merge, read
+from generate import __main__ as generate
+from generate.speech import Sampling, Score, join
+from prepare.audio import import_codec, load_codec
+from prepare.manifest import parse_record
+from tools import demo
 
 CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
 GREEDY = ["--temperature", "0", "--ras_win_len", "0", "--max_new_tokens", "40"]
@@ -69,7 +70,7 @@ def test_every_kind_of_checkpoint(toys, tmp_path):
     merged = say(tmp_path, "--ckpt", tmp_path / "o" / "final", "--merge_lora", *argv)
     assert torch.equal(adapted, merged) and not torch.equal(adapted, base)
     assert torch.equal(adapted, say(tmp_path, "--ckpt", tmp_path / "o" / "checkpoints" / "step_3", *argv))
-    export.convert(export.open_model(toys / "checkpoint"), tmp_path / "other", "transformers")
+    merge.convert(read.open_model(toys / "checkpoint"), tmp_path / "other", "transformers")
     assert torch.equal(base, say(tmp_path, "--ckpt", tmp_path / "other", *argv))
     config = json.loads((tmp_path / "o" / "final" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "moved")

@@ -12,7 +12,8 @@ from conftest import make_model, make_sample
 import loss
 import model_patch
 from collate import create_collator
-from speech import as_prompt, speak
+from common import CopyCollapseError
+from generate.speech import as_prompt, speak
 
 TURNS = [[("user", "first"), ("assistant", 11)], [("user", "second one"), ("assistant", 7)]]
 
@@ -74,7 +75,7 @@ def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):
         matching += (said.codes[0][:, :T] == sample.audio_ids_concat[:, :T]).sum().item() if T else 0
         compared += sample.audio_ids_concat.numel()
     assert matching / compared < 0.2
-    with pytest.raises(loss.CopyCollapseError):
+    with pytest.raises(CopyCollapseError):
         loss.copy_share(loss.copy_counts(scored))
 
 

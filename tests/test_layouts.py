@@ -20,11 +20,12 @@ from test_collate import TOWER
 from test_export import error, same, settings, weights
 
 import checkpoint
-import export
-import layouts
 import loss
 import model_patch
 import train
+from common import CheckpointError
+from config import BASE_CKPT, BASE_REVISION
+from export import layouts, merge, read, write
 from tools import demo
 
 # The Hub states the published rotary scaling in the newer layout in other numbers than in the original one.
@@ -54,18 +55,18 @@ def boson(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def newer(boson) -> Path:
     folder = boson.parent / "transformers"
-    export.convert(export.open_model(boson), folder, "transformers")
+    merge.convert(read.open_model(boson), folder, "transformers")
     return folder
 
 
 def test_a_round_trip_is_bit_equal(boson, newer, tmp_path, monkeypatch):
     """Tensors, configuration and tokenizer; also where the weights are divided into several files with an index."""
-    monkeypatch.setattr(export, "MAX_FILE_BYTES", 500_000)
-    export.convert(export.open_model(boson), tmp_path / "newer", "transformers")
+    monkeypatch.setattr(write, "MAX_FILE_BYTES", 500_000)
+    merge.convert(read.open_model(boson), tmp_path / "newer", "transformers")
     assert len(list((tmp_path / "newer").glob("*.safetensors"))) > 2
     index = json.loads((tmp_path / "newer" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == weights(newer).keys()
-    export.convert(export.open_model(tmp_path / "newer"), tmp_path / "back")
+    merge.convert(read.open_model(tmp_path / "newer"), tmp_path / "back")
     assert same(weights(tmp_path / "newer"), weights(newer)) and same(weights(tmp_path / "back"), weights(boson))
     assert len(weights(boson)) == len(HiggsAudioModel.from_pretrained(boson).state_dict())
 
@@ -134,16 +135,16 @@ def test_training_starts_from_either(lora_r, boson, newer, toys, tmp_path):
 
 def test_the_hub_gives_the_pinned_revision(boson, newer, tmp_path, monkeypatch):
     """Through the Hub client and its cache, offline: the original layout by default, the newer one when it is asked for."""
-    cache = tmp_path / f"models--{checkpoint.BASE_CKPT.replace('/', '--')}" / "snapshots"
-    shutil.copytree(boson, cache / checkpoint.BASE_REVISION)
+    cache = tmp_path / f"models--{BASE_CKPT.replace('/', '--')}" / "snapshots"
+    shutil.copytree(boson, cache / BASE_REVISION)
     shutil.copytree(newer, cache / ("a" * 40))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    found = [checkpoint.find_base(checkpoint.BASE_CKPT, revision) for revision in (None, "a" * 40)]
-    assert [folder.name for folder in found] == [checkpoint.BASE_REVISION, "a" * 40]
+    found = [checkpoint.find_base(BASE_CKPT, revision) for revision in (None, "a" * 40)]
+    assert [folder.name for folder in found] == [BASE_REVISION, "a" * 40]
     assert [layouts.layout_of(folder) for folder in found] == ["boson", "transformers"]
-    with pytest.raises(checkpoint.CheckpointError, match=r"revision bbbb.*the Hub gave no copy"):
-        checkpoint.find_base(checkpoint.BASE_CKPT, "b" * 40)
+    with pytest.raises(CheckpointError, match=r"revision bbbb.*the Hub gave no copy"):
+        checkpoint.find_base(BASE_CKPT, "b" * 40)
 
 
 def test_what_cannot_be_mapped(newer, tmp_path, capsys):
@@ -158,7 +159,7 @@ def test_what_cannot_be_mapped(newer, tmp_path, capsys):
     save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
     model = model_patch.build_on_meta(checkpoint.read_base_config(headless))
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"first audio_decoder_proj\.text_lm_head\.weight; .*use_text_head=True"
+        CheckpointError, match=r"first audio_decoder_proj\.text_lm_head\.weight; .*use_text_head=True"
     ):
         checkpoint.check_base(model, headless)
     values = json.loads((newer / "config.json").read_text())
@@ -238,5 +239,5 @@ def test_we_load_what_the_native_class_saves(newer, boson, tmp_path):
     )
     subprocess.run([os.environ["NATIVE_PYTHON"], "-c", code, newer, tmp_path / "saved"], check=True, capture_output=True)
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
-    export.convert(export.open_model(tmp_path / "saved"), tmp_path / "back")
+    merge.convert(read.open_model(tmp_path / "saved"), tmp_path / "back")
     assert same(weights(tmp_path / "back"), weights(boson))

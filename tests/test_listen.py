@@ -17,13 +17,13 @@ from test_codec import write_wav
 from test_train import main_error, metrics, run_here, settings
 
 import checkpoint
-import listen
-import monitor
-import speech
 import train
+from common import ConfigError
 from config import to_argv
-from listen import Listener, SpeakerSimilarity, Transcriber, word_errors
-from monitor import Monitor
+from generate import samples as listen
+from generate import speech
+from generate.samples import Listener, SpeakerSimilarity, Transcriber, word_errors
+from metrics import Monitor
 from tools import demo
 
 # ---- teacher-forced and free-running, on any number of ranks
@@ -83,7 +83,7 @@ def test_sampling_in_a_run(toys, tmp_path):
     assert [line["step"] for line in lines] == [2, 3]
     assert lines[0].keys() >= {"stop_rate", "duration_ratio", "code_match", "num_samples"}
     for step in (2, 3):
-        results = monitor.read_results(tmp_path / "b" / "samples" / f"step_{step}")
+        results = metrics.read_results(tmp_path / "b" / "samples" / f"step_{step}")
         assert [r["name"] for r in results] == ["0", "1"] and "wav" not in results[0]
         target = np.load(tmp_path / "b" / "samples" / f"step_{step}" / results[0]["target_codes"])
         assert target.shape == (8, results[0]["target_frames"])
@@ -175,7 +175,7 @@ def test_judges_are_the_named_models(judges, tmp_path):
     similarity = SpeakerSimilarity(str(sv), device)
     assert similarity(a, a, 16000) == pytest.approx(1.0, abs=1e-5) and similarity(a, b, 16000) < 1.0 - 1e-5
     for build, flag in ((Transcriber, "--asr_model"), (SpeakerSimilarity, "--sv_model")):
-        with pytest.raises(train.ConfigError, match=f"{flag} {tmp_path}: cannot be loaded"):
+        with pytest.raises(ConfigError, match=f"{flag} {tmp_path}: cannot be loaded"):
             build(str(tmp_path), device)
 
 
@@ -198,7 +198,7 @@ def test_sounds_judgements_and_tensorboard(judges, codec_dir, toys, tmp_path):
     assert figures["stop_rate"] == 0.5 and figures["exact_clips"] == 0
     assert -1 <= figures["speaker_similarity"] <= 1 and figures["word_error_rate"] > 0
     folder = tmp_path / "samples" / "step_5"
-    said, silent = monitor.read_results(folder)
+    said, silent = metrics.read_results(folder)
     samples, rate = soundfile.read(folder / said["wav"])
     assert rate == 24000 and len(samples) == pytest.approx((first.target.shape[1] - 1) * 960, abs=960)
     assert "wav" not in silent and silent["word_errors"] == silent["words"] == len(speech.spoken_words(second.text))
@@ -226,14 +226,14 @@ def test_codes_figure():
     target = np.arange(16).reshape(2, 8)
     said = target[:, :7].copy()
     said[1, 3] = 0
-    image = monitor.codes_figure(said, target)
+    image = metrics.codes_figure(said, target)
     wanted, spoken, differs = image[:2], image[3:5], image[6:]
     assert image.shape == (8, 8, 3)
     assert np.array_equal(wanted[:, :7][said == target[:, :7]], spoken[:, :7][said == target[:, :7]])
     assert len(np.unique(wanted.reshape(16, 3), axis=0)) == 16, "different codes, different colours"
-    red = (differs == monitor.DIFFERS).all(-1)
+    red = (differs == metrics.DIFFERS).all(-1)
     assert red.sum() == 3 and red[1, 3] and red[:, 7].all()
     assert (spoken[:, 7] == 255).all()
-    assert monitor.codes_figure(said[:, :0]).shape == (2, 0, 3)
-    assert monitor.codes_figure(said[:, :0], target).shape == (8, 8, 3)
-    assert np.array_equal(monitor.enlarge(image)[::6, :: 640 // 8], image)
+    assert metrics.codes_figure(said[:, :0]).shape == (2, 0, 3)
+    assert metrics.codes_figure(said[:, :0], target).shape == (8, 8, 3)
+    assert np.array_equal(metrics.enlarge(image)[::6, :: 640 // 8], image)

@@ -11,7 +11,8 @@ from conftest import CASES, case_samples, make_model, make_sample
 
 import loss
 from collate import create_collator
-from loss import AlignmentError, AudioIds, CopyCollapseError, find_alignment
+from common import AlignmentError, CopyCollapseError
+from loss import AudioIds, find_alignment
 
 
 def forward(name_or_samples, config, tokenizer, model=None):

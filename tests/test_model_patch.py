@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import loss
 import model_patch
 from collate import create_collator
+from common import PatchError
+from config import CHECKPOINTING_MODES
 from tools.demo import tiny_config
 
 
@@ -71,7 +73,7 @@ def test_activation_checkpointing_changes_nothing_but_the_work(config, tokenizer
     ids = loss.AudioIds.of(config)
     model = model_patch.patch_for_training(make_model(config))
     found = {}
-    for mode in model_patch.CHECKPOINTING_MODES:
+    for mode in CHECKPOINTING_MODES:
         model_patch.set_activation_checkpointing(model, mode)
         with CountMatmuls() as counter:
             value, _, grads = run(model, batch, ids)
@@ -85,7 +87,7 @@ def test_activation_checkpointing_changes_nothing_but_the_work(config, tokenizer
 
 def test_generation_is_upstreams(config, tokenizer):
     """With a cache the patched model runs upstream's layers: generated codes are equal."""
-    from speech import as_prompt, speak
+    from generate.speech import as_prompt, speak
 
     model = make_model(config)
     prompt = case_samples("reference and target", tokenizer)[0]
@@ -184,13 +186,13 @@ def test_unknown_upstream_source_is_refused(config, monkeypatch):
 
     monkeypatch.setattr(model_patch, "UPSTREAM_SOURCES", {forward: model_patch.UPSTREAM_SOURCES[HiggsAudioModel.forward]})
     model = make_model(config)
-    with pytest.raises(model_patch.PatchError, match=r"boson-multimodal==0\.1\.1"):
+    with pytest.raises(PatchError, match=r"boson-multimodal==0\.1\.1"):
         model_patch.patch_for_training(model)
     assert type(model) is HiggsAudioModel
 
 
 def test_patching_something_else_is_refused():
-    with pytest.raises(model_patch.PatchError, match="HiggsAudioModel"):
+    with pytest.raises(PatchError, match="HiggsAudioModel"):
         model_patch.patch_for_training(torch.nn.Linear(1, 1))
 
 
@@ -242,9 +244,9 @@ def test_lora_leaves_the_audio_tower_alone_unless_named(tokenizer):
 
 @pytest.mark.parametrize("pattern", ["qproj", "lp", "("])
 def test_patterns_that_match_nothing_are_errors(pattern, config):
-    with pytest.raises(model_patch.PatchError, match="pattern"):
+    with pytest.raises(PatchError, match="pattern"):
         model_patch.add_lora(make_model(config), r=4, alpha=8, dropout=0.0, targets=["q_proj", pattern])
-    with pytest.raises(model_patch.PatchError, match="pattern"):
+    with pytest.raises(PatchError, match="pattern"):
         model_patch.freeze(make_model(config), [pattern])
 
 
@@ -258,7 +260,7 @@ def test_frozen_stays_frozen(config, tokenizer):
     optimizer.step()
     unchanged = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert unchanged == set(frozen)
-    with pytest.raises(model_patch.PatchError, match="nothing to train"):
+    with pytest.raises(PatchError, match="nothing to train"):
         model_patch.freeze(model, ["layers", "norm", "audio_decoder_proj", "audio_codebook_embeddings"])
 
 

@@ -17,6 +17,7 @@ import loss
 import model_patch
 import train
 from collate import IGNORE_INDEX, create_collator
+from config import CHECKPOINTING_MODES
 from loss import AudioIds, LossSums, Objective
 
 
@@ -101,7 +102,7 @@ def test_a_sample_does_not_see_its_neighbours(config, tokenizer):
     torch.testing.assert_close(together, alone, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", model_patch.CHECKPOINTING_MODES[1:])
+@pytest.mark.parametrize("mode", CHECKPOINTING_MODES[1:])
 def test_checkpointing_changes_nothing(mode, config, tokenizer):
     """Measured: 0."""
     model = model_patch.patch_for_training(make_model(config)).train()

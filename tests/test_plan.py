@@ -12,9 +12,9 @@ import loss
 import model_patch
 import train
 from config import parse_config
-from optimizer import build_optimizer
 from tools import plan, synthetic
 from tools.memory import LiveBytes, resident_bytes
+from train import build_optimizer
 
 FLAGS = ["--train_manifest", "-", "--output_dir", "-", "--mixed_precision", "no", "--device", "cpu"]
 

@@ -1,4 +1,4 @@
-"""python -m tools.prepare: check, pair and show, on real files. (convert: test_forms.py; encode: test_audio.py)"""
+"""python -m prepare: check, pair and show, on real files. (convert: test_forms.py; encode: test_audio.py)"""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from test_collate import TOWER
 
 import data
 from collate import create_collator
-from manifest import read_manifest
+from prepare import pair
+from prepare.__main__ import main as prepare
+from prepare.manifest import read_manifest
 from tools import demo
-from tools.prepare import pair
-from tools.prepare.__main__ import main as prepare
 
 
 def line(text: str, audio: str | dict, **extra) -> dict:

@@ -44,20 +44,20 @@ SUBSTITUTED = {
 APPENDED = {
     "train": "--base_ckpt checkpoint --audio_tokenizer codec --device cpu --num_workers 0 --batch_size 2 --grad_accum 1 "
     "--max_steps 2 --save_steps 1 --num_samples 1",
-    "tools.generate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio",
+    "generate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio",
     "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
-    "tools.prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
-    "tools.prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
+    "prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
+    "prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
     "step": "--help",  # its smallest size runs in test_benchmarks.py
 }
 RUN_BY_CI = ("tools.demo", "pytest", "setup")
-ENTRY_POINTS = {"tools.prepare": "tools.prepare.__main__", "checkpoint": "export"}
+PACKAGES = ("prepare", "generate", "export")  # each with a __main__.py
 MAKES_ITS_LAST_NAME = {
-    "tools.prepare convert",
-    "tools.prepare pair",
-    "checkpoint export",
-    "checkpoint merge",
-    "checkpoint average",
+    "prepare convert",
+    "prepare pair",
+    "export export",
+    "export merge",
+    "export average",
 }
 
 IS_COMMAND = re.compile(r"(\w+=\S+ )*(bash|python|torchrun) \S")
@@ -138,7 +138,7 @@ def program(command: str, ask) -> tuple[str, list[str]]:
 
 def main_of(name: str, argv: list[str], monkeypatch) -> int:
     """The exit status of a module's command."""
-    main = importlib.import_module(ENTRY_POINTS.get(name, name)).main
+    main = importlib.import_module(f"{name}.__main__" if name in PACKAGES else name).main
     monkeypatch.setattr(sys, "argv", [name, *argv])
     try:
         return main(argv) or 0 if inspect.signature(main).parameters else main() or 0
@@ -281,8 +281,10 @@ def test_what_launch_sh_starts(asked_of_python):
     for words, started in {
         "": "-m tools.demo",
         "demo --steps 3": "-m tools.demo --steps 3",
-        "prepare check x": "-m tools.prepare check x",
-        "generate --text x": "-m tools.generate --text x",
+        "prepare check x": "-m prepare check x",
+        "generate --text x": "-m generate --text x",
+        "merge a b": "-m export merge a b",
+        "show a": "-m export show a",
         "plan": "-m tools.plan",
         "report runs/voice": "-m tools.report runs/voice",
         "replay file": "-m tools.replay file",

@@ -15,8 +15,8 @@ import pytest
 from test_codec import write_wav
 from test_train import run_here, settings
 
-import monitor
-from manifest import DataError
+import metrics
+from common import DataError
 from tools import report
 
 VOID = {"meta", "img", "circle", "polyline", "line", "br"}
@@ -73,7 +73,7 @@ def run_dir(toys, tmp_path_factory) -> Path:
     extra["mixed_precision"] = "no"
     run_here(settings(toys, folder, max_steps=3, **extra))
     last = folder / "samples" / "step_3"
-    results = monitor.read_results(last)
+    results = metrics.read_results(last)
     results[0] |= {"wav": "0.wav", "target_wav": "../prompts/0.target.wav", "text": "<script>alert('&')</script>"}
     write_wav(last / "0.wav", 0.2)
     write_wav(folder / "samples" / "prompts" / "0.target.wav", 0.3)
@@ -108,8 +108,8 @@ def test_samples_are_inside_the_page(run_dir):
     assert sounds == [path.read_bytes() for path in files]
     pictures = [base64.b64decode(tag["src"].removeprefix("data:image/png;base64,")) for tag in page.all("img")]
     assert len(pictures) == 3 * 2
-    newest = monitor.read_results(run_dir / "samples" / "step_3")[0]
-    assert np.array_equal(read_png(pictures[0]), monitor.figure(run_dir / "samples" / "step_3", newest))
+    newest = metrics.read_results(run_dir / "samples" / "step_3")[0]
+    assert np.array_equal(read_png(pictures[0]), metrics.figure(run_dir / "samples" / "step_3", newest))
 
 
 def test_nothing_comes_from_elsewhere(run_dir):

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import checkpoint
 import data
 import train
+from common import CheckpointError
 from config import to_argv
 
 
@@ -148,7 +149,7 @@ def save_on_a_full_disk(dist, folder: str):
         try:
             saver.start({"step": 2, "run": {}})
             saver.commit()
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             messages.append(str(error))
     left = sorted(p.name for p in Path(folder).iterdir())
     checkpoint.check_state(Path(folder) / "step_1", model, optimizer, {})

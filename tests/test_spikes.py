@@ -12,7 +12,7 @@ import pytest
 from conftest import run_ranks, write_manifest
 from test_resume import settings
 
-import spikes
+import metrics
 import train
 from tools import replay
 
@@ -21,14 +21,14 @@ def test_the_rule():
     """Noise and trends are no spikes, a jump is, and the spikes themselves do not hide the next one."""
     chance = random.Random(0)
     falling = [1 + 4 * 0.99**i + chance.gauss(0, 0.1) for i in range(500)]
-    assert not any(spikes.is_spike(value, falling[max(0, i - 64) : i], 8.0) for i, value in enumerate(falling))
+    assert not any(metrics.is_spike(value, falling[max(0, i - 64) : i], 8.0) for i, value in enumerate(falling))
     before = falling[-64:]
     middle = sorted(before)[32]
-    assert spikes.is_spike(middle + 1.5, before, 8.0) and not spikes.is_spike(middle - 1.5, before, 8.0)
-    assert spikes.is_spike(middle + 1.5, [*before[:54], *[9.0] * 10], 8.0)
-    assert not spikes.is_spike(9.0, before[:15], 8.0), "too few to judge by"
-    assert not spikes.is_spike(9.0, before, 0.0), "switched off"
-    assert not spikes.is_spike(1.05, [1.0] * 64, 8.0) and spikes.is_spike(1.1, [1.0] * 64, 8.0), "a constant loss"
+    assert metrics.is_spike(middle + 1.5, before, 8.0) and not metrics.is_spike(middle - 1.5, before, 8.0)
+    assert metrics.is_spike(middle + 1.5, [*before[:54], *[9.0] * 10], 8.0)
+    assert not metrics.is_spike(9.0, before[:15], 8.0), "too few to judge by"
+    assert not metrics.is_spike(9.0, before, 0.0), "switched off"
+    assert not metrics.is_spike(1.05, [1.0] * 64, 8.0) and metrics.is_spike(1.1, [1.0] * 64, 8.0), "a constant loss"
 
 
 def spiky_run(dist, argv: list[str]) -> None:

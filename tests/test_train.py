@@ -23,10 +23,11 @@ import checkpoint
 import data
 import model_patch
 import train
-from audio import AudioStore
+from common import ConfigError
 from config import to_argv
-from manifest import read_manifest
-from speech import as_prompt, speak
+from generate.speech import as_prompt, speak
+from prepare.audio import AudioStore
+from prepare.manifest import read_manifest
 from tools import demo
 
 
@@ -226,7 +227,7 @@ def test_command_line_mistakes_are_reported_together(capsys):
         "--train_manifest is required",
     ):
         assert part in error
-    with pytest.raises(train.ConfigError, match="--codebook_weights 1,x: expected comma-separated numbers"):
+    with pytest.raises(ConfigError, match="--codebook_weights 1,x: expected comma-separated numbers"):
         train.parse_config(["--train_manifest", "m", "--output_dir", "o", "--codebook_weights", "1,x"])
 
 

@@ -32,10 +32,11 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast
 
-from audio import import_codec
 from config import to_argv
-from speech import Score
-from tools import generate, report
+from generate import __main__ as generate
+from generate.speech import Score
+from prepare.audio import import_codec
+from tools import report
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".made-by-demo"
@@ -364,7 +365,7 @@ def listen(checkpoint: Path, manifest: Path, out: Path, force_audio: bool = Fals
     """
     command = ["--ckpt", checkpoint, "--lines", manifest, "--out", out, *LISTENING, *["--force_audio"] * force_audio]
     command = list(map(str, command))
-    print("\npython -m tools.generate", *command)
+    print("\npython -m generate", *command)
     return generate.run(command)[1]
 
 

@@ -36,16 +36,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import checkpoint
 import data
 import loss
+import metrics
 import model_patch
 import train
-from audio import AudioStore, codec_frame_rate_hz
 from collate import ExtendedHiggsAudioBatchInput, create_collator
-from config import Config, ConfigError, parse_config
+from common import ConfigError
+from config import BASE_CKPT, CHECKPOINTING_MODES, Config, parse_config
 from distributed import Dist, make_mesh, says_errors
-from manifest import report_problems
-from optimizer import build_optimizer
+from prepare.audio import AudioStore, codec_frame_rate_hz
+from prepare.manifest import report_problems
 from tools import demo, synthetic
 from tools.memory import LiveBytes
+from train import build_optimizer
 
 # nominal GB: (GiB that the driver reports, dense bf16 FLOP/s by the data sheet, an example)
 GPUS = {24: (23.6, 165e12, "RTX 4090"), 48: (44.5, 362e12, "L40S"), 80: (79.1, 989e12, "H100"), 141: (139.8, 989e12, "H200")}
@@ -119,7 +121,7 @@ def estimate(
         dist = Dist(0, 0, world_size, device, make_mesh("cpu", world_size, cfg.replicate))
         with like_gpu:
             model, _ = train.construct_model(cfg, dist, config)
-        flops = model_patch.Flops.of(model).total(*batch.packing.work())
+        flops = metrics.Flops.of(model).total(*batch.packing.work())
         with like_gpu, FakeTensorMode(allow_non_fake_inputs=True), Counter() as live:
             model_patch.materialize(model, device)
             weights = live.now
@@ -224,7 +226,7 @@ def plan(cfg: Config, config: HiggsAudioConfig, workload: Workload, ranks: Seque
         "| --- " * (7 + len(GPUS)) + "|",
     ]
     for lora_r in dict.fromkeys((cfg.lora_r, 0)):
-        for mode in model_patch.CHECKPOINTING_MODES:
+        for mode in CHECKPOINTING_MODES:
             for world_size in ranks:
                 training = f"LoRA r {lora_r}" if lora_r else "full"
                 print(f"{training}, {mode}, {world_size} rank(s)", file=sys.stderr)
@@ -259,7 +261,7 @@ def _duration(seconds: float) -> str:
 def read_config(cfg: Config) -> HiggsAudioConfig:
     """The checkpoint's, of the published one without asking the Hub, with the special ids of the demo's tokenizer."""
     like_demo = synthetic.make_config("real")
-    if cfg.base_ckpt == checkpoint.BASE_CKPT:
+    if cfg.base_ckpt == BASE_CKPT:
         return like_demo
     config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):

@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 import checkpoint
 import train
 from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, Packing, create_collator
-from config import Config, ConfigError
+from common import ConfigError
+from config import Config
 from distributed import Dist, says_errors, setup_distributed
 from loss import AudioIds
-from spikes import read_dump
+from metrics import read_dump
 
 
 def read_step(path: Path) -> tuple[dict, list[ExtendedHiggsAudioBatchInput]]:

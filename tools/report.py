@@ -3,7 +3,7 @@
     python -m tools.report runs/voice [--out report.html]
 
 Everything comes from what train.py leaves in the folder: config.json, metrics.jsonl and samples/ (each folder there with a
-results.jsonl, from --sample_steps or `python -m tools.generate --lines ... --out runs/voice/samples/NAME`).
+results.jsonl, from --sample_steps or `python -m generate --lines ... --out runs/voice/samples/NAME`).
 
 Legend: K codebooks, T frames.
 """
@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import write_whole
-from manifest import DataError, Record, read_manifest, split_weights
-from monitor import figure, read_results, sounds
+from common import DataError, write_whole
+from metrics import figure, read_results, sounds
+from prepare.manifest import Record, read_manifest, split_weights
 
 MAX_POINTS = 400  # of a curve; more are averaged
 MAX_RECORDS_READ = 20_000  # of a manifest, for the data's summary

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manifest import DataError
+from common import DataError
 
 CLIP = np.dtype([("key", "S16"), ("offset", "<u8"), ("num_frames", "<u4"), ("crc32", "<u4")])
 FILE = np.dtype([("key", "S16"), ("content", "V16")])

@@ -32,22 +32,15 @@ from typing import Any
 import numpy as np
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
 
+from common import DataError, MissingAudioError, listing
+
 ROLES = ("system", "user", "assistant")
 CODE_SUFFIXES = (".npy", ".safetensors")
 
 
 SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SPEAKER0: ..." of a scene
 
-MAX_SHOWN = 20  # problems in one message
 MAX_SEC = 1e7  # no clip is four months long
-
-
-class DataError(ValueError):
-    """A problem with the user's data; the message names file, record, field and remedy."""
-
-
-class MissingAudioError(DataError):
-    """A record names an audio file that does not exist."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,8 +232,7 @@ def report_problems(problems: Sequence[str]) -> None:
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
-        more = [f"... and {len(problems) - MAX_SHOWN} more"] * (len(problems) > MAX_SHOWN)
-        raise DataError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:MAX_SHOWN], *more]))
+        raise DataError(listing(f"{len(problems)} records cannot be used:", problems))
 
 
 def _decode(content: bytes, source: Path | str) -> str:

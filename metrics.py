@@ -11,16 +11,24 @@ from __future__ import annotations
 import colorsys
 import importlib.util
 import json
+import math
+import statistics
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+import torch.distributed as dist
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 
-from checkpoint import MetricsFile
-from config import ConfigError
+from collate import ExtendedHiggsAudioBatchInput
+from common import ConfigError, json_safe, write_whole
 
 AGREES, DIFFERS, NOTHING = (214, 224, 214), (200, 60, 50), (255, 255, 255)
 
@@ -172,3 +180,102 @@ def paint(codes: np.ndarray) -> np.ndarray:
 def enlarge(image: np.ndarray) -> np.ndarray:
     """Every pixel as a block of pixels, so that a figure of few frames is wide as well."""
     return image.repeat(6, axis=0).repeat(max(4, 640 // max(1, image.shape[1])), axis=1)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
+
+    def __init__(self, path: Path, steps_done: int):
+        self.path = path
+        self.enabled = dist.get_rank() == 0
+        if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
+            kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if _step_of(line) <= steps_done)
+            write_whole(path, lambda file: file.write(kept.encode()))
+
+    def write(self, **values: Any) -> None:
+        if self.enabled:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(json_safe(values), allow_nan=False) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:  # the last line of a run that was cut off
+        return math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations that a training step cannot do without: those of its matrix products.
+
+    A weight costs two for each position it meets, two more for the gradient of its input and, where it trains, two for its
+    own; attention scores cost six for each pair, channel and product. Padding, recomputation, and logits without a target
+    are of no use and do not count.
+    """
+
+    per_position: float  # attention's projections and one of the two FFNs, which are equally large
+    per_pair: float  # of a position and one that it attends to
+    per_text_target: float
+    per_audio_row: float  # a position that predicts at least one code
+
+    @classmethod
+    def of(cls, model: HiggsAudioModel) -> Flops:
+        parts = {"layers": 0.0, "text_lm_head": 0.0, "audio_lm_head": 0.0}
+        for name, parameter in model.named_parameters():
+            part = next((part for part in parts if part in name.split(".")), None)
+            if part and parameter.ndim == 2 and ".audio_mlp." not in name and not name.startswith("audio_tower."):
+                parts[part] += parameter.numel() * (6 if parameter.requires_grad else 4)
+        attention = model.layers[0].self_attn
+        per_pair = 12.0 * len(model.layers) * attention.num_heads * attention.head_dim
+        return cls(parts["layers"], per_pair, parts["text_lm_head"], parts["audio_lm_head"])
+
+    def total(self, positions: float, pairs: float, text_targets: float, audio_rows: float) -> float:
+        """Of so many positions; see `collate.Packing`."""
+        counts = (positions, pairs, text_targets, audio_rows)
+        costs = (self.per_position, self.per_pair, self.per_text_target, self.per_audio_row)
+        return sum(count * cost for count, cost in zip(counts, costs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spikes
+
+WINDOW = 64  # losses that the median is taken of
+MIN_LOSSES = 16  # fewer say nothing
+MAX_DUMPS = 5  # per run: the first ones tell the story, and a run that diverges would fill the disk
+
+
+def is_spike(loss: float, before: Sequence[float], threshold: float) -> bool:
+    """Whether a loss is far above the last ones; never while they are few, or with `threshold` 0."""
+    if not threshold or len(before) < MIN_LOSSES:
+        return False
+    median = statistics.median(before)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in before)
+    return loss > median + threshold * max(deviation, 0.01 * abs(median))
+
+
+def write_dump(folder: Path, about: dict[str, Any], batches: Sequence[ExtendedHiggsAudioBatchInput]) -> None:
+    """This rank's micro-batches of one step in a file of their own; `about` (JSON) holds at least "step" and "rank"."""
+    tensors, rest = {}, []
+    for index, batch in enumerate(batches):
+        # The packing follows from the rest; voices are compared with those of other ranks.
+        values = {name: value for name, value in vars(batch).items() if name not in ("packing", "voices")}
+        # clones: safetensors refuses tensors that share memory
+        tensors |= {f"{index}.{name}": value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+        rest.append({name: value for name, value in values.items() if not isinstance(value, Tensor)})
+    content = save(tensors, metadata={"about": json.dumps(json_safe(about)), "batches": json.dumps(rest)})
+    write_whole(folder / f"step_{about['step']}-rank{about['rank']}.safetensors", lambda file: file.write(content))
+
+
+def read_dump(path: Path) -> tuple[dict[str, Any], list[ExtendedHiggsAudioBatchInput]]:
+    """What `write_dump` wrote; raises OSError, KeyError or SafetensorError for other files."""
+    with safe_open(path, framework="pt") as file:
+        about, rest = (json.loads(file.metadata()[name]) for name in ("about", "batches"))
+        for name in file.keys():  # noqa: SIM118
+            index, field = name.split(".")
+            rest[int(index)][field] = file.get_tensor(name)
+    return about, [ExtendedHiggsAudioBatchInput(**values) for values in rest]

@@ -1,6 +1,6 @@
 """References for zero-shot cloning, and train / val / test without leaks.
 
-    python -m tools.prepare pair lines.jsonl paired --val_share 0.02 --test_share 0.02
+    python -m prepare pair lines.jsonl paired --val_share 0.02 --test_share 0.02
 
 Each plain line (a text and its audio, with `speaker` set) gets another utterance of the same speaker as its reference, phrased
 as the official inference phrases it: as an earlier exchange (`turn`) or in the system turn (`system`). A line that has a text
@@ -32,10 +32,10 @@ from typing import Any, TypeVar
 
 from boson_multimodal.data_types import AudioContent, Message, TextContent
 
-from checkpoint import write_whole
-from forms import make_record, open_manifest
-from manifest import AudioPart, DataError, Manifest, Record, check
-from tools.prepare.convert import move_paths
+from common import DataError, write_whole
+from prepare.convert import move_paths
+from prepare.forms import make_record, open_manifest
+from prepare.manifest import AudioPart, Manifest, Record, check
 
 SPLITS = ("train", "val", "test")
 STYLES = ("turn", "system")

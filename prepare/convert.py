@@ -1,6 +1,6 @@
 """Any known form of dataset -> ChatML JSONL. Says what it was recognised as and what was repaired.
 
-    python -m tools.prepare convert wavs_and_texts/ train.jsonl
+    python -m prepare convert wavs_and_texts/ train.jsonl
 
 Training reads every form as it is; converting shows what it will read. The forms are listed in forms.py. Audio is not
 copied: paths become relative to the output where the audio lies below it, else absolute.
@@ -13,9 +13,9 @@ import json
 import os
 from pathlib import Path
 
-from checkpoint import write_whole
-from forms import convert, recognise
-from manifest import DataError, read_manifest, report_problems
+from common import DataError, write_whole
+from prepare.forms import convert, recognise
+from prepare.manifest import read_manifest, report_problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,12 +24,11 @@ import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from torch import Tensor
 
-from audio import load_codec
-from config import Config, ConfigError
+from common import ConfigError, DataError
+from config import Config
 from data import ChatMLDataset
 from distributed import Dist
-from manifest import DataError
-from speech import (
+from generate.speech import (
     Sampling,
     Score,
     Speech,
@@ -44,6 +43,7 @@ from speech import (
     write_both,
     write_results,
 )
+from prepare.audio import load_codec
 
 MAX_RECORDS_TRIED = 1000
 JUDGES_RATE_HZ = 16000  # what published speech recognition and speaker verification models hear

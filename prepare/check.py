@@ -1,6 +1,6 @@
 """Read a whole dataset, audio included, and say what is there and what is wrong with it, before a GPU is spent.
 
-    python -m tools.prepare check train.jsonl --base_ckpt folder --max_tokens 8192 --world_size 8 --report report.html
+    python -m prepare check train.jsonl --base_ckpt folder --max_tokens 8192 --world_size 8 --report report.html
 
 Exit status 0: training on it works; 1: it would end with an error, all of which are listed; 2: there is nothing to check.
 Tokens need the checkpoint's tokenizer, so they are only counted with --base_ckpt. The time an epoch takes is only given with a
@@ -29,12 +29,22 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from audio import FRAME_RATE_HZ, MAX_CUT_OFF, AudioStore, expected_frames, open_audio, read_codes, read_codes_shape, span
 from collate import ExtendedHiggsAudioSampleCollator, create_collator
-from forms import open_manifest
-from manifest import AudioPart, DataError, Manifest, MissingAudioError, Record
-from tools.prepare.pair import transcripts
-from tools.prepare.report import RENDERERS, Report, render_text
+from common import DataError, MissingAudioError, write_whole
+from prepare.audio import (
+    FRAME_RATE_HZ,
+    MAX_CUT_OFF,
+    AudioStore,
+    expected_frames,
+    open_audio,
+    read_codes,
+    read_codes_shape,
+    span,
+)
+from prepare.forms import open_manifest
+from prepare.manifest import AudioPart, Manifest, Record
+from prepare.pair import transcripts
+from prepare.report import RENDERERS, Report, render_text
 
 CLIPPED = 0.999  # an absolute sample value from here on counts as clipped
 MAX_CLIPPED_SHARE = 0.001
@@ -90,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     print(render_text(report))
     if args.report:
         content = RENDERERS[args.report.suffix](report, f"{args.manifest}")
-        checkpoint.write_whole(args.report, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
+        write_whole(args.report, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
     return 0 if report.trainable else 1
 
 
@@ -115,8 +125,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     if not args.base_ckpt:
         return None
-    revision = args.base_revision or (checkpoint.BASE_REVISION if args.base_ckpt == checkpoint.BASE_CKPT else None)
-    return checkpoint.find_base(args.base_ckpt, revision)
+    return checkpoint.find_base(args.base_ckpt, args.base_revision or None)
 
 
 def speed_of(output_dir: Path) -> float:

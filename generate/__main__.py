@@ -1,11 +1,11 @@
 """Speech from a model: the base, a full fine-tune, an adapter or a training checkpoint, by the official `generate()` and the official collator.
 
 One text, in the voice of a clip (with its transcript the clip is put as an earlier exchange, without in the system turn):
-    python -m tools.generate --ckpt runs/voice/final --text "What shall I say?" --ref_audio a.wav --ref_text "..." --out b.wav
+    python -m generate --ckpt runs/voice/final --text "What shall I say?" --ref_audio a.wav --ref_text "..." --out b.wav
 A dialogue, the first reference being SPEAKER0; long texts are said in chunks, each with the chunks before it as context:
-    python -m tools.generate --ckpt runs/voice/final --text_file script.txt --ref_audio a.wav b.wav --ref_text "..." "..."
+    python -m generate --ckpt runs/voice/final --text_file script.txt --ref_audio a.wav b.wav --ref_text "..." "..."
 Many at once, on every GPU of this machine; records of a manifest are answered anew and compared with their own answer:
-    torchrun --nproc_per_node=8 -m tools.generate --ckpt runs/voice/final --lines lines.jsonl --out runs/voice/said
+    torchrun --nproc_per_node=8 -m generate --ckpt runs/voice/final --lines lines.jsonl --out runs/voice/said
 
 A line is {"text": ..., "ref_audio": path or list, "ref_text": text or list, "scene": ..., "system": ..., "id": ..., "seed": ...},
 of which only the text is needed, or a ChatML record as for training. Paths are relative to the file. --out is then a
@@ -39,16 +39,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import checkpoint
-import layouts
 import model_patch
-from audio import AudioStore, codec_frame_rate_hz, load_codec
-from checkpoint import CheckpointError
-from config import Config, ConfigError
+from common import CheckpointError, ConfigError, DataError
+from config import Config
 from data import ChatMLDataset
 from distributed import Dist, says_errors, setup_distributed
-from export import ADAPTER_PREFIX, Adapter, Full, merged, open_model
-from manifest import AudioPart, DataError, Record, parse_record, read_manifest
-from speech import (
+from export import layouts
+from export.merge import merged
+from export.read import ADAPTER_PREFIX, Adapter, Full, open_model
+from generate.speech import (
     WORD,
     Sampling,
     Score,
@@ -62,6 +61,8 @@ from speech import (
     write_clip,
     write_results,
 )
+from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
+from prepare.manifest import AudioPart, Record, parse_record, read_manifest
 
 INSTRUCTION = "Generate audio following instruction."
 LINE_KEYS = ("text", "ref_audio", "ref_text", "scene", "system", "id", "seed")
@@ -340,7 +341,7 @@ class Reader:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.generate",
+        prog="python -m generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

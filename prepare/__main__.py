@@ -1,4 +1,4 @@
-"""What is done to a dataset before training: `python -m tools.prepare COMMAND ...`, each command a file of this folder."""
+"""What is done to a dataset before training: `python -m prepare COMMAND ...`, each command a file of this folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from checkpoint import CheckpointError
-from collate import CollateError
-from manifest import DataError
+from distributed import says_errors
 
 COMMANDS = {
     "convert": "any known form of dataset -> ChatML",
@@ -18,30 +16,26 @@ COMMANDS = {
     "encode": "waveforms -> codes, once",
     "show": "one sample as the model will see it",
 }
-USER_ERRORS = (DataError, CollateError, CheckpointError)
 
 
+@says_errors
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         width = max(map(len, COMMANDS))
-        print("usage: python -m tools.prepare COMMAND ...\n", file=sys.stderr)
+        print("usage: bash launch.sh prepare COMMAND ...\n", file=sys.stderr)
         for name, purpose in COMMANDS.items():
             print(f"  {name:{width}}  {purpose}", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     name, *rest = argv
-    command = importlib.import_module(f"tools.prepare.{name}")  # only this one: they need different packages
+    command = importlib.import_module(f"prepare.{name}")  # only this one: they need different packages
     parser = argparse.ArgumentParser(
-        prog=f"python -m tools.prepare {name}",
+        prog=f"bash launch.sh prepare {name}",
         description=command.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     command.add_arguments(parser)
-    try:
-        return command.run(parser.parse_args(rest))
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(parser.parse_args(rest))
 
 
 if __name__ == "__main__":

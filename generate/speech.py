@@ -9,8 +9,6 @@
 Training (--sample_steps) and tools/generate.py speak in the same way, through this file.
 
 Legend: K codebooks, T frames.
-
-    python speech.py      # an untrained tiny model says something
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 from torch import Tensor
 
-from manifest import AudioPart, Record
+from prepare.manifest import AudioPart, Record
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 STOP_STRINGS = ("<|end_of_text|>", "<|eot_id|>")
@@ -279,20 +277,3 @@ def write_results(folder: Path, results: Sequence[dict]) -> None:
 def file_name(name: str) -> str:
     """A name that is safe as a file's."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80] or "clip"
-
-
-def main() -> None:
-    from tools import demo  # an offline example; only this command needs it
-
-    tokenizer = demo.make_tokenizer()
-    torch.manual_seed(0)
-    model = HiggsAudioModel(demo.tiny_config(tokenizer)).eval()
-    ids = tokenizer.encode("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>")
-    none = torch.zeros(0, dtype=torch.long)
-    sample = ChatMLDatasetSample(torch.tensor(ids), None, torch.zeros((8, 0), dtype=torch.long), none, none, none, none, none)
-    said = speak(model, tokenizer, as_prompt(sample, tokenizer, force_audio=True), **Sampling(max_new_tokens=30).arguments())
-    print(f"{len(said.codes)} clip(s) of {[clip.shape[1] for clip in said.codes]} frames; stopped by itself: {said.stopped}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """One sample as the model will see it: its turns, its tokens, and the delay-pattern grid of its first frames.
 
-    python -m tools.prepare show train.jsonl 3 --base_ckpt folder
+    python -m prepare show train.jsonl 3 --base_ckpt folder
 
 What trains is coloured, or marked with * where there are no colours. Ids and labels come from the official
 `prepare_chatml_sample` and collator: nothing here is computed a second time.
@@ -17,10 +17,12 @@ from typing import Any
 
 import checkpoint
 import data
-from audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
 from collate import IGNORE_INDEX, create_collator
-from forms import open_manifest
-from manifest import AudioPart, DataError, Record
+from common import DataError
+from config import BASE_CKPT
+from prepare.audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
+from prepare.forms import open_manifest
+from prepare.manifest import AudioPart, Record
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", help="a dataset in one of the forms of forms.py")
     parser.add_argument("record", type=int, help="which record, from 0")
     parser.add_argument(
-        "--base_ckpt", default=checkpoint.BASE_CKPT, help="for its tokenizer and config: a folder, or on the Hub"
+        "--base_ckpt", default=BASE_CKPT, help="for its tokenizer and config: a folder, or on the Hub"
     )
     parser.add_argument("--base_revision", default="")
     parser.add_argument("--codes_dir", type=Path, help="where waveforms were encoded to")
@@ -45,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.record < len(manifest):
         raise DataError(f"{args.manifest}: no record {args.record}; there are {len(manifest)}, from 0")
     record = manifest[args.record]
-    revision = args.base_revision or (checkpoint.BASE_REVISION if args.base_ckpt == checkpoint.BASE_CKPT else None)
-    folder = checkpoint.find_base(args.base_ckpt, revision)
+    folder = checkpoint.find_base(args.base_ckpt, args.base_revision or None)
     config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
     use_color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     mark = Marker(use_color)
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         show_tokens(*dataset.ids(record), tokenizer, mark)
         has_waveforms = not all(part.holds_codes for part in record.audio)
         if has_waveforms and (not args.codes_dir or store.missing([record])):
-            print("\nno grid: no codes of its waveforms; make them with python -m tools.prepare encode, and give --codes_dir")
+            print("\nno grid: no codes of its waveforms; make them with python -m prepare encode, and give --codes_dir")
             return 0
         show_grid(create_collator(config, strict=True)([dataset[0]]), config, args.columns, mark)
     return 0

@@ -21,13 +21,15 @@ from torch import Tensor
 
 import collate
 import data
-from audio import AudioStore, codec_frame_rate_hz, load_codec
-from export import Adapter, Full, merged
-from forms import open_manifest
+from common import DataError
+from export.merge import merged
+from export.read import Adapter, Full
+from generate.__main__ import insert_adapter, load_full
+from generate.speech import as_prompt, speak
 from loss import IGNORE_INDEX
-from manifest import DataError, Record
-from speech import as_prompt, speak
-from tools.generate import insert_adapter, load_full
+from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
+from prepare.forms import open_manifest
+from prepare.manifest import Record
 
 
 @dataclass

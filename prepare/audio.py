@@ -36,8 +36,9 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 
-from codes_cache import CacheWriter, CodesCache, digest
-from manifest import AudioPart, DataError, Record
+from common import DataError, sha256_of
+from prepare.codes_cache import CacheWriter, CodesCache, digest
+from prepare.manifest import AudioPart, Record
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -509,7 +510,7 @@ class AudioStore:
         if found is None:
             raise DataError(
                 f"{source}: {part.field}: {part.path or 'raw_audio'} has not been encoded, or has changed since; run "
-                f"python -m tools.prepare encode MANIFEST --out {self.cache_dir}"
+                f"python -m prepare encode MANIFEST --out {self.cache_dir}"
             )
         return found
 
@@ -552,10 +553,7 @@ def _read_content(path: Path, name: str) -> bytes:
 
 def _content_of(file: BinaryIO) -> bytes:
     """Digest of what a file holds, 16 bytes."""
-    sha256 = hashlib.sha256()
-    while block := file.read(1 << 20):
-        sha256.update(block)
-    return sha256.digest()[:16]
+    return sha256_of(file)[:16]
 
 
 def main(argv: Sequence[str]) -> None:

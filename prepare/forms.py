@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from manifest import DataError, Manifest, leaves_folder, parse_json, read_manifest, report_problems
+from common import DataError
+from prepare.manifest import Manifest, leaves_folder, parse_json, read_manifest, report_problems
 
 FORMS = "\n  ".join(
     [

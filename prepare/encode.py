@@ -1,7 +1,7 @@
 """Waveforms -> codes, once: all clips of manifests, into a cache that any number of runs train from (`--codes_dir DIR`).
 
-    python -m tools.prepare encode train.jsonl val.jsonl --out codes
-    torchrun --nproc_per_node=8 -m tools.prepare encode train.jsonl --out codes
+    python -m prepare encode train.jsonl val.jsonl --out codes
+    torchrun --nproc_per_node=8 -m prepare encode train.jsonl --out codes
 
 It may be killed and started again, and run beside others on the same cache: what is there is not encoded again. The ranks share
 the audio by its duration. One clip at a time goes through the codec, for then its codes are the codec's own (see
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from audio import AudioStore, duration_sec, find_codec, load_codec
+from common import DataError
 from config import Config
 from distributed import Dist, bar_interval_sec, log, setup_distributed
-from forms import open_manifest
-from manifest import AudioPart, DataError, Record, check
+from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
+from prepare.forms import open_manifest
+from prepare.manifest import AudioPart, Record, check
 from train import report
 
 Clip = tuple[AudioPart, str]

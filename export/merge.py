@@ -1,0 +1,165 @@
+"""What an adapter changes, and models made from others: converted, merged, averaged."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from common import CheckpointError
+from distributed import whole
+from export import card, layouts
+from export.read import Adapter, Full, open_model
+from export.write import write_adapter, write_full
+
+NO_EFFECT = 1e-7  # a change of this share of a weight's norm is lost in float32 rounding
+TINY = torch.finfo(torch.float32).tiny
+
+
+def relative_changes(model: nn.Module) -> dict[str, float]:
+    """How much each adapter of a sharded model changes its layer: |scale * B @ A| / |W|, Frobenius norms. Collective.
+
+    The norm of B @ A comes from two r x r products, (B^T B) and (A A^T), so that no change is ever built.
+    """
+    changes = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            A, B = (whole(getattr(layer, f"lora_{factor}")["default"].weight.detach()).double() for factor in "AB")
+            norm = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
+            weight = torch.linalg.vector_norm(layer.base_layer.weight.detach(), dtype=torch.float32)
+            changes[name] = (norm / whole(weight).clamp(min=TINY)).item()
+    return changes
+
+
+def describe_changes(changes: dict[str, float]) -> str:
+    """One line about `relative_changes`; it begins with "warning:" if the adapter has no effect."""
+    unchanged = [name for name, change in changes.items() if change < NO_EFFECT]
+    if len(unchanged) == len(changes):
+        return f"warning: the adapter has no effect: it changes none of its {len(changes)} layers. Was it trained?"
+    values = sorted(changes.values())
+    line = f"the adapter changes its layers by {statistics.median(values):.2%} of their weights' norm (median; largest {values[-1]:.2%})"
+    if unchanged:
+        line += f"; {len(unchanged)} of {len(changes)} not at all, first {unchanged[0]}"
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convert, merge, average
+
+
+def convert(source: Full | Adapter, out: Path, layout: layouts.Layout = "boson", command: str = "") -> None:
+    """Write a model again: in the other layout, or finished from a training state."""
+    tensors = ((name, source.read(name)) for name in source.shapes)
+    named = ((name, tensor.to(source.dtype or tensor.dtype)) for name, tensor in tensors)
+    readme = card.of_model(f"Written from `{source.folder}`.", command, source.folder, source.base)
+    if isinstance(source, Full):
+        write_full(out, named, source.config, source.tokenizer, layout, source.config_folder, readme)
+    else:
+        write_adapter(out, named, source.lora, source.tokenizer, readme)
+
+
+@dataclass
+class MergeReport:
+    """What merging did to each layer, as shares of Frobenius norms."""
+
+    dtype: torch.dtype
+    changes: dict[str, float]  # |change| / |W|
+    rounding: dict[str, float]  # |merged as written - merged in float32| / |change|, where there is a change
+
+    def add(self, module: str, weight: Tensor, change: Tensor, exact: Tensor) -> Tensor:
+        """Note a layer; returns `exact`, its merged weight, in the dtype of `weight`."""
+        written, size = exact.to(weight.dtype), change.norm().item()
+        self.dtype = weight.dtype
+        self.changes[module] = size / max(weight.float().norm().item(), TINY)
+        if size:
+            self.rounding[module] = (written.float() - exact).norm().item() / size
+        return written
+
+    def __str__(self) -> str:
+        line = describe_changes(self.changes)
+        if not any(self.rounding.values()):
+            return line
+        median, largest = statistics.median(self.rounding.values()), max(self.rounding.values())
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{line}\nrounding to {name} adds an error of {median:.2%} of the change (median; largest {largest:.2%})"
+
+
+def merge(adapter: Adapter, base: Full, out: Path, layout: layouts.Layout = "boson", command: str = "") -> MergeReport:
+    """W + scale * B @ A, in float32, then in the dtype of W, tensor by tensor.
+
+    raises: CheckpointError if the adapter is not one of this base
+    """
+    report = MergeReport(torch.float32, {}, {})
+    readme = card.of_model(f"`{adapter.folder}` merged into `{base.folder}`.", command, adapter.folder, adapter.base)
+    write_full(out, merged(adapter, base, report), base.config, base.tokenizer, layout, base.config_folder, readme)
+    with open(out / "README.md", "a") as file:
+        file.write(f"\n## Merging\n\n{report}\n")
+    return report
+
+
+def merged(adapter: Adapter, base: Full, report: MergeReport | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The merged tensors: in the base's dtypes, described in `report`; without one, changed layers stay in float32."""
+    for module in adapter.modules:
+        if base.shapes.get(f"{module}.weight") != adapter.shape(module):
+            raise CheckpointError(
+                f"{adapter.folder} is no adapter of {base.folder}: it is made for {module}.weight of shape "
+                f"{adapter.shape(module)}, here it is {base.shapes.get(f'{module}.weight')}"
+            )
+    changed = {f"{module}.weight": module for module in adapter.modules}
+    for name in base.shapes:
+        weight = base.read(name)
+        if name in changed:
+            change = adapter.change(changed[name])
+            exact = weight.float() + change
+            weight = report.add(changed[name], weight, change, exact) if report else exact
+        yield name, weight
+
+
+def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout = "boson", command: str = "") -> str:
+    """The mean of each tensor, accumulated in float32.
+
+    returns: for adapters, how far the mean of the factors is from the mean of what they add
+    raises:  CheckpointError if the sources are not alike
+    """
+    first, *others = sources
+    for other in others:
+        different = sorted(
+            name for name in first.shapes.keys() | other.shapes.keys() if first.shapes.get(name) != other.shapes.get(name)
+        )
+        if type(other) is not type(first) or different:
+            raise CheckpointError(f"{other.folder} and {first.folder} are not alike: {(different or ['another kind'])[0]}")
+        if isinstance(first, Adapter) and other.scale != first.scale:
+            raise CheckpointError(f"{other.folder} scales by {other.scale}, {first.folder} by {first.scale}")
+
+    def mean(name: str) -> Tensor:
+        start = first.read(name)
+        total = start.to(torch.float32, copy=True)
+        for other in others:
+            total += other.read(name)
+        return total.div_(len(sources)).to(first.dtype or start.dtype)
+
+    named = ((name, mean(name)) for name in first.shapes)
+    readme = card.of_model(
+        f"The mean of {', '.join(f'`{source.folder}`' for source in sources)}.", command, first.folder, first.base
+    )
+    if isinstance(first, Full):
+        write_full(out, named, first.config, first.tokenizer, layout, first.config_folder, readme)
+        return ""
+    write_adapter(out, named, first.lora, first.tokenizer, readme)
+    result = open_model(out)
+    apart = [_distance(sources, result, module) for module in first.modules]
+    return (
+        f"the mean's change of a layer is {statistics.median(apart):.2%} away from the mean of the changes (median; largest "
+        f"{max(apart):.2%}): near 0 for checkpoints of one run, large for adapters that have nothing in common"
+    )
+
+
+def _distance(sources: Sequence[Adapter], result: Adapter, module: str) -> float:
+    """|mean(B) @ mean(A) - mean(B @ A)| / |mean(B @ A)|: averaging factors is not averaging products."""
+    mean = sum(source.change(module) for source in sources) / len(sources)
+    return ((result.change(module) - mean).norm() / mean.norm().clamp(min=TINY)).item()

@@ -1,0 +1,138 @@
+"""Models on disk, read one tensor at a time: a full checkpoint in either layout, a LoRA adapter, or a training checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import checkpoint
+import model_patch
+from checkpoint import Stored
+from common import CheckpointError
+from config import Config
+from export import layouts
+
+ADAPTER_PREFIX = "base_model.model."  # PEFT's, before the name of a module
+
+
+class Full:
+    """A full checkpoint in either layout, read one tensor at a time by the names of the original layout.
+
+    trained: a training state, whose tensors take the place of the folder's
+    base:    what the folder is called where that is more than its path: the name of a Hub repository
+    raises:  CheckpointError if the folder is none
+    """
+
+    def __init__(self, folder: Path, trained: Stored | None = None, base: str = ""):
+        self.folder = trained.folder if trained else folder
+        self.config_folder, self.base = folder, base
+        self.config = checkpoint.read_base_config(folder)
+        self.tokenizer = checkpoint.load_tokenizer(folder)
+        self._stored, self._trained = Stored(folder), trained
+        self._names = {layouts.rename(name, "boson"): name for name in self._stored.shapes}
+        self.shapes = {name: self._stored.shapes[stored] for name, stored in self._names.items()}
+        # Master weights are written as the end of training writes them, anything else as it is.
+        self.dtype = (self.config.torch_dtype or torch.float32) if trained else None
+
+    def read(self, name: str) -> Tensor:
+        trained = self._trained and _state_name(name, self._trained)
+        if trained:
+            return self._trained.read(trained)
+        return self._stored.read(self._names[name])
+
+
+class Adapter:
+    """A LoRA adapter, read one tensor at a time by PEFT's names.
+
+    names:  PEFT's name of each tensor -> its name in `stored`
+    raises: CheckpointError if it is not plain LoRA, whose change of a layer is scale * B @ A
+    """
+
+    dtype = None  # what it is written as: as it is
+
+    def __init__(self, lora: LoraConfig, names: dict[str, str], stored: Stored, tokenizer: PreTrainedTokenizerBase | None):
+        self.lora, self.tokenizer, self.folder = lora, tokenizer, stored.folder
+        self.base = lora.base_model_name_or_path or ""
+        self._names, self._stored = names, stored
+        self.shapes = {name: stored.shapes[stored_name] for name, stored_name in names.items()}
+        self.scale = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
+        self.modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name.removeprefix(ADAPTER_PREFIX)) for name in names})
+        expected = {_factor(module, factor) for module in self.modules for factor in "AB"}
+        special = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+        odd = [name for name in special if getattr(lora, name, None)] + sorted(names.keys() ^ expected)[:1]
+        odd += [name for name in names if lora.r not in self.shapes[name]][:1]
+        if odd or lora.bias != "none":
+            raise CheckpointError(f"{self.folder}: not a plain LoRA adapter ({', '.join(odd) or 'it trains biases'})")
+
+    def read(self, name: str) -> Tensor:
+        return self._stored.read(self._names[name])
+
+    def change(self, module: str) -> Tensor:
+        """What the adapter adds to a layer's weight: [out, in] float32."""
+        A, B = (self.read(_factor(module, factor)).float() for factor in "AB")
+        return self.scale * (B @ A)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """[out, in] of the layer it belongs to."""
+        return self.shapes[_factor(module, "B")][0], self.shapes[_factor(module, "A")][1]
+
+
+def open_model(folder: Path) -> Full | Adapter:
+    """Whatever model the folder holds; CheckpointError if it holds none."""
+    if (folder / checkpoint.STATE_FILE).is_file():
+        return _open_state(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return Full(folder)
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+        lora = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: adapter_config.json is not a LoRA adapter's: {error!r}") from None
+    if lora is None:
+        raise CheckpointError(f"{folder}: a {kind} adapter, expected LORA")
+    stored = Stored(folder)
+    tokenizer = checkpoint.load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
+    return Adapter(lora, {name: name for name in stored.shapes}, stored, tokenizer)
+
+
+def _open_state(folder: Path) -> Full | Adapter:
+    """The model that OUTPUT/checkpoints/step_N would have become, had the run ended there."""
+    damage = checkpoint.find_damage(folder)
+    if damage:
+        raise CheckpointError(f"{folder}: {damage}")
+    path = folder.resolve().parent.parent / "config.json"
+    try:
+        run = json.loads(path.read_text())
+        cfg = Config(**{f.name: run[f.name] for f in dataclasses.fields(Config) if f.name in run})
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the run's settings cannot be read: {path}: {error}") from None
+    stored, base = Stored(folder), checkpoint.find_base(cfg.base_ckpt, cfg.revision)
+    if not cfg.lora_r:
+        return Full(base, trained=stored, base=cfg.base_ckpt)
+    model = model_patch.build_on_meta(checkpoint.read_base_config(base))
+    lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
+    lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
+    parameters = [name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")]
+    names = {_adapter_name(name): _state_name(name, stored) for name in parameters}
+    return Adapter(lora, names, stored, checkpoint.load_tokenizer(base))
+
+
+def _state_name(name: str, state: Stored) -> str | None:
+    """Where a training state holds what a finished model has of a parameter: its average, itself, or nowhere."""
+    return next((found for found in (f"optimizer.{name}.ema", f"model.{name}") if found in state.shapes), None)
+
+
+def _factor(module: str, factor: str) -> str:
+    return f"{ADAPTER_PREFIX}{module}.lora_{factor}.weight"
+
+
+def _adapter_name(name: str) -> str:
+    """PEFT's name of an adapter weight in its files."""
+    return ADAPTER_PREFIX + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)

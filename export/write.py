@@ -1,0 +1,125 @@
+"""Writing models: a full checkpoint in either layout, or an adapter in PEFT's format.
+
+Tensors pass through one at a time, so memory holds one output file's worth (MAX_FILE_BYTES), never the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from peft import LoraConfig
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import checkpoint
+from common import CheckpointError
+from export import layouts
+
+MAX_FILE_BYTES = 5_000_000_000
+# Files beside the weights that belong to a layout; a model written in the layout it came in keeps them.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+)
+
+Named = Iterable[tuple[str, Tensor]]
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when everything has been written.
+
+    raises: CheckpointError if the disk fails; what was at `folder` is untouched then
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_full(
+    folder: Path,
+    named: Named,
+    config: HiggsAudioConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: layouts.Layout,
+    base: Path,
+    readme: str,
+) -> None:
+    """A full checkpoint in `layout`, from tensors by the names of the original layout.
+
+    base: the checkpoint it came from, whose companion files a model of the same layout keeps
+    """
+    try:
+        values = json.loads(config.to_json_string()) if layout == "boson" else layouts.to_transformers(config, tokenizer)
+        made = {"config.json": values, "generation_config.json": layouts.generation_config(layout, config, tokenizer)}
+    except ValueError as error:
+        raise CheckpointError(f"{base}: {error}") from None
+    same = layouts.layout_of(base) == layout
+    with whole_folder(folder) as temporary:
+        _write_weights(temporary, ((layouts.rename(name, layout), tensor) for name, tensor in named), "model", index=True)
+        tokenizer.save_pretrained(temporary)
+        for name in COMPANIONS:
+            if same and (base / name).is_file():
+                shutil.copy(base / name, temporary)
+            elif name in made:
+                (temporary / name).write_text(json.dumps(made[name], indent=2) + "\n")
+        (temporary / "README.md").write_text(readme)
+
+
+def write_adapter(folder: Path, named: Named, lora: LoraConfig, tokenizer: PreTrainedTokenizerBase | None, readme: str) -> None:
+    """A PEFT adapter, from tensors by PEFT's names."""
+    with whole_folder(folder) as temporary:
+        _write_weights(temporary, named, "adapter_model", index=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        dataclasses.replace(lora, inference_mode=True).save_pretrained(temporary)
+        (temporary / "README.md").write_text(readme)
+
+
+def _write_weights(folder: Path, named: Named, stem: str, index: bool) -> None:
+    """Tensors in files of at most MAX_FILE_BYTES, with the index that Hugging Face reads where there are several."""
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total_bytes = num_files = 0
+    file_of: dict[str, int] = {}
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes, num_files
+        num_files += 1
+        checkpoint.save_tensors(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(pending, num_files))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in named:
+        if pending and pending_bytes + tensor.nbytes > MAX_FILE_BYTES:
+            flush()
+        pending[name] = tensor.contiguous()
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    names = {i: f"{stem}-{i:05d}-of-{num_files:05d}.safetensors" for i in range(1, num_files + 1)}
+    if num_files == 1:
+        names = {1: f"{stem}.safetensors"}
+    for i, name in names.items():
+        os.replace(folder / f"{stem}-part{i}", folder / name)
+    if index and num_files > 1:
+        weights = {"metadata": {"total_size": total_bytes}, "weight_map": {n: names[i] for n, i in file_of.items()}}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(weights, indent=2))
