@@ -3,12 +3,13 @@
 `ExtendedHiggsAudioSampleCollator` repairs the samples, hands copies of them to the official
 `HiggsAudioSampleCollator`, and adds what that leaves out:
 
-- The official one writes -100 into the caller's labels, so a sample collated twice loses its audio targets: it gets copies.
+- The official one writes -100 into the caller's labels, so a sample collated twice loses its audio targets: it gets
+  copies.
 - It builds stream ids without a device: samples are moved to the CPU, `batch.to(device)` moves the result.
-- More `<|AUDIO|>`/`<|AUDIO_OUT|>` placeholders than clips is an index error there; here the index is clamped to the last
-  clip, counted and reported by sample, and never trained on. `strict=True` makes it an error.
+- More `<|AUDIO|>`/`<|AUDIO_OUT|>` placeholders than clips is an index error there. Here it is a CollateError, or with
+  `strict=False` the index is clamped to the last clip, the sample is named, and none of its targets trains.
 - Its Whisper path looks waveforms up by the wrong index as soon as an audio-out turn precedes an audio-in turn or a
-  clip is longer than one chunk; here long clips are cut beforehand and the features are computed in placeholder order.
+  clip is longer than one chunk. Here long clips are cut beforehand and features are computed in placeholder order.
 - `audio_label_ids_concat` becomes the labels when a sample has it.
 
 Legend: B batch, s text positions before expansion, K codebooks, T frames, N audio positions in the batch.
@@ -21,11 +22,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import librosa
 import torch
@@ -34,123 +34,123 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from boson_multimodal.model.higgs_audio.utils import build_delay_pattern_mask
 from torch import Tensor
+from torch.nn import functional
 from transformers import WhisperFeatureExtractor
 
 from common import CollateError
+from loss import IGNORE_INDEX, Targets
 
-IGNORE_INDEX = -100
+# ---------------------------------------------------------------------------------------------------------------------
+# The packed layout
+
+
+class Layout(NamedTuple):
+    """How the layers see a batch: T real positions, sorted by what they hold, text before audio.
+
+    num_text      of the T positions
+    perm          [T] int64, sorted position -> index in the packed sequence
+    inverse_perm  [T] int64, index in the packed sequence -> sorted position
+    lengths       positions of each sample
+    cu_seqlens    [samples + 1] int32, where each sample begins in the packed sequence
+    """
+
+    num_text: int
+    perm: Tensor
+    inverse_perm: Tensor
+    lengths: list[int]
+    cu_seqlens: Tensor
 
 
 @dataclass
 class Packing:
     """A batch as one sequence: its samples one after the other without padding, each placeholder replaced by its columns.
 
-    The model keeps the positions sorted by what they hold, text before audio, because the two go through different FFNs:
-    T positions, num_text of them text, then the columns of `audio_in_ids` and those of `audio_out_ids`, in their order.
-    Everything is known from the ids, so it is computed where the batch is made, and the device is never asked.
+    The model keeps the positions sorted, because text and audio go through different FFNs: text first, then the columns
+    of `audio_in_ids`, then those of `audio_out_ids`. Two samples, t for text and a for an audio column:
+
+        packed sequence            t  t  a  a  t | t  a  a
+        index                      0  1  2  3  4   5  6  7       cu_seqlens 0 5 8
+        sorted                     t  t  t  t  a  a  a  a        num_text 4
+        perm                       0  1  4  5  2  3  6  7
+        inverse_perm               0  1  4  5  2  3  6  7        (here a swap, so its own inverse)
+        position_ids               0  1  4  0  2  3  1  2        within the sample, in sorted order
+
+    All of it follows from the ids, so it is computed where the batch is made, and the device is never asked.
 
     text_ids      [num_text] int64
-    in_sequence   [T] int64, where in the sequence each sorted position stands; to_sorted [T] is its inverse
     position_ids  [T] int64, of each sorted position within its sample
-    lengths       positions of each sample; offsets [samples + 1] int32, where each begins in the sequence
-    in_rows       [T] int64, where in padded rows of row_length each place of the sequence stands, if attention is to work
-                  on rows instead of on the sequence
-    text_rows     [text targets] int64, sorted positions that predict a text target
-    text_targets, text_inputs      [text targets, 1] int64, the target and the token that is fed at the position
-    audio_rows    [audio rows] int64, sorted positions that predict at least one code
-    audio_targets, audio_inputs    [audio rows, K] int64; targets of codebooks that are not trained there are IGNORE_INDEX
+    layout        see `Layout`
+    text, audio   what the heads predict; rows are sorted positions
     """
 
     text_ids: Tensor
-    in_sequence: Tensor
-    to_sorted: Tensor
     position_ids: Tensor
-    lengths: list[int]
-    offsets: Tensor
-    text_rows: Tensor
-    text_targets: Tensor
-    text_inputs: Tensor
-    audio_rows: Tensor
-    audio_targets: Tensor
-    audio_inputs: Tensor
-    in_rows: Tensor | None = None
-    row_length: int = 0
-
-    @property
-    def num_text(self) -> int:
-        return len(self.text_ids)
+    layout: Layout
+    text: Targets
+    audio: Targets
 
     @property
     def num_positions(self) -> int:
-        return len(self.in_sequence)
+        return len(self.position_ids)
 
     @property
     def num_pairs(self) -> int:
-        """Of a position and one that it attends to: itself and those before it in its sample."""
-        return sum(length * (length + 1) // 2 for length in self.lengths)
-
-    @property
-    def num_places(self) -> int:
-        """Positions that attention works on, with padding."""
-        return len(self.lengths) * self.row_length or self.num_positions
+        """Pairs of a position and one that it attends to: itself and those before it in its sample."""
+        return sum(length * (length + 1) // 2 for length in self.layout.lengths)
 
     def work(self) -> tuple[int, int, int, int]:
-        """What has to be computed: positions, pairs, text targets, audio rows; see `metrics.Flops.total`."""
-        return self.num_positions, self.num_pairs, len(self.text_rows), len(self.audio_rows)
+        """Positions, pairs, text targets, audio rows; see `metrics.Flops.total`."""
+        return self.num_positions, self.num_pairs, len(self.text.rows), len(self.audio.rows)
 
     @classmethod
-    def of(cls, batch: ExtendedHiggsAudioBatchInput, audio_in_token: int, audio_out_token: int) -> Packing:
+    def of(cls, batch: Batch, audio_in_token: int, audio_out_token: int) -> Packing:
         """The packing of a collated batch whose audio is all given as codes."""
         ids, attended = batch.input_ids, batch.attention_mask.bool()
         is_in, is_out = (ids == token for token in (audio_in_token, audio_out_token))
         in_lengths = _clip_lengths(batch.audio_in_ids_start, batch.audio_in_ids)
         out_lengths = _clip_lengths(batch.audio_out_ids_start, batch.audio_out_ids)
-        counts = attended.long()
+        counts = attended.long()  # [B, s], packed positions of each id
         counts[is_in], counts[is_out] = in_lengths, out_lengths
-        starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
-        offsets = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0))
+        begins = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
 
         is_text = attended & ~is_in & ~is_out
-        columns = [_columns(starts[mask], lengths) for mask, lengths in ((is_in, in_lengths), (is_out, out_lengths))]
-        in_sequence = torch.cat([starts[is_text], *columns])
-        T, num_text, num_in = len(in_sequence), int(is_text.sum()), len(columns[0])
-        to_sorted = torch.empty_like(in_sequence).scatter_(0, in_sequence, torch.arange(T))
-        first = offsets[:-1].repeat_interleave(counts.sum(1))  # of the sample of each place in the sequence
-
-        tokens, labels = torch.full((T,), audio_out_token), torch.full((T,), IGNORE_INDEX)
-        tokens[in_sequence[:num_text]] = ids[is_text]
-        if batch.label_ids is not None:
-            labels[in_sequence[:num_text]] = batch.label_ids[is_text]
-        labels[offsets[:-1][counts.sum(1) > 0]] = IGNORE_INDEX  # nobody predicts a sample's first token
-        predicting = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
-
-        codes, code_labels = batch.audio_out_ids, batch.label_audio_ids
-        if code_labels is None:
-            code_labels = torch.full_like(codes, IGNORE_INDEX)
-        # Column 0 of every clip is IGNORE_INDEX in the official labels, so no clip predicts the next one's first.
-        trained = (code_labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+        columns = [_columns(begins[mask], lengths) for mask, lengths in ((is_in, in_lengths), (is_out, out_lengths))]
+        perm = torch.cat([begins[is_text], *columns])
+        inverse_perm = torch.empty_like(perm).scatter_(0, perm, torch.arange(len(perm)))
+        lengths = counts.sum(1)
+        cu_seqlens = functional.pad(lengths.cumsum(0), (1, 0))
+        layout = Layout(int(is_text.sum()), perm, inverse_perm, lengths.tolist(), cu_seqlens.int())
+        sample_begins = cu_seqlens[:-1].repeat_interleave(lengths)  # of each packed position
         return cls(
             text_ids=ids[is_text],
-            in_sequence=in_sequence,
-            to_sorted=to_sorted,
-            position_ids=in_sequence - first[in_sequence],
-            lengths=counts.sum(1).tolist(),
-            offsets=offsets.int(),
-            text_rows=to_sorted[predicting],
-            text_targets=labels[predicting + 1, None],
-            text_inputs=tokens[predicting, None],
-            audio_rows=num_text + num_in + trained,
-            audio_targets=code_labels[:, trained + 1].T.contiguous(),
-            audio_inputs=codes[:, trained].T.contiguous(),
+            position_ids=perm - sample_begins[perm],
+            layout=layout,
+            text=_text_targets(batch, is_text, layout, audio_out_token),
+            audio=_audio_targets(batch, first=layout.num_text + len(columns[0])),
         )
 
-    def with_rows(self, round_to: int) -> Packing:
-        """The same with a padded row for each sample."""
-        lengths = torch.tensor(self.lengths)
-        row_length = math.ceil(max(self.lengths) / round_to) * round_to
-        gaps = torch.arange(len(lengths)) * row_length - self.offsets[:-1]
-        in_rows = torch.arange(self.num_positions) + gaps.repeat_interleave(lengths)
-        return dataclasses.replace(self, in_rows=in_rows, row_length=row_length)
+
+def _text_targets(batch: Batch, is_text: Tensor, layout: Layout, audio_out_token: int) -> Targets:
+    """Text that is predicted from the position before it, which may be audio; is_text: [B, s] bool"""
+    T, places = len(layout.perm), layout.perm[: layout.num_text]
+    tokens, labels = torch.full((T,), audio_out_token), torch.full((T,), IGNORE_INDEX)
+    tokens[places] = batch.input_ids[is_text]
+    if batch.label_ids is not None:
+        labels[places] = batch.label_ids[is_text]
+    is_real = torch.tensor(layout.lengths) > 0
+    labels[layout.cu_seqlens[:-1][is_real].long()] = IGNORE_INDEX  # nothing predicts a sample's first token
+    predicting = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+    return Targets(layout.inverse_perm[predicting], labels[predicting + 1, None], tokens[predicting, None])
+
+
+def _audio_targets(batch: Batch, first: int) -> Targets:
+    """Codes that are predicted from the column before them; first: the sorted position of the first output column"""
+    codes, labels = batch.audio_out_ids, batch.label_audio_ids
+    if labels is None:
+        labels = torch.full_like(codes, IGNORE_INDEX)
+    # Column 0 of every clip is IGNORE_INDEX in the official labels, so no clip predicts the next one's first.
+    trained = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+    return Targets(first + trained, labels[:, trained + 1].T.contiguous(), codes[:, trained].T.contiguous())
 
 
 def _clip_lengths(starts: Tensor | None, codes: Tensor | None) -> Tensor:
@@ -161,70 +161,69 @@ def _clip_lengths(starts: Tensor | None, codes: Tensor | None) -> Tensor:
 
 
 def _columns(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The places of all clips' columns, one clip after the other."""
+    """Packed indices of all clips' columns, one clip after the other."""
     before = lengths.cumsum(0) - lengths
     return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 @dataclass
 class Voices:
-    """Who is heard and then speaks in a packed batch: the reference and the trained audio of one speaker in one sample, a pair.
+    """Pairs for the voice-consistency loss: one speaker's reference and trained audio in one sample.
 
-    Audio is an input clip or a clip without targets (the reference), or one with targets. A clip whose speaker is not known, and
-    a speaker who has only one kind in the sample, are left out.
+    The reference is audio without targets that comes before the speaker's first trained clip. Clips of unknown speakers, and
+    speakers who lack one of the two, are left out.
 
-    speakers        of each pair
-    heard, spoken   [columns] int64, sorted positions of all references and of all trained audio, pair after pair
-    heard_lengths, spoken_lengths      columns of each pair
+    speakers            of each pair
+    reference, trained  [columns] int64, sorted positions, pair after pair
+    reference_lengths, trained_lengths   columns of each pair
     """
 
     speakers: list[str]
-    heard: Tensor
-    spoken: Tensor
-    heard_lengths: list[int]
-    spoken_lengths: list[int]
+    reference: Tensor
+    trained: Tensor
+    reference_lengths: list[int]
+    trained_lengths: list[int]
 
     @classmethod
-    def of(
-        cls,
-        batch: ExtendedHiggsAudioBatchInput,
-        num_text: int,
-        speakers: Sequence[Sequence[str | None]],
-        audio_in_token: int,
-        audio_out_token: int,
-    ) -> Voices:
-        """speakers: of each sample's clips, in the order of their placeholders; clips beyond them have none"""
+    def of(cls, batch: Batch, speakers: Sequence[Sequence[str | None]], audio_in_token: int, audio_out_token: int) -> Voices:
+        """speakers: of each sample's clips, in the order of their placeholders; further clips have none"""
         in_lengths = _clip_lengths(batch.audio_in_ids_start, batch.audio_in_ids).tolist()
         out_lengths = _clip_lengths(batch.audio_out_ids_start, batch.audio_out_ids).tolist()
-        places = (num_text + torch.arange(sum(in_lengths) + sum(out_lengths))).split(in_lengths + out_lengths)
+        first = batch.packing.layout.num_text
+        columns = (first + torch.arange(sum(in_lengths) + sum(out_lengths))).split(in_lengths + out_lengths)
         is_target = (batch.label_audio_ids != IGNORE_INDEX).any(0).split(out_lengths)
         clips = {
-            audio_in_token: iter([(place, False) for place in places[: len(in_lengths)]]),
-            audio_out_token: iter([(p, bool(t.any())) for p, t in zip(places[len(in_lengths) :], is_target)]),
+            audio_in_token: iter([(column, False) for column in columns[: len(in_lengths)]]),
+            audio_out_token: iter([(c, bool(t.any())) for c, t in zip(columns[len(in_lengths) :], is_target)]),
         }
-        heard: dict[tuple[int, str], list[Tensor]] = {}
-        spoken: dict[tuple[int, str], list[Tensor]] = {}
+        reference: dict[tuple[int, str], list[Tensor]] = {}
+        trained: dict[tuple[int, str], list[Tensor]] = {}
         for row, (ids, names) in enumerate(zip(batch.input_ids.tolist(), speakers)):
             placeholders = (token for token in ids if token in clips)
             for token, name in zip(placeholders, itertools.chain(names, itertools.repeat(None))):
-                place, is_trained = next(clips[token])
-                if name is not None:
-                    (spoken if is_trained else heard).setdefault((row, name), []).append(place)
-        pairs = [voice for voice in spoken if voice in heard]
-        before, after = ([torch.cat(places[voice]) for voice in pairs] for places in (heard, spoken))
-        nothing = torch.zeros(0, dtype=torch.long)
-        return cls(
-            [name for _, name in pairs],
-            torch.cat([nothing, *before]),
-            torch.cat([nothing, *after]),
-            [len(place) for place in before],
-            [len(place) for place in after],
-        )
+                column, is_trained = next(clips[token])
+                if is_trained and name is not None:
+                    trained.setdefault((row, name), []).append(column)
+                elif name is not None and (row, name) not in trained:
+                    reference.setdefault((row, name), []).append(column)
+        pairs = [voice for voice in trained if voice in reference]
+        before, after = ([torch.cat(where[voice]) for voice in pairs] for where in (reference, trained))
+        none = torch.zeros(0, dtype=torch.long)
+        names = [name for _, name in pairs]
+        return cls(names, torch.cat([none, *before]), torch.cat([none, *after]), _lengths(before), _lengths(after))
+
+
+def _lengths(pieces: Sequence[Tensor]) -> list[int]:
+    return [len(piece) for piece in pieces]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The batch
 
 
 @dataclass
-class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
-    """A batch of the official collator, with its size, its targets and where its samples came from.
+class Batch(HiggsAudioBatchInput):
+    """A batch of the official collator, with its targets and where its samples came from.
 
     input_ids, attention_mask, label_ids      [B, s] int64
     audio_out_ids, label_audio_ids            [K, N_out] int64, delayed, with stream ids
@@ -235,48 +234,51 @@ class ExtendedHiggsAudioBatchInput(HiggsAudioBatchInput):
     """
 
     sources: list[str] = field(default_factory=list)  # where each row came from, for error messages
-    unreadable: list[str] = field(default_factory=list)  # what is wrong with samples that should be here and are not
-    clamped: dict[str, int] = field(default_factory=dict)  # clamped audio indices by source
+    unreadable: list[str] = field(default_factory=list)  # what is wrong with samples that are left out
+    clamped: list[str] = field(default_factory=list)  # what is wrong with samples that are here but do not train
+    num_frames: int = 0  # of audio, without stream ids and delay columns
     has_label_overrides: bool = False  # some labels came from `audio_label_ids_concat`, not from the inputs
     packing: Packing | None = None  # the same batch as one sequence; None where the audio comes through Whisper
-    voices: Voices | None = None  # for the voice-consistency loss; None where nobody asked
+    voices: Voices | None = None  # for the voice-consistency loss; None where it is off
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ExtendedHiggsAudioBatchInput:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> ExtendedHiggsAudioBatchInput:
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function) -> ExtendedHiggsAudioBatchInput:
-        changed = _mapped(self, function)
-        for name in ("packing", "voices"):
-            if (part := getattr(self, name)) is not None:
-                changed[name] = dataclasses.replace(part, **_mapped(part, function))
-        return dataclasses.replace(self, **changed)
+    def pin_memory(self) -> Batch:
+        return _mapped(self, Tensor.pin_memory)
 
     def model_inputs(self) -> dict:
         """The keyword arguments of `HiggsAudioModel.forward`."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(HiggsAudioBatchInput) if f.name != "reward"}
 
-    def num_frames(self) -> int:
-        """Audio frames, heard and spoken, without stream ids and delay columns."""
-        K = self.audio_out_ids.shape[0]
-        pairs = ((self.audio_in_ids, self.audio_in_ids_start), (self.audio_out_ids, self.audio_out_ids_start))
-        return sum(ids.shape[1] - len(starts) * (K + 1) for ids, starts in pairs if ids is not None)
-
     def num_targets(self) -> tuple[Tensor, Tensor]:
         """How many next-token targets the labels hold: text [] and audio [K], int64.
 
-        Labels are input-aligned, so the first position is nobody's successor and never counts.
+        Labels are input-aligned, so nothing predicts the first position and it never counts.
         """
         text = (self.label_ids[:, 1:] != IGNORE_INDEX).sum()
         K = self.audio_out_ids.shape[0]
         if self.label_audio_ids.numel() == 0:
             return text, text.new_zeros(K)
         return text, (self.label_audio_ids[:, 1:] != IGNORE_INDEX).sum(dim=1)
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The value with `function` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):  # a NamedTuple
+        return type(value)(*(_mapped(item, function) for item in value))
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{name: _mapped(item, function) for name, item in vars(value).items()})
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The collator
 
 
 class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
@@ -286,10 +288,9 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
     feature_shape:     (mel_bins, mel_frames) of the model's audio tower, which wants (perhaps empty) features in every
                        batch; None for a model without one.
     strict:            more placeholders than clips is an error instead of a clamped index.
-    pack:              attention works on one sequence without padding, else on padded rows. Neither where audio comes
-                       through Whisper or is not heard at all: such a batch has no `Packing`.
-    with_voices:       batches know their `Voices`, from the samples' `speakers`.
-    Other arguments are the official collator's.
+    with_voices:       batches get their `Voices`, from the samples' `speakers`.
+    Other arguments are the official collator's. Where audio comes through Whisper or input audio is not read at all, a
+    batch has no `Packing`.
     """
 
     def __init__(
@@ -297,55 +298,56 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         *,
         feature_extractor: WhisperFeatureExtractor | None = None,
         feature_shape: tuple[int, int] | None = None,
-        strict: bool = False,
-        pack: bool = True,
+        strict: bool = True,
         with_voices: bool = False,
         **kwargs,
     ):
         super().__init__(whisper_processor=None, encode_whisper_embed=False, **kwargs)
         self.has_packing = feature_shape is None and self.return_audio_in_tokens
-        self.pack = pack and self.has_packing
         self.feature_extractor = feature_extractor
         self.feature_shape = feature_shape
         self.strict = strict
         self.with_voices = with_voices
 
-    def __call__(self, batch: Sequence[ChatMLDatasetSample]) -> ExtendedHiggsAudioBatchInput:
+    def __call__(self, batch: Sequence[ChatMLDatasetSample]) -> Batch:
         if not batch:
             raise CollateError("cannot collate an empty batch")
         sources = [getattr(sample, "source", "") or f"sample {i}" for i, sample in enumerate(batch)]
-        clamped: dict[str, int] = {}
-        repaired = []
-        for sample, source in zip(batch, sources):
-            sample, num_clamped = self._clamp(self._copy(sample), source)
-            if num_clamped:
-                clamped[source] = num_clamped
-                warnings.warn(f"{source}: {num_clamped} audio index(es) clamped to the last clip, not trained on", stacklevel=2)
-            repaired.append(self._cut_long_audio(sample) if self.feature_extractor else sample)
-        if len({sample.label_ids is None for sample in repaired}) > 1:
+        clamped: list[str] = []
+        samples = [self._clamp(self._copy(sample), source, clamped) for sample, source in zip(batch, sources)]
+        if self.feature_extractor:
+            samples = [self._cut_long_audio(sample) for sample in samples]
+        if len({sample.label_ids is None for sample in samples}) > 1:
             raise CollateError("a batch mixes samples with and without labels")
 
         # The official collator changes its samples' labels, and which audio turns train has to be known afterwards.
-        official = super().__call__([dataclasses.replace(s, label_ids=_clone(s.label_ids)) for s in repaired])
-        result = ExtendedHiggsAudioBatchInput(**vars(official), sources=sources, clamped=clamped)
-        rows = [row for row, s in enumerate(repaired) for _ in range(int((s.input_ids == self.audio_out_token_id).sum()))]
+        official = super().__call__([dataclasses.replace(s, label_ids=_clone(s.label_ids)) for s in samples])
+        result = Batch(**vars(official), sources=sources, clamped=clamped)
+        rows = [row for row, s in enumerate(samples) for _ in range(int((s.input_ids == self.audio_out_token_id).sum()))]
         result.audio_out_ids_start_group_loc = torch.tensor(rows, dtype=torch.long)
         if result.audio_out_ids.shape[-1] == 0:
             result.audio_out_ids = torch.zeros((self.audio_num_codebooks or 0, 0), dtype=torch.long)
             if result.label_audio_ids is not None:
                 result.label_audio_ids = result.audio_out_ids.clone()
         if result.label_audio_ids is not None and not self.disable_audio_codes_transform:
-            self._override_labels(result, repaired)
-        self._add_features(result, repaired)
+            self._override_labels(result, samples)
+        self._add_features(result, samples)
+        result.num_frames = self._count_frames(result)
+        tokens = self.audio_in_token_id, self.audio_out_token_id
         if self.has_packing:
-            packing = Packing.of(result, self.audio_in_token_id, self.audio_out_token_id)
-            result.packing = packing if self.pack else packing.with_rows(self.round_to)
+            result.packing = Packing.of(result, *tokens)
         if self.with_voices:
-            speakers = [getattr(sample, "speakers", ()) for sample in batch]
-            result.voices = Voices.of(
-                result, result.packing.num_text, speakers, self.audio_in_token_id, self.audio_out_token_id
-            )
+            result.voices = Voices.of(result, [getattr(sample, "speakers", ()) for sample in batch], *tokens)
         return result
+
+    @property
+    def _num_extra(self) -> int:
+        """Columns of a clip beyond its frames: stream ids and delay."""
+        return 1 + self.audio_num_codebooks if self.use_delay_pattern else 2
+
+    def _count_frames(self, batch: Batch) -> int:
+        pairs = ((batch.audio_in_ids, batch.audio_in_ids_start), (batch.audio_out_ids, batch.audio_out_ids_start))
+        return sum(ids.shape[1] - len(starts) * self._num_extra for ids, starts in pairs if ids is not None)
 
     def num_positions(self, num_ids: int, clips: Sequence[tuple[int, bool]]) -> int:
         """Positions of a sample after expansion, from the number of its ids and its clips' (frames, whether audio-out).
@@ -354,8 +356,8 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         """
         if self.feature_extractor:
             raise CollateError("a checkpoint with Whisper: lengths are not known beforehand; use --batch_size")
-        extra = 1 + self.audio_num_codebooks if self.use_delay_pattern else 2  # stream ids and delay
-        return num_ids + sum(frames + extra - 1 for frames, is_out in clips if is_out or self.return_audio_in_tokens)
+        extra = self._num_extra - 1  # the placeholder itself is one of the ids
+        return num_ids + sum(frames + extra for frames, is_out in clips if is_out or self.return_audio_in_tokens)
 
     def _copy(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
         """A copy on the CPU in which absent audio is an empty tensor."""
@@ -378,44 +380,38 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         ids = sample.input_ids
         return ((ids == self.audio_in_token_id) | (ids == self.audio_out_token_id)).nonzero().squeeze(1)
 
-    def _clamp(self, sample: ChatMLDatasetSample, source: str) -> tuple[ChatMLDatasetSample, int]:
-        """Serve every placeholder: those beyond the clips repeat the last clip and lose their labels."""
+    def _clamp(self, sample: ChatMLDatasetSample, source: str, clamped: list[str]) -> ChatMLDatasetSample:
+        """Give every placeholder a clip: those beyond the clips repeat the last one, and nothing of the sample trains.
+
+        clamped: gets a message for such a sample
+        raises:  CollateError instead, if strict
+        """
         positions = self._placeholders(sample)
         is_out = sample.input_ids[positions] == self.audio_out_token_id
-        # Codes stand in the order of all placeholders (a checkpoint that reads no audio-in tokens may lack those after
+        # Codes are in the order of all placeholders (a checkpoint that reads no audio-in tokens may lack those after
         # the last audio-out), waveforms in the order of the audio-in placeholders alone.
         needs_codes = is_out | torch.tensor(self.return_audio_in_tokens)
         num_needed = int(needs_codes.nonzero().max()) + 1 if needs_codes.any() else 0
-        num_clips = len(sample.audio_ids_start)
-        num_waveforms_needed = int((~is_out).sum()) if self.feature_extractor else 0
-        num_waveforms = len(sample.audio_waveforms_start)
-        extra, extra_waveforms = max(0, num_needed - num_clips), max(0, num_waveforms_needed - num_waveforms)
-        for what, missing, given in (("clip", extra, num_clips), ("waveform", extra_waveforms, num_waveforms)):
-            if missing and (self.strict or given == 0):
-                raise CollateError(
-                    f"{source}: {given + missing} audio placeholders but {given} {what}(s). Give each <|AUDIO|> and "
-                    "<|AUDIO_OUT|> its audio (a wav file where Whisper is on), and check that no text contains these "
-                    "tokens literally"
-                )
-        changes = {}
-        if extra:
-            last = sample.get_audio_codes(num_clips - 1)
-            ends = sample.audio_ids_concat.shape[1] + last.shape[1] * torch.arange(extra)
-            changes["audio_ids_concat"] = torch.cat([sample.audio_ids_concat, *[last] * extra], dim=1)
-            changes["audio_ids_start"] = torch.cat([sample.audio_ids_start, ends])
-            if sample.label_ids is not None:
-                changes["label_ids"] = sample.label_ids.clone()
-                changes["label_ids"][positions[num_clips:num_needed]] = IGNORE_INDEX
-            if sample.audio_label_ids_concat is not None:
-                labels = [sample.audio_label_ids_concat, *[sample.get_audio_codes_labels(num_clips - 1)] * extra]
-                changes["audio_label_ids_concat"] = torch.cat(labels, dim=1)
-        if extra_waveforms:
-            last, rate = sample.get_wv(num_waveforms - 1)
-            ends = len(sample.audio_waveforms_concat) + len(last) * torch.arange(extra_waveforms)
-            changes["audio_waveforms_concat"] = torch.cat([sample.audio_waveforms_concat, *[last] * extra_waveforms])
-            changes["audio_waveforms_start"] = torch.cat([sample.audio_waveforms_start, ends])
-            changes["audio_sample_rate"] = torch.cat([sample.audio_sample_rate, rate.expand(extra_waveforms)])
-        return dataclasses.replace(sample, **changes), max(extra, extra_waveforms)
+        extra_codes = max(0, num_needed - len(sample.audio_ids_start))
+        num_waveforms = int((~is_out).sum()) if self.feature_extractor else 0
+        extra_waveforms = max(0, num_waveforms - len(sample.audio_waveforms_start))
+        if not extra_codes and not extra_waveforms:
+            return sample
+        what, missing = ("clip", extra_codes) if extra_codes else ("waveform", extra_waveforms)
+        needed = num_needed if extra_codes else num_waveforms
+        problem = f"{source}: {needed} audio placeholders but {needed - missing} {what}(s)"
+        if self.strict:
+            raise CollateError(
+                f"{problem}. Give each <|AUDIO|> and <|AUDIO_OUT|> its audio (a wav file where Whisper is on), and check "
+                "that no text contains these tokens literally"
+            )
+        clamped.append(f"{problem}; it does not train")
+        return dataclasses.replace(
+            sample,
+            **_repeat_last_codes(sample, extra_codes, self.audio_num_codebooks),
+            **_repeat_last_waveform(sample, extra_waveforms),
+            label_ids=None if sample.label_ids is None else torch.full_like(sample.label_ids, IGNORE_INDEX),
+        )
 
     def _cut_long_audio(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
         """Give each chunk of a long audio-in clip its own `<|audio_bos|><|AUDIO|><|audio_eos|>`, codes and waveform.
@@ -463,7 +459,7 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
             audio_sample_rate=torch.full((len(waveforms),), float(rate)),
         )
 
-    def _override_labels(self, batch: ExtendedHiggsAudioBatchInput, samples: list[ChatMLDatasetSample]) -> None:
+    def _override_labels(self, batch: Batch, samples: list[ChatMLDatasetSample]) -> None:
         """Write the label audio of samples that bring their own over the official, input-derived labels."""
         clip = 0
         for sample in samples:
@@ -480,13 +476,13 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
 
     def _delayed_labels(self, codes: Tensor) -> Tensor:
         """codes: [K, T]; returns input-aligned labels [K, T + 2], or [K, T + K + 1] with the delay pattern."""
-        labels = torch.nn.functional.pad(codes, (1, 0), value=IGNORE_INDEX)
-        labels = torch.nn.functional.pad(labels, (0, 1), value=self.audio_stream_eos_id)
+        labels = functional.pad(codes, (1, 0), value=IGNORE_INDEX)
+        labels = functional.pad(labels, (0, 1), value=self.audio_stream_eos_id)
         if not self.use_delay_pattern:
             return labels
         return build_delay_pattern_mask(labels[None], bos_token_id=IGNORE_INDEX, pad_token_id=IGNORE_INDEX)[0][0]
 
-    def _add_features(self, batch: ExtendedHiggsAudioBatchInput, samples: list[ChatMLDatasetSample]) -> None:
+    def _add_features(self, batch: Batch, samples: list[ChatMLDatasetSample]) -> None:
         """Whisper features of every audio-in chunk, in the order of the `<|AUDIO|>` placeholders."""
         extractor = self.feature_extractor
         if self.feature_shape is None:
@@ -509,9 +505,35 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
             batch.audio_feature_attention_mask = torch.zeros((0, frames), dtype=torch.int32)
 
 
-def _mapped(holder: Any, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Its tensors, after `function`."""
-    return {name: function(value) for name, value in vars(holder).items() if isinstance(value, Tensor)}
+def _repeat_last_codes(sample: ChatMLDatasetSample, count: int, num_codebooks: int) -> dict[str, Tensor]:
+    """The sample's codes and their starts with `count` more clips; a frame of zeros where there is none to repeat."""
+    if not count:
+        return {}
+    num_clips = len(sample.audio_ids_start)
+    last = sample.get_audio_codes(num_clips - 1) if num_clips else torch.zeros((num_codebooks, 1), dtype=torch.long)
+    ends = sample.audio_ids_concat.shape[1] + last.shape[1] * torch.arange(count)
+    changes = {
+        "audio_ids_concat": torch.cat([sample.audio_ids_concat, *[last] * count], dim=1),
+        "audio_ids_start": torch.cat([sample.audio_ids_start, ends]),
+    }
+    if sample.audio_label_ids_concat is not None:
+        changes["audio_label_ids_concat"] = torch.cat([sample.audio_label_ids_concat, *[last] * count], dim=1)
+    return changes
+
+
+def _repeat_last_waveform(sample: ChatMLDatasetSample, count: int) -> dict[str, Tensor]:
+    """The sample's waveforms with `count` more; a sample of silence where there is none to repeat."""
+    if not count:
+        return {}
+    last, rate = torch.zeros(1), torch.tensor(16000.0)
+    if len(sample.audio_waveforms_start):
+        last, rate = sample.get_wv(len(sample.audio_waveforms_start) - 1)
+    ends = len(sample.audio_waveforms_concat) + len(last) * torch.arange(count)
+    return {
+        "audio_waveforms_concat": torch.cat([sample.audio_waveforms_concat, *[last] * count]),
+        "audio_waveforms_start": torch.cat([sample.audio_waveforms_start, ends]),
+        "audio_sample_rate": torch.cat([sample.audio_sample_rate, rate.expand(count)]),
+    }
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:
@@ -532,58 +554,32 @@ def _cut_codes(codes: Tensor, num_chunks: int, chunk_samples: int, total_samples
 
 
 def create_collator(
-    config: HiggsAudioConfig,
-    *,
-    use_delay_pattern: bool | None = None,
-    audio_num_codebooks: int | None = None,
-    return_audio_in_tokens: bool | None = None,
-    encode_whisper_embed: bool | None = None,
-    strict: bool = False,
-    pack: bool = True,
-    with_voices: bool = False,
-    round_to: int = 8,
+    config: HiggsAudioConfig, *, strict: bool = True, with_voices: bool = False
 ) -> ExtendedHiggsAudioSampleCollator:
-    """The collator a checkpoint was made for; None follows the checkpoint's config, anything else overrides it.
+    """The collator a checkpoint was made for.
 
-    raises: CollateError for an override the checkpoint cannot serve.
+    raises: CollateError if the checkpoint does not read the codes that `with_voices` compares
     """
-
-    def choose(value, default):
-        return default if value is None else value
-
     has_tower = not config.skip_audio_tower
-    whisper = choose(encode_whisper_embed, config.encode_whisper_embed and has_tower)
-    num_codebooks = choose(audio_num_codebooks, config.audio_num_codebooks)
-    in_tokens = choose(return_audio_in_tokens, config.encode_audio_in_tokens)
-    if whisper and not has_tower:
-        raise CollateError("encode_whisper_embed=True needs an audio tower, but this checkpoint has skip_audio_tower=true")
-    if in_tokens and not config.encode_audio_in_tokens:
-        raise CollateError("return_audio_in_tokens=True, but this checkpoint has encode_audio_in_tokens=false and ignores them")
-    if num_codebooks != config.audio_num_codebooks:
-        raise CollateError(
-            f"audio_num_codebooks={num_codebooks}, but this checkpoint embeds and predicts {config.audio_num_codebooks}"
-        )
-    if with_voices and (has_tower or not in_tokens):
+    if with_voices and (has_tower or not config.encode_audio_in_tokens):
         raise CollateError(
             "the voice-consistency loss compares hidden states of reference codes, which this checkpoint does not read "
             "(skip_audio_tower=false or encode_audio_in_tokens=false); leave out --consistency_loss_weight"
         )
     extractor = _feature_extractor(config) if has_tower else None
     return ExtendedHiggsAudioSampleCollator(
-        feature_extractor=extractor if whisper else None,
-        feature_shape=(extractor.feature_size, extractor.nb_max_frames) if has_tower else None,
+        feature_extractor=extractor if config.encode_whisper_embed else None,
+        feature_shape=(extractor.feature_size, extractor.nb_max_frames) if extractor else None,
         strict=strict,
-        pack=pack,
         with_voices=with_voices,
         audio_in_token_id=config.audio_in_token_idx,
         audio_out_token_id=config.audio_out_token_idx,
         pad_token_id=config.pad_token_id,
         audio_stream_bos_id=config.audio_stream_bos_id,
         audio_stream_eos_id=config.audio_stream_eos_id,
-        audio_num_codebooks=num_codebooks,
-        return_audio_in_tokens=in_tokens,
-        use_delay_pattern=choose(use_delay_pattern, config.use_delay_pattern),
-        round_to=round_to,
+        audio_num_codebooks=config.audio_num_codebooks,
+        return_audio_in_tokens=config.encode_audio_in_tokens,
+        use_delay_pattern=config.use_delay_pattern,
     )
 
 

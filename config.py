@@ -62,12 +62,12 @@ class Config:
     missing_audio: str = _setting(
         "error", "what to do with records whose audio files do not exist; skip: they are listed", choices=("error", "skip")
     )
+    strict_audio: bool = _setting(
+        False, "end the run at a record with more audio placeholders than clips, instead of leaving it untrained", const=True
+    )
     batch_size: int = _setting(4, "samples per micro-batch and rank")
     max_tokens: int = _setting(
-        0, "positions (text, frames and delay columns, with padding) per micro-batch and rank, instead of --batch_size; 0: off"
-    )
-    pack: bool = _setting(
-        True, "attention works on each micro-batch as one sequence without padding; no: on padded rows", const=True
+        0, "positions (text, frames and delay columns) per micro-batch and rank, instead of --batch_size; 0: off"
     )
     long: str = _setting(
         "error", "what to do with samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")

@@ -39,11 +39,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import checkpoint
-import collate
-from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, ExtendedHiggsAudioSampleCollator, starts
+from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator, starts
 from common import MAX_SHOWN, CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
 from distributed import SIGNALS, Dist, bar_interval_sec, log, log_list
+from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, load_codec, read_waveform
 from prepare.forms import Conversion, open_manifest
 from prepare.manifest import Mixture, Record, check, read_manifest, report_problems, split_weights
@@ -51,8 +51,6 @@ from prepare.manifest import Mixture, Record, check, read_manifest, report_probl
 T = TypeVar("T")
 
 CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
-ROUND_TO = 8  # the official collator pads rows to a multiple of this
-BUCKET_WIDTH = 0.01  # samples whose lengths differ by less than this share change places between epochs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records -> samples
@@ -339,15 +337,25 @@ class Batching:
     """How an epoch is cut into micro-batches.
 
     batch_size: samples of each; or, where `max_tokens` is set,
-    max_tokens: positions of each, padding included
+    max_tokens: positions of each
     lengths:    [records] int32, positions of each record, for `max_tokens`
-    packed:     samples stand one after the other in a row, so that there is no padding
     """
 
     batch_size: int = 1
     max_tokens: int = 0
     lengths: np.ndarray | None = None
-    packed: bool = False
+
+    def bounds(self, order: np.ndarray) -> np.ndarray:
+        """Where an order of records is cut, from 0 to its end: micro-batch i is `order[bounds[i] : bounds[i + 1]]`."""
+        if not self.max_tokens:
+            return np.append(np.arange(0, len(order), self.batch_size), len(order))
+        bounds, total = [0], 0
+        for index, length in enumerate(self.lengths[order].tolist()):
+            total += length
+            if total > self.max_tokens and index > bounds[-1]:
+                bounds.append(index)
+                total = length
+        return np.array([*bounds, len(order)])
 
 
 def _permutation(size: int, *key: Any) -> np.ndarray:
@@ -380,46 +388,6 @@ def samples_per_epoch(size: int, weight: float) -> int:
     return max(1, round(size * weight))
 
 
-def plan_micro_batches(
-    order: np.ndarray, batching: Batching, key: tuple, shuffle: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """(order, bounds): micro-batch i is `order[bounds[i] : bounds[i + 1]]`; the order may have changed, by `key` alone.
-
-    Rows that are padded to the longest stand with others of their length: sorted into buckets, in which they keep their
-    shuffled order, then cut by the budget, then shuffled as wholes. Filled to one budget, they cost the ranks about the same.
-    """
-    if not batching.max_tokens:
-        return order, np.append(np.arange(0, len(order), batching.batch_size), len(order))
-    lengths = batching.lengths[order]
-    if batching.packed:
-        return order, _cut(lengths, batching)
-    buckets = np.rint(np.log(round_up(lengths)) / BUCKET_WIDTH)
-    by_length = np.argsort(buckets, kind="stable")
-    order, bounds = order[by_length], _cut(lengths[by_length], batching)
-    if not shuffle:
-        return order, bounds
-    pieces = np.split(order, bounds[1:-1])
-    pieces = [pieces[i] for i in _permutation(len(pieces), "micro-batches", *key)]
-    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
-
-
-def round_up(length: Any) -> Any:
-    """The positions a row of that length is padded to; of a number or an array."""
-    return -(-length // ROUND_TO) * ROUND_TO
-
-
-def _cut(lengths: np.ndarray, batching: Batching) -> np.ndarray:
-    """Where a sequence of lengths has to be cut so that no piece exceeds the budget, from 0 to its end."""
-    bounds, total, longest = [0], 0, 0
-    for index, length in enumerate(lengths.tolist()):
-        total, longest = total + length, max(longest, round_up(length))
-        cost = total if batching.packed else longest * (index + 1 - bounds[-1])
-        if cost > batching.max_tokens and index > bounds[-1]:
-            bounds.append(index)
-            total, longest = length, round_up(length)
-    return np.array([*bounds, len(lengths)])
-
-
 def plan_steps(order: np.ndarray, bounds: np.ndarray, world_size: int, grad_accum: int) -> Iterator[list[list[int]]]:
     """The optimizer steps of an epoch, each of up to world_size * grad_accum micro-batches of sample indices.
 
@@ -446,7 +414,7 @@ class _MicroBatches(Dataset):
         self.dataset = dataset
         self.collator = collator
 
-    def __getitem__(self, indices: list[int]) -> ExtendedHiggsAudioBatchInput | Exception:
+    def __getitem__(self, indices: list[int]) -> Batch | Exception:
         samples, unreadable = [], []
         for index in indices:
             try:
@@ -538,15 +506,15 @@ class Loader:
         )
 
     def plan(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
-        """(order, bounds) of the micro-batches from `position` on; see `plan_micro_batches`.
+        """(order, bounds) of the micro-batches from `position` on; see `Batching.bounds`.
 
         raises: DataError for a position inside a micro-batch of a token budget
         """
         order = epoch_order(self.sizes, self.weights, self.seed, position.epoch, self.shuffle)
         done = position.samples_done
         if not self.batching.max_tokens:
-            return plan_micro_batches(order[done:], self.batching, ())
-        order, bounds = plan_micro_batches(order, self.batching, (self.seed, position.epoch), self.shuffle)
+            return order[done:], self.batching.bounds(order[done:])
+        bounds = self.batching.bounds(order)
         if done not in bounds:
             raise DataError(f"{done} samples of the epoch are no whole number of micro-batches; --max_tokens must not change")
         return order[done:], bounds[bounds >= done] - done
@@ -555,7 +523,7 @@ class Loader:
         _, bounds = self.plan(Position(epoch, 0))
         return math.ceil((len(bounds) - 1) / (self.world_size * self.grad_accum))
 
-    def epoch(self, position: Position) -> Iterator[tuple[list[ExtendedHiggsAudioBatchInput], Position]]:
+    def epoch(self, position: Position) -> Iterator[tuple[list[Batch], Position]]:
         """The optimizer steps of an epoch from `position` on; raises DataError for samples that make no batch."""
         order, bounds = self.plan(position)
         rank, world_size = self.rank, self.world_size
@@ -627,7 +595,7 @@ def build_loaders(
         codec=cfg.codec,
     )
     with_voices = cfg.consistency_loss_weight > 0
-    collator = dist.together(lambda: collate.create_collator(config, strict=True, pack=cfg.pack, with_voices=with_voices))
+    collator = dist.together(lambda: create_collator(config, strict=cfg.strict_audio, with_voices=with_voices))
     if with_voices:
         dist.together(lambda: check_voices(records))
     encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
@@ -635,12 +603,14 @@ def build_loaders(
     def build(records: Mixture, grad_accum: int, shuffle: bool) -> Loader:
         dataset = ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None)
         lengths = None
+        if cfg.max_tokens and not collator.has_packing:
+            raise ConfigError("--max_tokens: this checkpoint's batches are padded rows; use --batch_size")
         if cfg.max_tokens:
             dataset, lengths = fit_to_budget(cfg, dist, dataset, collator)
         return Loader(
             dataset,
             collator,
-            Batching(cfg.batch_size, cfg.max_tokens, lengths, packed=collator.pack),
+            Batching(cfg.batch_size, cfg.max_tokens, lengths),
             dist.rank,
             dist.world_size,
             grad_accum,

@@ -1,22 +1,23 @@
-"""The dual loss: text and per-codebook audio, as float32 sums and counts; and, where asked for, voice consistency.
+"""The dual loss: text and per-codebook audio, as float32 sums and counts; optionally voice consistency.
 
-    L = w_text * S_text / N_text + w_audio * mean_k(c_k * S_k / N_k) + w_cons * S_voices / N_voices
+    L = w_text * S_text / N_text + w_audio * mean_k(c_k * S_k / N_k) + w_cons * S_voice / N_voice
 
-S are sums of cross-entropy in nats, N counts of targets over *all* micro-batches of the optimizer step and all ranks,
-known before the first backward. Averaging the means of micro-batches instead weighs targets by the company they keep.
+S are sums of cross-entropy in nats. N are counts of targets over all micro-batches of the optimizer step and all
+ranks, known before the first backward pass. Averaging per-micro-batch means over-weights targets in micro-batches
+that have few.
 
-Upstream labels are input-aligned: `expanded_labels[b, t]` is the token fed at t, and `label_audio_ids[k, j]` the code fed
-at frame j. Position t therefore has to be scored against the label at t + 1. Scored in place the loss falls as well, to a
-model that copies its input and speaks silence; `find_alignment` and `copy_counts` exist so that this cannot happen unseen.
+Upstream labels are input-aligned: `expanded_labels[b, t]` is the token fed at t, `label_audio_ids[k, j]` the code
+fed at frame j. So the prediction at position t is scored against the label at t + 1. Scored against the label at t
+the loss falls as well, but the model only learns to copy its input and generates silence. `find_alignment` and
+`copy_share` detect both cases.
 
-The voice term (`consistency_sums`) asks of the audio that a sample is trained to speak to be nearer, in the model's last hidden
-states, to the same speaker's reference in that sample than to the references of other speakers. Those others are the ones
-in the same micro-batch of all ranks, whose references are known at that moment: so many ranks with one micro-batch each give
-what one rank gives with all of their samples, whereas accumulating gradients over more micro-batches means fewer rivals for
-each voice. It is the one term that depends on how a step's samples are divided.
+The voice term (`consistency_tally`) is InfoNCE: for each speaker of a sample, the mean hidden state of the trained
+audio should be closer to the mean over that speaker's reference than to the references of other speakers. The others
+are those of the same micro-batch on all ranks. This is the one term that depends on how a step's samples are divided:
+more ranks keep the number of candidates, accumulation over more micro-batches reduces it.
 
 Legend: B batch, S positions after expansion, K codebooks, N audio positions in the batch, V text vocabulary, C audio
-vocabulary (codebook size plus two stream ids), P pairs of a reference and what is trained to follow it in its voice.
+vocabulary (codebook size plus two stream ids), n scored positions, D width, P pairs of a reference and trained audio.
 
     python loss.py      # shows the three alignments on a toy example
 """
@@ -26,7 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,325 +37,341 @@ from torch.utils.checkpoint import checkpoint
 from common import AlignmentError, CopyCollapseError
 
 IGNORE_INDEX = -100
-
-# Where the label of the token predicted at position t stands: at t + 1 ("shift", upstream's labels) or at t ("aligned",
-# labels that were shifted beforehand).
-Alignment = Literal["shift", "aligned"]
+MAX_LOGITS = 2**25  # alive at once, in float32 128 MiB
 
 CONFIDENT_COPY = 0.9  # probability of the input token from which a prediction counts as a copy
 MAX_COPY_SHARE = 0.5  # a sound model stays near 0, a collapsed one is near 1
 MIN_COPY_POSITIONS = 32  # fewer positions than this say nothing
 
-
 VOICE_TEMPERATURE = 0.1  # cosines of mean hidden states lie close together
 
-
-@dataclass
-class LossSums:
-    """Cross-entropy sums (nats), target counts and right guesses of one or more micro-batches; add them with `+`."""
-
-    text: Tensor  # [] float32
-    audio: Tensor  # [K] float32
-    eos: Tensor  # [] float32, the end-of-stream targets' part of `audio`
-    num_text: Tensor  # [] float32
-    num_audio: Tensor  # [K] float32
-    num_eos: Tensor  # [] float32
-    right_text: Tensor  # [] float32, targets that were the likeliest prediction
-    right_audio: Tensor  # [K] float32
-    right_eos: Tensor  # [] float32
-    voices: Tensor | None = None  # [2] float32, of `consistency_sums`, where asked for
-
-    def _values(self) -> list[Tensor]:
-        return [value for f in fields(self) if (value := getattr(self, f.name)) is not None]
-
-    def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(*map(torch.add, self._values(), other._values()))
-
-    def detach(self) -> LossSums:
-        return LossSums(*map(Tensor.detach, self._values()))
-
-    def pack(self) -> Tensor:
-        """All values in one vector [3 * K + 6], or [3 * K + 8] with voices, ready for one all-reduce."""
-        return torch.cat([value.detach().flatten() for value in self._values()])
-
-    @classmethod
-    def unpack(cls, vector: Tensor) -> LossSums:
-        K, num_more = divmod(len(vector) - 6, 3)
-        parts = vector.split([1, K, 1] * 3 + [2] * (num_more > 0))
-        return cls(*(part[0] if i % 3 != 1 and i < 9 else part for i, part in enumerate(parts)))
-
-
-def text_targets(output, label_ids: Tensor, input_ids: Tensor, attention_mask: Tensor, ids: AudioIds) -> Tensor:
-    """The labels of `output.logits`, position by position (not yet shifted).
-
-    output:  the model's output, with `expanded_labels` [B, S] or, failing that, `expanded_input_ids` and
-             `attention_mask` [B, S], from which the same labels are rebuilt. Nothing is ever cut to fit.
-    label_ids, input_ids, attention_mask: [B, s], before expansion
-    returns: [B, S] int64
-    raises:  ValueError if labels and logits do not cover the same positions
-    """
-    labels = output.expanded_labels
-    if labels is None:
-        expanded, mask = output.expanded_input_ids, output.attention_mask.bool()
-        labels = torch.full_like(expanded, IGNORE_INDEX)
-        labels[mask & ids.is_text(expanded)] = label_ids[attention_mask.bool() & ids.is_text(input_ids)]
-    if labels.shape != output.logits.shape[:2]:
-        raise ValueError(f"labels cover {tuple(labels.shape)} positions, logits {tuple(output.logits.shape[:2])}")
-    return labels
+# Where the label of the token predicted at position t is: at t + 1 ("shift", upstream's labels) or at t ("aligned",
+# labels that were shifted beforehand).
+Alignment = Literal["shift", "aligned"]
 
 
 @dataclass(frozen=True)
-class AudioIds:
-    """The ids that tell audio from text, of `HiggsAudioConfig`."""
+class LabelSpec:
+    """How labels are read: the ids that tell audio from text, and each stream's alignment."""
 
     audio_in_token: int
     audio_out_token: int
     stream_eos: int
+    text: Alignment = "shift"
+    audio: Alignment = "shift"
 
     @classmethod
-    def of(cls, config) -> AudioIds:
+    def of(cls, config) -> LabelSpec:
+        """From a `HiggsAudioConfig`, with upstream's alignment."""
         return cls(config.audio_in_token_idx, config.audio_out_token_idx, config.audio_stream_eos_id)
+
+    @property
+    def is_upstream(self) -> bool:
+        return self.text == self.audio == "shift"
 
     def is_text(self, ids: Tensor) -> Tensor:
         return (ids != self.audio_in_token) & (ids != self.audio_out_token)
 
 
-@dataclass
-class Scored:
-    """Predictions beside what they are scored against, for one micro-batch; views, nothing is copied."""
-
-    text_logits: Tensor  # [B, S', V]
-    text_labels: Tensor  # [B, S']
-    text_inputs: Tensor  # [B, S'], the token at the predicting position
-    audio_logits: Tensor  # [N', K, C]
-    audio_labels: Tensor  # [N', K]
-    audio_inputs: Tensor  # [N', K]
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores: predictions against their labels
 
 
-def score(output, batch, ids: AudioIds, text: Alignment = "shift", audio: Alignment = "shift") -> Scored:
-    """Put each prediction beside its target. batch: an `ExtendedHiggsAudioBatchInput`."""
-    labels = text_targets(output, batch.label_ids, batch.input_ids, batch.attention_mask, ids)
-    audio_labels, audio_inputs = batch.label_audio_ids.T, batch.audio_out_ids.T  # [N, K]
-    if audio_labels.shape != output.audio_logits.shape[:2]:
-        raise ValueError(
-            f"audio labels cover {tuple(audio_labels.shape)} positions, logits {tuple(output.audio_logits.shape[:2])}"
-        )
-    now, then = slice(None, -1), slice(1, None)  # the official labels of a segment's first column are -100, so no
-    every = slice(None)  # shifted target ever crosses from one segment into the next
-    text_at, text_target = (now, then) if text == "shift" else (every, every)
-    audio_at, audio_target = (now, then) if audio == "shift" else (every, every)
-    return Scored(
-        output.logits[:, text_at],
-        labels[:, text_target],
-        output.expanded_input_ids[:, text_at],
-        output.audio_logits[audio_at],
-        audio_labels[audio_target],
-        audio_inputs[audio_at],
-    )
+class Targets(NamedTuple):
+    """What one head predicts. K is 1 for text.
 
-
-MAX_LOGITS = 2**25  # so many are alive at once, in float32 128 MiB
-
-
-def packed_sums(
-    rows: Callable[[Tensor], Tensor],
-    text_head: nn.Module,
-    audio_head: nn.Module,
-    packing,
-    *,
-    stream_eos: int,
-    with_copies: bool,
-    voice_sums: Callable[[Callable], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The sums of a packed batch, from logits of the supervised positions alone, in pieces of at most MAX_LOGITS.
-
-    rows:    hidden states [n, D] of n sorted positions; see `TrainableHiggsAudioModel._forward_packed`
-    packing: a `collate.Packing`
-    voice_sums: gives `consistency_sums` from `rows`
-    returns: `LossSums.pack`, part of the graph; `copy_counts` [2], zero unless asked for
+    rows   [n] int64, positions whose hidden states predict
+    labels [n, K] int64, IGNORE_INDEX where nothing is trained
+    inputs [n, K] int64, what is fed at the position
     """
-    text, _, right_text, _, text_copies = _stream_sums(rows, text_head, packing, "text", stream_eos, with_copies)
-    audio, eos, right, right_eos, audio_copies = _stream_sums(rows, audio_head, packing, "audio", stream_eos, with_copies)
-    supervised = packing.audio_targets != IGNORE_INDEX
-    is_eos = packing.audio_targets == stream_eos
-    counts = [eos[None], eos.new_full((1,), len(packing.text_rows)), supervised.sum(0), is_eos.sum()[None]]
-    voices = [voice_sums(rows)] if voice_sums else []
-    return torch.cat([text, audio, *counts, right_text, right, right_eos[None], *voices]), text_copies + audio_copies
+
+    rows: Tensor
+    labels: Tensor
+    inputs: Tensor
 
 
-def _stream_sums(rows, head: nn.Module, packing, stream: str, stream_eos: int, with_copies: bool) -> tuple[Tensor, ...]:
-    """(nats [K], end-of-stream nats [], right guesses [K], end-of-stream ones [], copies [2]) of one stream.
+class Scores(NamedTuple):
+    """Predictions against labels, [n, K] each; 0 and False where nothing is trained."""
 
-    Where there are several pieces, each is computed again in the backward pass.
-    """
-    indices, targets, inputs = (getattr(packing, f"{stream}_{name}") for name in ("rows", "targets", "inputs"))
+    nats: Tensor  # float32, part of the graph
+    is_correct: Tensor  # bool, the label is the likeliest prediction
+    is_copy: Tensor  # bool, the input, which is not the label, is predicted with confidence; evaluation only
+
+
+def score_logits(logits: Tensor, labels: Tensor, inputs: Tensor) -> Scores:
+    """logits: [n, K, C] of any float dtype; labels, inputs: [n, K]"""
+    n, K, C = logits.shape
+    flat, shape = logits.float().reshape(n * K, C), (n, K)
+    nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    is_correct = flat.detach().argmax(1).view(shape) == labels
+    is_copy = torch.zeros_like(is_correct)
+    if not torch.is_grad_enabled():
+        chosen = flat.gather(1, inputs.reshape(n * K, 1)).squeeze(1)
+        is_sure = (chosen - flat.logsumexp(1)).exp().view(shape) > CONFIDENT_COPY
+        is_copy = is_sure & _is_changed(labels, inputs)
+    return Scores(nats.view(shape), is_correct, is_copy)
+
+
+def _is_changed(labels: Tensor, inputs: Tensor) -> Tensor:
+    """Where copying the input would be wrong."""
+    return (labels != IGNORE_INDEX) & (labels != inputs)
+
+
+def score_head(hidden: Tensor, head: nn.Module, targets: Targets) -> Scores:
+    """hidden: [n, D]. At most MAX_LOGITS logits exist at once; several pieces are recomputed in the backward pass."""
+    run: Callable = functools.partial(_score_piece, head)
     size = max(1, MAX_LOGITS // head.out_features)
-    total: tuple[Tensor, ...] | None = None
-    for piece in zip(indices.split(size), targets.split(size), inputs.split(size)):
-        run = functools.partial(_piece_sums, head=head, stream_eos=stream_eos, with_copies=with_copies)
-        if len(indices) > size and torch.is_grad_enabled():
-            sums = checkpoint(run, rows(piece[0]), *piece[1:], use_reentrant=False)
-        else:
-            sums = run(rows(piece[0]), *piece[1:])
-        total = sums if total is None else tuple(map(torch.add, total, sums))
-    return total
+    if len(hidden) <= size:
+        return run(hidden, targets.labels, targets.inputs)
+    if torch.is_grad_enabled():
+        run = functools.partial(checkpoint, run, use_reentrant=False)
+    pieces = zip(*(tensor.split(size) for tensor in (hidden, targets.labels, targets.inputs)))
+    return Scores(*map(torch.cat, zip(*(run(*piece) for piece in pieces))))
 
 
-def _piece_sums(
-    hidden: Tensor, targets: Tensor, inputs: Tensor, head: nn.Module, stream_eos: int, with_copies: bool
-) -> tuple[Tensor, ...]:
-    n, K = targets.shape
-    logits = head(hidden).float().view(n * K, head.out_features // K)
-    flat = targets.flatten()
-    nats = F.cross_entropy(logits, flat, ignore_index=IGNORE_INDEX, reduction="none")
-    copies = nats.new_zeros(2)
-    if with_copies:
-        with torch.no_grad():
-            fed = inputs.flatten()
-            candidates = (flat != IGNORE_INDEX) & (flat != fed)
-            probability = (logits.gather(1, fed[:, None]).squeeze(1) - logits.logsumexp(1)).exp()
-            copies = torch.stack([candidates.sum(), (candidates & (probability > CONFIDENT_COPY)).sum()]).float()
-    is_eos, is_right = flat == stream_eos, (logits.detach().argmax(1) == flat).float()
-    eos, right_eos = (nats.detach() * is_eos).sum(), (is_right * is_eos).sum()
-    return nats.view(n, K).sum(0), eos, is_right.view(n, K).sum(0), right_eos, copies
+def _score_piece(head: nn.Module, hidden: Tensor, labels: Tensor, inputs: Tensor) -> Scores:
+    return score_logits(head(hidden).unflatten(1, (labels.shape[1], -1)), labels, inputs)
 
 
-def loss_sums(scored: Scored, stream_eos: int) -> LossSums:
-    """Sums of cross-entropy in float32; zero, and still part of the graph, where there are no targets."""
-    supervised = scored.text_labels != IGNORE_INDEX
-    text_logits, text_labels = scored.text_logits[supervised], scored.text_labels[supervised]
-    text = F.cross_entropy(text_logits.float(), text_labels, reduction="sum")
-    N, K, C = scored.audio_logits.shape
-    labels = scored.audio_labels
-    nats = F.cross_entropy(
-        scored.audio_logits.float().reshape(N * K, C), labels.reshape(N * K), ignore_index=IGNORE_INDEX, reduction="none"
-    ).view(N, K)
-    is_eos = labels == stream_eos
-    is_right = scored.audio_logits.argmax(-1) == labels  # [N, K], false where nothing is supervised
-    return LossSums(
-        text=text,
-        audio=nats.sum(0),
-        eos=(nats.detach() * is_eos).sum(),
-        num_text=supervised.sum().float(),
-        num_audio=(labels != IGNORE_INDEX).sum(0).float(),
-        num_eos=is_eos.sum().float(),
-        right_text=(text_logits.argmax(-1) == text_labels).sum().float(),
-        right_audio=is_right.sum(0).float(),
-        right_eos=(is_right & is_eos).sum().float(),
-    )
+def dense_targets(output, batch, spec: LabelSpec) -> tuple[Targets, Targets]:
+    """Text and audio targets of upstream's dense output; text rows count the positions of the flattened [B, S].
+
+    raises: ValueError if labels and logits do not cover the same positions
+    """
+    labels, inputs = text_labels(output, batch, spec), output.expanded_input_ids
+    if spec.text == "shift":  # the last position predicts nothing
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    rows = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+    text = Targets(rows, labels.flatten()[rows, None], inputs.flatten()[rows, None])
+    labels, inputs = batch.label_audio_ids.T, batch.audio_out_ids.T  # [N, K]
+    if labels.shape != output.audio_logits.shape[:2]:
+        raise ValueError(
+            f"audio labels cover {tuple(labels.shape)} positions, logits {tuple(output.audio_logits.shape[:2])}"
+        )
+    if spec.audio == "shift":  # a clip's first label is IGNORE_INDEX, so no clip predicts the next one's
+        labels = F.pad(labels[1:], (0, 0, 0, 1), value=IGNORE_INDEX) if len(labels) else labels
+    return text, Targets(torch.arange(len(labels), device=labels.device), labels, inputs)
+
+
+def text_labels(output, batch, spec: LabelSpec) -> Tensor:
+    """The labels of `output.logits`, position by position, not yet shifted: [B, S] int64.
+
+    Without `output.expanded_labels` they are rebuilt from the batch's labels. Nothing is ever cut to fit.
+    """
+    labels = output.expanded_labels
+    if labels is None:
+        expanded, mask = output.expanded_input_ids, output.attention_mask.bool()
+        labels = torch.full_like(expanded, IGNORE_INDEX)
+        is_token = batch.attention_mask.bool() & spec.is_text(batch.input_ids)
+        labels[mask & spec.is_text(expanded)] = batch.label_ids[is_token]
+    if labels.shape != output.logits.shape[:2]:
+        raise ValueError(f"labels cover {tuple(labels.shape)} positions, logits {tuple(output.logits.shape[:2])}")
+    return labels
+
+
+def dense_sums(output, batch, spec: LabelSpec) -> LossSums:
+    """The sums of upstream's dense output."""
+    text, audio = dense_targets(output, batch, spec)
+    text_scores = score_logits(output.logits.flatten(0, 1)[text.rows][:, None], text.labels, text.inputs)
+    audio_scores = score_logits(output.audio_logits, audio.labels, audio.inputs)
+    return LossSums.of(text, text_scores, audio, audio_scores, spec.stream_eos)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums
+
+
+class Summable:
+    """A dataclass of tensors, numbers and further Summables, treated field by field."""
+
+    def __add__(self, other):
+        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def map(self, function: Callable[[Any], Any]):
+        """`function` of every tensor and number, in the order of the fields."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return type(self)(*(v.map(function) if isinstance(v, Summable) else function(v) for v in values))
+
+    def detach(self):
+        return self.map(lambda value: value.detach() if isinstance(value, Tensor) else value)
+
+
+@dataclass
+class Tally(Summable):
+    """Sums over some targets: cross-entropy in nats, their number, and how many were predicted correctly."""
+
+    nats: Tensor
+    targets: Tensor
+    correct: Tensor
+
+    @classmethod
+    def of(cls, scores: Scores, is_target: Tensor) -> Tally:
+        """Per codebook: [K] each. is_target: [n, K] bool"""
+        return cls(scores.nats.sum(0), is_target.sum(0).float(), scores.is_correct.sum(0).float())
+
+    @classmethod
+    def among(cls, scores: Scores, chosen: Tensor) -> Tally:
+        """Over the targets `chosen` [n, K] bool, without gradient: [] each."""
+        nats, correct = scores.nats.detach() * chosen, scores.is_correct & chosen
+        return cls(nats.sum(), chosen.sum().float(), correct.sum().float())
+
+    def loss(self) -> float | None:
+        """Nats per target of a tally without codebooks, None where there are no targets."""
+        return _ratio(self.nats, self.targets)
+
+    def accuracy(self) -> float | None:
+        return _ratio(self.correct, self.targets)
+
+
+def _ratio(total: Tensor, count: Tensor) -> float | None:
+    return (total / count).item() if count > 0 else None
+
+
+@dataclass
+class LossSums(Summable):
+    """What the loss and its metrics are computed from; add micro-batches with `+`.
+
+    `Objective.metrics` reports NAME_loss and NAME_accuracy of every Tally here.
+    """
+
+    text: Tally  # [1]
+    audio: Tally  # [K]
+    eos: Tally  # [] end-of-stream targets, which are among audio's
+    consistency: Tally  # [] pairs of voices
+    changed: Tensor  # [] targets that differ from the input at the predicting position
+    copied: Tensor  # [] those of them at which the input is predicted; evaluation only
+
+    @classmethod
+    def of(cls, text: Targets, text_scores: Scores, audio: Targets, audio_scores: Scores, stream_eos: int) -> LossSums:
+        zero = text_scores.nats.new_zeros(())
+        return cls(
+            text=Tally.of(text_scores, text.labels != IGNORE_INDEX),
+            audio=Tally.of(audio_scores, audio.labels != IGNORE_INDEX),
+            eos=Tally.among(audio_scores, audio.labels == stream_eos),
+            consistency=Tally(zero, zero, zero),
+            changed=(_is_changed(*text[1:]).sum() + _is_changed(*audio[1:]).sum()).float(),
+            copied=(text_scores.is_copy.sum() + audio_scores.is_copy.sum()).float(),
+        )
+
+    def copy_share(self) -> float:
+        """The share of changed targets at which the input is predicted, from global sums.
+
+        Slowly changing codes make a sound model repeat itself too, but not with confidence where the next code differs.
+
+        raises: CopyCollapseError if it is too high
+        """
+        changed, copied = self.changed.item(), self.copied.item()
+        share = copied / max(1.0, changed)
+        if changed >= MIN_COPY_POSITIONS and share > MAX_COPY_SHARE:
+            raise CopyCollapseError(
+                f"at {share:.0%} of {changed:.0f} supervised positions the model predicts the token it was just fed instead "
+                "of the next one. These weights were trained on unshifted labels; their loss looks low and they generate "
+                "silence. Start again from the published checkpoint."
+            )
+        return share
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The scalar that trains: the weights of the formula at the top of this file."""
+
+    text_weight: float = 1.0
+    audio_weight: float = 1.0
+    codebook_weights: tuple[float, ...] | None = None  # one per codebook, normalised here to mean 1; None: equal
+    consistency_weight: float = 0.0
+
+    def __call__(self, sums: LossSums, num_text: Tensor, num_audio: Tensor, num_voices: float = 0.0) -> Tensor:
+        """The loss, or of a part of the batch that part's share; a component without targets contributes exactly 0.
+
+        num_text: []; num_audio: [K]; num_voices: the global counts of targets
+        """
+        weights = torch.ones_like(sums.audio.nats)
+        if self.codebook_weights is not None:
+            weights = sums.audio.nats.new_tensor(self.codebook_weights)
+        weights = weights / weights.mean()
+        text = sums.text.nats[0] / num_text.clamp(min=1)
+        audio = (weights * sums.audio.nats / num_audio.clamp(min=1)).mean()
+        value = self.text_weight * text + self.audio_weight * audio
+        if not self.consistency_weight:
+            return value
+        return value + self.consistency_weight * sums.consistency.nats / max(1.0, num_voices)
+
+    def metrics(self, sums: LossSums) -> dict:
+        """Losses in nats per target and accuracies, from global sums; None where nothing was supervised."""
+        audio = sums.audio
+        losses = [_ratio(nats, count) for nats, count in zip(audio.nats, audio.targets)]
+        supervised = [value for value in losses if value is not None]
+        tallies = {f.name: tally for f in fields(sums) if isinstance(tally := getattr(sums, f.name), Tally)}
+        del tallies["audio"]
+        if not self.consistency_weight:
+            del tallies["consistency"]
+        values = {f"{name}_loss": tally.loss() for name, tally in tallies.items()}
+        values |= {f"{name}_accuracy": tally.accuracy() for name, tally in tallies.items()}
+        always = {name: values[name] or 0.0 for name in ("text_loss", "consistency_loss") if name in values}
+        return values | always | {
+            "loss": self(sums, sums.text.targets[0], audio.targets, sums.consistency.targets.item()).item(),
+            "audio_loss": sum(supervised) / len(supervised) if supervised else 0.0,
+            "codebook_losses": losses,
+            "audio_accuracy": _ratio(audio.correct.sum(), audio.targets.sum()),
+            "codebook_accuracies": [_ratio(right, count) for right, count in zip(audio.correct, audio.targets)],
+            "text_targets": int(sums.text.targets.item()),
+            "audio_targets": int(audio.targets.sum().item()),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Voice consistency
 
 
 def pool_voices(rows: Callable[[Tensor], Tensor], voices) -> tuple[Tensor, Tensor]:
-    """Mean hidden states of each pair's trained audio [P, D], and of its reference [P, D], which gets no gradient; float32.
+    """Mean hidden states, float32, of each pair: its trained audio [P, D] and its reference [P, D] without gradient.
 
-    rows: as in `packed_sums`; voices: a `collate.Voices`
+    rows: normalised hidden states [n, D] of n positions; voices: a `collate.Voices`
     """
     with torch.no_grad():
-        heard = _means(rows(voices.heard).float(), voices.heard_lengths)
-    return _means(rows(voices.spoken).float(), voices.spoken_lengths), heard
+        reference = _means(rows(voices.reference).float(), voices.reference_lengths)
+    return _means(rows(voices.trained).float(), voices.trained_lengths), reference
 
 
 def _means(states: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The mean of each piece of states [sum(lengths), D]; one by one, as adding by index is not deterministic on a GPU."""
+    """The mean of each piece of states [sum(lengths), D]; piece by piece, as index_add is not deterministic on a GPU."""
     means = [piece.mean(0) for piece in states.split(lengths)] if lengths else []
     return torch.stack(means) if means else states[:0]
 
 
 def num_comparable(speakers: Sequence[str]) -> int:
-    """How many of so many pairs count: all of them, or none where there are fewer than two speakers to tell apart."""
+    """How many of these pairs count: all of them, or none where there are fewer than two speakers."""
     return len(speakers) if len(set(speakers)) > 1 else 0
 
 
-def consistency_sums(spoken: Tensor, heard: Tensor, speakers: Sequence[str], first: int = 0) -> Tensor:
-    """InfoNCE: which reference is whose, told by cosine from what follows it. References of one speaker are no rivals.
+def consistency_tally(trained: Tensor, reference: Tensor, speakers: Sequence[str], first: int = 0) -> Tally:
+    """InfoNCE over cosines. References of the same speaker are not compared with each other.
 
-    spoken:   [P, D], of this rank's pairs
-    heard:    [R, D], references of all ranks' pairs; `first` is where this rank's begin
-    speakers: of all R pairs
-    returns:  [2] float32: nats, and the pairs they were summed over; exactly 0 with fewer than two speakers
+    trained:   [P, D], of this rank's pairs
+    reference: [R, D], of all ranks' pairs; `first` is the index of this rank's first one
+    speakers:  of all R pairs
+    returns:   exactly 0 with fewer than two speakers
     """
-    if len(spoken) == 0 or not num_comparable(speakers):
-        return heard.new_zeros(2)
+    if len(trained) == 0 or not num_comparable(speakers):
+        zero = reference.new_zeros(())
+        return Tally(zero, zero, zero)
     names = {name: number for number, name in enumerate(speakers)}
-    numbers = torch.tensor([names[name] for name in speakers], device=heard.device)
-    own = torch.arange(first, first + len(spoken), device=heard.device)
+    numbers = torch.tensor([names[name] for name in speakers], device=reference.device)
+    own = torch.arange(first, first + len(trained), device=reference.device)
     is_other = numbers[own, None] != numbers
     is_candidate = is_other.index_put((own - first, own), is_other.new_ones(()))
-    cosines = F.normalize(spoken, dim=1) @ F.normalize(heard, dim=1).T
+    cosines = F.normalize(trained, dim=1) @ F.normalize(reference, dim=1).T
     logits = (cosines / VOICE_TEMPERATURE).masked_fill(~is_candidate, -torch.inf)
     nats = F.cross_entropy(logits, own, reduction="sum")
-    return torch.stack([nats, nats.new_tensor(len(spoken))])
+    return Tally(nats, nats.new_tensor(len(trained)), (logits.detach().argmax(1) == own).sum().float())
 
 
-def combine(
-    sums: LossSums,
-    num_text: Tensor,
-    num_audio: Tensor,
-    text_weight: float = 1.0,
-    audio_weight: float = 1.0,
-    codebook_weights: Tensor | None = None,
-) -> Tensor:
-    """The loss of the module's docstring, a scalar; of a part of the batch it is that part's share.
-
-    num_text: [], num_audio: [K], the global counts. A component without targets contributes exactly 0.
-    codebook_weights: [K], normalised here to mean 1
-    """
-    if codebook_weights is None:
-        codebook_weights = torch.ones_like(sums.audio)
-    codebook_weights = codebook_weights / codebook_weights.mean()
-    text = sums.text / num_text.clamp(min=1)
-    audio = (codebook_weights * sums.audio / num_audio.clamp(min=1)).mean()
-    return text_weight * text + audio_weight * audio
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The scalar that trains, from sums and global counts: `combine` with its weights, and the voice term."""
-
-    text_weight: float = 1.0
-    audio_weight: float = 1.0
-    codebook_weights: tuple[float, ...] | None = None  # one per codebook; None: equal
-    consistency_weight: float = 0.0
-
-    def __call__(self, sums: LossSums, num_text: Tensor, num_audio: Tensor, num_voices: float = 0.0) -> Tensor:
-        weights = None if self.codebook_weights is None else sums.audio.new_tensor(self.codebook_weights)
-        value = combine(sums, num_text, num_audio, self.text_weight, self.audio_weight, weights)
-        if sums.voices is None:
-            return value
-        return value + self.consistency_weight * sums.voices[0] / max(1.0, num_voices)
-
-    def metrics(self, sums: LossSums) -> dict:
-        """Losses in nats per target and shares of right guesses, from global sums; None where nothing was supervised.
-
-        The consistency loss, in nats per voice, is among them where it was computed.
-        """
-
-        def ratio(total: Tensor, count: Tensor) -> float | None:
-            return (total / count).item() if count > 0 else None
-
-        codebooks = [ratio(s, n) for s, n in zip(sums.audio, sums.num_audio)]
-        supervised = [value for value in codebooks if value is not None]
-        has_voices = sums.voices is not None
-        num_voices = sums.voices[1].item() if has_voices else 0.0
-        voices = {"consistency_loss": ratio(*sums.voices) or 0.0} if has_voices else {}
-        return {
-            "loss": self(sums, sums.num_text, sums.num_audio, num_voices).item(),
-            "text_loss": ratio(sums.text, sums.num_text) or 0.0,
-            "audio_loss": sum(supervised) / len(supervised) if supervised else 0.0,
-            "codebook_losses": codebooks,
-            "eos_loss": ratio(sums.eos, sums.num_eos),
-            "text_accuracy": ratio(sums.right_text, sums.num_text),
-            "audio_accuracy": ratio(sums.right_audio.sum(), sums.num_audio.sum()),
-            "codebook_accuracies": [ratio(s, n) for s, n in zip(sums.right_audio, sums.num_audio)],
-            "eos_accuracy": ratio(sums.right_eos, sums.num_eos),
-            "text_targets": int(sums.num_text.item()),
-            "audio_targets": int(sums.num_audio.sum().item()),
-            **voices,
-        }
+# ---------------------------------------------------------------------------------------------------------------------
+# Alignment
 
 
 def find_alignment(labels: Tensor, inputs: Tensor, what: str) -> Alignment | None:
-    """Where the labels stand relative to the inputs they were made from.
+    """Where the labels are relative to the inputs they were made from.
 
     labels, inputs: [rows, positions]
     returns: None if nothing is supervised
@@ -365,7 +382,7 @@ def find_alignment(labels: Tensor, inputs: Tensor, what: str) -> Alignment | Non
         return None
     if (labels == inputs)[supervised].all():
         return "shift"
-    successors = torch.cat([inputs[:, 1:], torch.full_like(inputs[:, :1], IGNORE_INDEX)], dim=1)
+    successors = F.pad(inputs[:, 1:], (0, 1), value=IGNORE_INDEX)
     if (labels == successors)[supervised].all():
         return "aligned"
     wrong = (supervised & (labels != inputs)).nonzero()[:5].tolist()
@@ -373,43 +390,6 @@ def find_alignment(labels: Tensor, inputs: Tensor, what: str) -> Alignment | Non
         f"row {r} position {p}: label {labels[r, p]}, input {inputs[r, p]}, next input {successors[r, p]}" for r, p in wrong
     )
     raise AlignmentError(f"{what} labels are neither the inputs nor the inputs one position later: {shown}")
-
-
-def copy_counts(scored: Scored) -> Tensor:
-    """How often the model predicts what it was just fed, where that is wrong.
-
-    returns: [2] float32: positions whose target differs from their input, and those of them at which the model gives the
-             input a probability above CONFIDENT_COPY. Slowly changing codes make a sound model repeat itself too, but
-             not with that confidence where the next code differs.
-    """
-    changed = num_copied = scored.audio_logits.new_zeros((), dtype=torch.float32)
-    streams = (
-        (scored.text_logits, scored.text_labels, scored.text_inputs),
-        (scored.audio_logits, scored.audio_labels, scored.audio_inputs),
-    )
-    for logits, labels, inputs in streams:
-        if labels.numel() == 0:
-            continue
-        # An audio placeholder is not a token the text head could copy; a stream id is one for the audio head.
-        candidates = (labels != IGNORE_INDEX) & (labels != inputs)
-        logits, inputs = logits[candidates].float(), inputs[candidates]
-        probability = logits.softmax(-1).gather(-1, inputs[:, None])
-        changed = changed + candidates.sum()
-        num_copied = num_copied + (probability > CONFIDENT_COPY).sum()
-    return torch.stack([changed, num_copied])
-
-
-def copy_share(counts: Tensor) -> float:
-    """The share of `copy_counts` summed over micro-batches and ranks; raises CopyCollapseError when it is too high."""
-    changed, copied = counts.tolist()
-    share = copied / max(1.0, changed)
-    if changed >= MIN_COPY_POSITIONS and share > MAX_COPY_SHARE:
-        raise CopyCollapseError(
-            f"at {share:.0%} of {changed:.0f} supervised positions the model predicts the token it was just fed instead of "
-            "the next one. These weights were trained on unshifted labels; their loss looks low and they generate silence. "
-            "Start again from the published checkpoint."
-        )
-    return share
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Where figures and samples go: metrics.jsonl always, TensorBoard where it is installed, Weights & Biases where asked for.
+"""A step's figures and where they go: metrics.jsonl always, TensorBoard where it is installed, Weights & Biases on request.
 
-Rank 0 writes; on the others a `Monitor` does nothing. metrics.jsonl and samples/ are complete by themselves:
-`python -m tools.report OUTPUT_DIR` makes a page of them.
+Rank 0 writes; on other ranks a `Monitor` does nothing. metrics.jsonl and samples/ are complete by themselves:
+`bash launch.sh report OUTPUT_DIR` makes a page of them.
 
 Legend: K codebooks, T frames.
 """
@@ -21,16 +21,154 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch.distributed as dist
+import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from collate import ExtendedHiggsAudioBatchInput
+from collate import Batch
 from common import ConfigError, json_safe, write_whole
+from distributed import Dist
+from loss import LossSums, Objective, Summable
 
 AGREES, DIFFERS, NOTHING = (214, 224, 214), (200, 60, 50), (255, 255, 255)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step's figures
+
+
+@dataclass
+class Totals(Summable):
+    """Sums over micro-batches: the loss's, and counts of what they were computed from."""
+
+    losses: LossSums
+    num_tokens: float  # without padding
+    num_positions: float  # that the model works on, with padding
+    num_pairs: float  # of a position and one that it attends to
+    num_frames: float = 0.0  # of audio, without delay columns
+    num_unreadable: float = 0.0  # samples that are left out
+    num_clamped: float = 0.0  # samples that do not train
+
+    def sum_over(self, dist: Dist) -> Totals:
+        """The same over all ranks, on the host: one all-reduce, one wait for the device. Collective."""
+        values: list[Tensor | float] = []
+        self.map(values.append)
+        tensors = [value.detach().flatten() for value in values if isinstance(value, Tensor)]
+        numbers = torch.tensor([float(value) for value in values if not isinstance(value, Tensor)])
+        packed = torch.cat([*tensors, numbers.to(dist.device, non_blocking=True)])
+        summed = dist.sum(packed).cpu()
+        pieces = iter(summed[: -len(numbers)].split([len(tensor) for tensor in tensors]))
+        counts = iter(summed[-len(numbers) :].tolist())
+        return self.map(lambda v: next(pieces).view(v.shape) if isinstance(v, Tensor) else next(counts))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations that a training step cannot do without: those of its matrix products.
+
+    A weight costs two for each position it meets, two more for the gradient of its input and, where it trains, two for its
+    own; attention scores cost six for each pair, channel and product. Padding, recomputation, and logits without a target
+    are of no use and do not count.
+    """
+
+    per_position: float  # attention's projections and one of the two FFNs, which are equally large
+    per_pair: float  # of a position and one that it attends to
+    per_text_target: float
+    per_audio_row: float  # a position that predicts at least one code
+
+    @classmethod
+    def of(cls, model: HiggsAudioModel) -> Flops:
+        parts = {"layers": 0.0, "text_lm_head": 0.0, "audio_lm_head": 0.0}
+        for name, parameter in model.named_parameters():
+            part = next((part for part in parts if part in name.split(".")), None)
+            if part and parameter.ndim == 2 and ".audio_mlp." not in name and not name.startswith("audio_tower."):
+                parts[part] += parameter.numel() * (6 if parameter.requires_grad else 4)
+        attention = model.layers[0].self_attn
+        per_pair = 12.0 * len(model.layers) * attention.num_heads * attention.head_dim
+        return cls(parts["layers"], per_pair, parts["text_lm_head"], parts["audio_lm_head"])
+
+    def total(self, positions: float, pairs: float, text_targets: float, audio_rows: float) -> float:
+        """Of so many positions; see `collate.Packing`."""
+        counts = (positions, pairs, text_targets, audio_rows)
+        costs = (self.per_position, self.per_pair, self.per_text_target, self.per_audio_row)
+        return sum(count * cost for count, cost in zip(counts, costs))
+
+
+def step_metrics(
+    total: Totals, objective: Objective, step_time_sec: float, flops: Flops, frame_rate_hz: float, dist: Dist
+) -> dict:
+    """Losses and speed of a step, from global totals."""
+    tokens, losses, peak = total.num_tokens, total.losses, peak_flops(dist.device)
+    num_flops = flops.total(tokens, total.num_pairs, losses.text.targets.item(), losses.audio.targets.max().item())
+    on_gpu = dist.device.type == "cuda"
+    return objective.metrics(losses) | {
+        "tokens": int(tokens),
+        "padding_ratio": 1 - tokens / total.num_positions,
+        "tokens_per_sec": tokens / step_time_sec,
+        "audio_sec_per_sec": total.num_frames / frame_rate_hz / step_time_sec,
+        "mfu": num_flops / step_time_sec / (peak * dist.world_size) if peak else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
+        "step_time_sec": step_time_sec,
+    }
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak from the vendor's data sheets, or None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+    return next((value for key, value in peaks.items() if key in name), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spikes
+
+# A loss is a spike if it is above the median of the last ones by more than `threshold` robust standard deviations: 1.4826
+# times the median absolute deviation, which one outlier cannot inflate, and never less than 1 % of the median, so that a
+# flat loss is not held to its own noise. The micro-batches of such steps, and of steps that were not finite, are kept in
+# OUTPUT/spikes, one file per rank; `bash launch.sh replay FILE` runs them again.
+
+WINDOW = 64  # losses that the median is taken of
+MIN_LOSSES = 16  # fewer say nothing
+MAX_DUMPS = 5  # per run: the first ones tell the story, and a run that diverges would fill the disk
+
+
+def is_spike(loss: float, before: Sequence[float], threshold: float) -> bool:
+    """Whether a loss is far above the last ones; never while they are few, or with `threshold` 0."""
+    if not threshold or len(before) < MIN_LOSSES:
+        return False
+    median = statistics.median(before)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in before)
+    return loss > median + threshold * max(deviation, 0.01 * abs(median))
+
+
+def write_dump(folder: Path, about: dict[str, Any], batches: Sequence[Batch]) -> None:
+    """This rank's micro-batches of one step in a file of their own; `about` (JSON) holds at least "step" and "rank"."""
+    tensors, rest = {}, []
+    for index, batch in enumerate(batches):
+        # The packing follows from the rest; voices are compared with those of other ranks.
+        values = {name: value for name, value in vars(batch).items() if name not in ("packing", "voices")}
+        # clones: safetensors refuses tensors that share memory
+        tensors |= {f"{index}.{name}": value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+        rest.append({name: value for name, value in values.items() if not isinstance(value, Tensor)})
+    content = save(tensors, metadata={"about": json.dumps(json_safe(about)), "batches": json.dumps(rest)})
+    write_whole(folder / f"step_{about['step']}-rank{about['rank']}.safetensors", lambda file: file.write(content))
+
+
+def read_dump(path: Path) -> tuple[dict[str, Any], list[Batch]]:
+    """What `write_dump` wrote; raises OSError, KeyError or SafetensorError for other files."""
+    with safe_open(path, framework="pt") as file:
+        about, rest = (json.loads(file.metadata()[name]) for name in ("about", "batches"))
+        for name in file.keys():  # noqa: SIM118
+            index, field = name.split(".")
+            rest[int(index)][field] = file.get_tensor(name)
+    return about, [Batch(**values) for values in rest]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where figures go
 
 
 class Monitor:
@@ -42,7 +180,7 @@ class Monitor:
     """
 
     def __init__(self, output_dir: Path, settings: dict, steps_done: int = 0, project: str = "", is_main: bool = True):
-        self.metrics = MetricsFile(output_dir / "metrics.jsonl", steps_done)
+        self.metrics = MetricsFile(output_dir / "metrics.jsonl", steps_done, is_main)
         self.sinks: list[TensorBoard | WeightsAndBiases] = []
         if is_main and importlib.util.find_spec("tensorboard"):
             self.sinks.append(TensorBoard(output_dir / "tensorboard", settings, steps_done))
@@ -135,6 +273,29 @@ def import_wandb() -> Any:
     return wandb
 
 
+class MetricsFile:
+    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
+
+    def __init__(self, path: Path, steps_done: int, is_main: bool):
+        self.path = path
+        self.is_main = is_main
+        if is_main and path.exists():  # a resumed run repeats the steps after its checkpoint
+            kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if _step_of(line) <= steps_done)
+            write_whole(path, lambda file: file.write(kept.encode()))
+
+    def write(self, **values: Any) -> None:
+        if self.is_main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(json_safe(values), allow_nan=False) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:  # the last line of a run that was cut off
+        return math.inf
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
 
@@ -180,102 +341,3 @@ def paint(codes: np.ndarray) -> np.ndarray:
 def enlarge(image: np.ndarray) -> np.ndarray:
     """Every pixel as a block of pixels, so that a figure of few frames is wide as well."""
     return image.repeat(6, axis=0).repeat(max(4, 640 // max(1, image.shape[1])), axis=1)
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
-
-    def __init__(self, path: Path, steps_done: int):
-        self.path = path
-        self.enabled = dist.get_rank() == 0
-        if self.enabled and path.exists():  # a resumed run repeats the steps after its checkpoint
-            kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if _step_of(line) <= steps_done)
-            write_whole(path, lambda file: file.write(kept.encode()))
-
-    def write(self, **values: Any) -> None:
-        if self.enabled:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(json_safe(values), allow_nan=False) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:  # the last line of a run that was cut off
-        return math.inf
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Work
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations that a training step cannot do without: those of its matrix products.
-
-    A weight costs two for each position it meets, two more for the gradient of its input and, where it trains, two for its
-    own; attention scores cost six for each pair, channel and product. Padding, recomputation, and logits without a target
-    are of no use and do not count.
-    """
-
-    per_position: float  # attention's projections and one of the two FFNs, which are equally large
-    per_pair: float  # of a position and one that it attends to
-    per_text_target: float
-    per_audio_row: float  # a position that predicts at least one code
-
-    @classmethod
-    def of(cls, model: HiggsAudioModel) -> Flops:
-        parts = {"layers": 0.0, "text_lm_head": 0.0, "audio_lm_head": 0.0}
-        for name, parameter in model.named_parameters():
-            part = next((part for part in parts if part in name.split(".")), None)
-            if part and parameter.ndim == 2 and ".audio_mlp." not in name and not name.startswith("audio_tower."):
-                parts[part] += parameter.numel() * (6 if parameter.requires_grad else 4)
-        attention = model.layers[0].self_attn
-        per_pair = 12.0 * len(model.layers) * attention.num_heads * attention.head_dim
-        return cls(parts["layers"], per_pair, parts["text_lm_head"], parts["audio_lm_head"])
-
-    def total(self, positions: float, pairs: float, text_targets: float, audio_rows: float) -> float:
-        """Of so many positions; see `collate.Packing`."""
-        counts = (positions, pairs, text_targets, audio_rows)
-        costs = (self.per_position, self.per_pair, self.per_text_target, self.per_audio_row)
-        return sum(count * cost for count, cost in zip(counts, costs))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Spikes
-
-WINDOW = 64  # losses that the median is taken of
-MIN_LOSSES = 16  # fewer say nothing
-MAX_DUMPS = 5  # per run: the first ones tell the story, and a run that diverges would fill the disk
-
-
-def is_spike(loss: float, before: Sequence[float], threshold: float) -> bool:
-    """Whether a loss is far above the last ones; never while they are few, or with `threshold` 0."""
-    if not threshold or len(before) < MIN_LOSSES:
-        return False
-    median = statistics.median(before)
-    deviation = 1.4826 * statistics.median(abs(value - median) for value in before)
-    return loss > median + threshold * max(deviation, 0.01 * abs(median))
-
-
-def write_dump(folder: Path, about: dict[str, Any], batches: Sequence[ExtendedHiggsAudioBatchInput]) -> None:
-    """This rank's micro-batches of one step in a file of their own; `about` (JSON) holds at least "step" and "rank"."""
-    tensors, rest = {}, []
-    for index, batch in enumerate(batches):
-        # The packing follows from the rest; voices are compared with those of other ranks.
-        values = {name: value for name, value in vars(batch).items() if name not in ("packing", "voices")}
-        # clones: safetensors refuses tensors that share memory
-        tensors |= {f"{index}.{name}": value.clone() for name, value in values.items() if isinstance(value, Tensor)}
-        rest.append({name: value for name, value in values.items() if not isinstance(value, Tensor)})
-    content = save(tensors, metadata={"about": json.dumps(json_safe(about)), "batches": json.dumps(rest)})
-    write_whole(folder / f"step_{about['step']}-rank{about['rank']}.safetensors", lambda file: file.write(content))
-
-
-def read_dump(path: Path) -> tuple[dict[str, Any], list[ExtendedHiggsAudioBatchInput]]:
-    """What `write_dump` wrote; raises OSError, KeyError or SafetensorError for other files."""
-    with safe_open(path, framework="pt") as file:
-        about, rest = (json.loads(file.metadata()[name]) for name in ("about", "batches"))
-        for name in file.keys():  # noqa: SIM118
-            index, field = name.split(".")
-            rest[int(index)][field] = file.get_tensor(name)
-    return about, [ExtendedHiggsAudioBatchInput(**values) for values in rest]

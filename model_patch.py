@@ -38,7 +38,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
@@ -54,11 +54,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from collate import Layout, Packing, Voices
 from common import PatchError
 from config import CHECKPOINTING_MODES, LORA_DEFAULT_TARGETS
-
-if TYPE_CHECKING:
-    from collate import Packing
+from loss import Scores, pool_voices, score_head
 
 # What PEFT task wrappers, `transformers.Trainer` and home-made loops add to a call. `label_ids` is not one of them: it
 # is upstream's own argument and makes `expanded_labels` appear. Any other unknown argument stays an error.
@@ -75,27 +74,18 @@ UPSTREAM_SOURCES = {
 }
 
 
-class Routing(NamedTuple):
-    """What the layers read of a `collate.Packing`, from a padded batch on the device."""
+def padded_layout(attended: Tensor, is_audio: Tensor) -> tuple[Layout, Tensor]:
+    """The layout of padded rows on the device, which is asked once, and where the sorted positions are: [T] int64 of B * S.
 
-    num_text: int
-    in_sequence: Tensor  # [T] int64, where in the sequence of all samples each sorted position stands
-    to_sorted: Tensor  # [T] int64, its inverse
-    lengths: list[int]  # of each sample; offsets [B + 1] int32, where each begins in the sequence
-    offsets: Tensor
-    flat: Tensor  # [T] int64, where in [B * S] each sorted position stands
-    in_rows: None = None
-
-    @classmethod
-    def of(cls, attended: Tensor, is_audio: Tensor) -> Routing:
-        """attended, is_audio: [B, S] bool. Asks the device once."""
-        kinds = torch.where(attended, is_audio.long(), 2).flatten()  # text, audio, padding
-        num_text, *lengths = torch.cat([(kinds == 0).sum()[None], attended.sum(1)]).tolist()
-        flat = torch.sort(kinds, stable=True).indices[: sum(lengths)]
-        in_sequence = (attended.flatten().cumsum(0) - 1)[flat]
-        to_sorted = torch.empty_like(flat).scatter_(0, in_sequence, torch.arange(len(flat), device=flat.device))
-        offsets = functional.pad(attended.sum(1).cumsum(0), (1, 0)).int()
-        return cls(num_text, in_sequence, to_sorted, lengths, offsets, flat)
+    attended, is_audio: [B, S] bool
+    """
+    kinds = torch.where(attended, is_audio.long(), 2).flatten()  # text, audio, padding
+    num_text, *lengths = torch.cat([(kinds == 0).sum()[None], attended.sum(1)]).tolist()
+    flat = torch.sort(kinds, stable=True).indices[: sum(lengths)]
+    perm = (attended.flatten().cumsum(0) - 1)[flat]
+    inverse_perm = torch.empty_like(flat).scatter_(0, perm, torch.arange(len(flat), device=flat.device))
+    cu_seqlens = functional.pad(attended.sum(1).cumsum(0), (1, 0)).int()
+    return Layout(num_text, perm, inverse_perm, lengths, cu_seqlens), flat
 
 
 class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
@@ -104,22 +94,22 @@ class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
     checkpointing = "none"
     compiled = False
 
-    def forward(self, hidden_states, *args, packing: Packing | Routing | None = None, position_embeddings=None, **kwargs):
-        """With a packing, hidden_states are [T, D], position_embeddings two [T, head_dim], and the result is [T, D]."""
-        if packing is None:
+    def forward(self, hidden_states, *args, layout: Layout | None = None, position_embeddings=None, **kwargs):
+        """With a layout, hidden_states are [T, D], position_embeddings two [T, head_dim], and the result is [T, D]."""
+        if layout is None:
             return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        run = functools.partial(self._forward_packed, packing=packing)
+        run = functools.partial(self._forward_packed, layout=layout)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(hidden_states, *position_embeddings)
         context = {"context_fn": _selective_contexts} if self.checkpointing == "selective" else {}
         return checkpoint(run, hidden_states, *position_embeddings, use_reentrant=False, **context)
 
-    def _forward_packed(self, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing | Routing) -> Tensor:
+    def _forward_packed(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         # Attention goes by the samples' lengths, which differ in every batch, so it stays outside of what is compiled.
         before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
-        order = packing.to_sorted, packing.in_sequence
-        states = before(self, hidden, cos, sin, *order, packing.num_text)
-        return after(self, hidden, attend(*states, packing), *order, packing.num_text)
+        order = layout.num_text, layout.perm, layout.inverse_perm
+        states = before(self, hidden, cos, sin, *order)
+        return after(self, hidden, attend(*states, layout), *order)
 
 
 def _before_attention(
@@ -127,11 +117,11 @@ def _before_attention(
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
-    to_sorted: Tensor,
-    in_sequence: Tensor,
     num_text: int,
+    perm: Tensor,
+    inverse_perm: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [T, heads, head_dim], keys and values [T, key heads, head_dim], in the order of the sequence."""
+    """Queries [T, heads, head_dim], keys and values [T, key heads, head_dim], in packed order."""
     attention = layer.self_attn
     text, audio = hidden[:num_text], hidden[num_text:]
     normed = torch.cat([_normed(layer.input_layernorm, text), _normed(layer.audio_input_layernorm, audio)])
@@ -140,19 +130,19 @@ def _before_attention(
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    return tuple(Reorder.apply(states, to_sorted, in_sequence) for states in (query, key, value))
+    return tuple(Permute.apply(states, inverse_perm, perm) for states in (query, key, value))
 
 
 def _after_attention(
     layer: TrainableDualFFNDecoderLayer,
     hidden: Tensor,
     attended: Tensor,
-    to_sorted: Tensor,
-    in_sequence: Tensor,
     num_text: int,
+    perm: Tensor,
+    inverse_perm: Tensor,
 ) -> Tensor:
-    """The rest of the layer; attended: [T, heads, head_dim]."""
-    attended = Reorder.apply(attended.flatten(1), in_sequence, to_sorted)
+    """The rest of the layer, in sorted order; attended: [T, heads, head_dim] in packed order."""
+    attended = Permute.apply(attended.flatten(1), perm, inverse_perm)
     hidden = hidden + layer.self_attn.o_proj(attended).to(hidden.dtype)
     text, audio = hidden[:num_text], hidden[num_text:]
     text = layer.mlp(_normed(layer.post_attention_layernorm, text))
@@ -167,8 +157,8 @@ def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
     return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-class Reorder(torch.autograd.Function):
-    """Rows in another order. What is selected comes back by selecting, where `index_select` would add row by row to zeros."""
+class Permute(torch.autograd.Function):
+    """Permute rows. The backward pass is a gather with the inverse permutation, cheaper than index_select's scatter-add."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -185,26 +175,20 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing | Routing) -> Tensor:
-    """Causal attention of each sample to itself.
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """Causal attention of each sample to itself, in packed order.
 
-    query: [T, heads, head_dim]; key, value: [T, key heads, head_dim], in the order of the sequence
+    query: [T, heads, head_dim]; key, value: [T, key heads, head_dim]
     returns: [T, heads, head_dim]
     """
-    sdpa = functools.partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    if packing.in_rows is not None:  # [T, heads, head_dim] -> [B, heads, S, head_dim]; nothing sees the padding after it
-        shape = len(packing.lengths), packing.row_length
-        rows = (x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy(0, packing.in_rows, x) for x in (query, key, value))
-        attended = sdpa(*(x.unflatten(0, shape).transpose(1, 2) for x in rows))
-        return attended.transpose(1, 2).flatten(0, 1).index_select(0, packing.in_rows)
     if has_varlen_kernel(query.device, query.dtype):
-        longest = max(packing.lengths)
-        return varlen_attn(
-            query, key, value, packing.offsets, packing.offsets, longest, longest, **_varlen_options(query.shape != key.shape)
-        )
+        longest, ends = max(layout.lengths), layout.cu_seqlens
+        options = _varlen_options(is_grouped=query.shape != key.shape)
+        return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
+    sdpa = functools.partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     pieces = [  # [T, heads, head_dim] -> [samples][1, heads, length, head_dim]
         sdpa(*(piece.transpose(0, 1)[None] for piece in states))
-        for states in zip(*(states.split(packing.lengths) for states in (query, key, value)))
+        for states in zip(*(states.split(layout.lengths) for states in (query, key, value)))
     ]
     return torch.cat([piece[0].transpose(0, 1) for piece in pieces])
 
@@ -226,12 +210,22 @@ def _varlen_options(is_grouped: bool) -> dict:
 
 
 class TrainableDecoderProjector(HiggsAudioDecoderProjector):
-    """The heads. Sharded ones have their weights only during their forward pass, so what reads them runs in here."""
+    """The heads. Sharded weights are whole only during the forward pass, so supervised positions are scored in it."""
 
-    def forward(self, hidden_states, *args, read: Callable[[Tensor, nn.Module, nn.Module], Any] | None = None, **kwargs):
-        if read is None:
+    def forward(self, hidden_states, *args, audio_states: Tensor | None = None, packing: Packing | None = None, **kwargs):
+        """With a packing: the text's and the audio's `loss.Scores`, from hidden states [n, D] of what predicts them."""
+        if packing is None:
             return super().forward(hidden_states, *args, **kwargs)
-        return read(hidden_states, self.text_lm_head, self.audio_lm_head)
+        text = score_head(hidden_states, self.text_lm_head, packing.text)
+        return text, score_head(audio_states, self.audio_lm_head, packing.audio)
+
+
+class PackedOutput(NamedTuple):
+    """What the model returns of a packed batch; part of the graph."""
+
+    text: Scores
+    audio: Scores
+    voices: tuple[Tensor, Tensor] | None  # of `loss.pool_voices`, where the batch has voices
 
 
 class TrainableHiggsAudioModel(HiggsAudioModel):
@@ -240,10 +234,10 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
     @property
     def can_pack(self) -> bool:
         """Whether the model has nothing but what `_forward_packed` computes."""
-        return self.audio_tower is None and self._is_routable
+        return self.audio_tower is None and self._has_plain_layers
 
     @property
-    def _is_routable(self) -> bool:
+    def _has_plain_layers(self) -> bool:
         """Whether the layers can work on the real positions alone."""
         return (
             self.config.audio_decoder_proj_num_layers == 0
@@ -251,30 +245,28 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
             and all(isinstance(layer, TrainableDualFFNDecoderLayer) for layer in self.layers)
         )
 
-    def _forward_packed(self, batch: dict, packing: Packing, head_loss: Callable) -> Any:
-        """Embed, run the layers on the packed positions, and let `head_loss` read the result; see `collate.Packing`.
-
-        head_loss: called as head_loss(rows, text_head, audio_head, packing) where rows(indices) gives the normalised hidden
-                   states of sorted positions; what it returns is returned
-        """
-        self._unused = []
-        heard, spoken = batch["audio_in_ids"], batch["audio_out_ids"]
-        has_heard = heard is not None and heard.shape[-1] > 0
-        audio = self._embed_audio_ids(torch.cat([heard, spoken], dim=1) if has_heard else spoken)
+    def _forward_packed(self, batch: dict, packing: Packing, voices: Voices | None) -> PackedOutput:
+        """Embed, run the layers on the packed positions, and score what is supervised; see `collate.Packing`."""
+        codes, codes_in = batch["audio_out_ids"], batch["audio_in_ids"]
+        if codes_in is not None and codes_in.shape[-1] > 0:
+            codes = torch.cat([codes_in, codes], dim=1)
+        audio = super()._embed_audio_ids(codes).to(self.norm.weight.dtype)
         hidden = torch.cat([self.embed_tokens(packing.text_ids), audio])
         cos, sin = (table[0] for table in self.rotary_emb(hidden, packing.position_ids[None]))
         for layer in self.layers:
-            hidden = layer(hidden, packing=packing, position_embeddings=(cos, sin))
+            hidden = layer(hidden, layout=packing.layout, position_embeddings=(cos, sin))
 
-        def read(hidden: Tensor, text_head: nn.Module, audio_head: nn.Module) -> Any:
-            return head_loss(lambda rows: self.norm(hidden.index_select(0, rows)), text_head, audio_head, packing)
+        def normed(rows: Tensor) -> Tensor:
+            return self.norm(hidden.index_select(0, rows))
 
-        return self.audio_decoder_proj(hidden, read=read)
+        states = normed(packing.text.rows), normed(packing.audio.rows)
+        text, audio = self.audio_decoder_proj(states[0], audio_states=states[1], packing=packing)
+        return PackedOutput(text, audio, voices and pool_voices(normed, voices))
 
     @functools.wraps(HiggsAudioModel.forward)  # generate() reads the names of the arguments from the signature
-    def forward(self, *args, return_dict: bool | None = None, packing: Packing | None = None, head_loss=None, **kwargs):
+    def forward(self, *args, return_dict: bool | None = None, packing: Packing | None = None, voices=None, **kwargs):
         if packing is not None:
-            return self._forward_packed(kwargs, packing, head_loss)
+            return self._forward_packed(kwargs, packing, voices)
         self._unused: list[Tensor] = []
         kwargs = {name: value for name, value in kwargs.items() if name not in INJECTED_KWARGS}
         output = super().forward(*args, return_dict=True, **kwargs)
@@ -301,7 +293,7 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
 
     def _update_causal_mask(self, attention_mask, input_tensor, cache_position, past_key_values, output_attentions):
         """[B, S] as it came, which is how `_forward_core` knows that it is to work on the real positions alone."""
-        if self._is_routable and past_key_values is None and not output_attentions:
+        if self._has_plain_layers and past_key_values is None and not output_attentions:
             return attention_mask
         return super()._update_causal_mask(attention_mask, input_tensor, cache_position, past_key_values, output_attentions)
 
@@ -309,20 +301,20 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
         if causal_mask is None or causal_mask.ndim != 2:
             states = {"hidden_states": hidden_states, "causal_mask": causal_mask}
             return super()._forward_core(**states, output_hidden_states=output_hidden_states, **kwargs)
-        routing = Routing.of(causal_mask.bool(), kwargs["audio_discrete_codes_mask"])
-        tables = self.rotary_emb(hidden_states, kwargs["position_ids"].flatten()[None, routing.flat])
+        layout, flat = padded_layout(causal_mask.bool(), kwargs["audio_discrete_codes_mask"])
+        tables = self.rotary_emb(hidden_states, kwargs["position_ids"].flatten()[None, flat])
         position_embeddings = [table[0] for table in tables]
-        hidden, seen = hidden_states.flatten(0, 1).index_select(0, routing.flat), []
+        hidden, seen = hidden_states.flatten(0, 1).index_select(0, flat), []
         for layer in self.layers:
             if output_hidden_states:
-                seen.append(_as_rows(hidden, routing, hidden_states))
-            hidden = layer(hidden, packing=routing, position_embeddings=position_embeddings)
-        return _as_rows(hidden, routing, hidden_states), tuple(seen) if output_hidden_states else None, None
+                seen.append(_as_rows(hidden, flat, hidden_states))
+            hidden = layer(hidden, layout=layout, position_embeddings=position_embeddings)
+        return _as_rows(hidden, flat, hidden_states), tuple(seen) if output_hidden_states else None, None
 
 
-def _as_rows(hidden: Tensor, routing: Routing, like: Tensor) -> Tensor:
+def _as_rows(hidden: Tensor, flat: Tensor, like: Tensor) -> Tensor:
     """hidden: [T, D]; returns [B, S, D], zero where there is padding."""
-    return torch.zeros_like(like).flatten(0, 1).index_copy(0, routing.flat, hidden).view_as(like)
+    return torch.zeros_like(like).flatten(0, 1).index_copy(0, flat, hidden).view_as(like)
 
 
 def patch_for_training(model: HiggsAudioModel) -> HiggsAudioModel:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -24,9 +23,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
@@ -40,8 +41,8 @@ import data
 import loss
 import metrics
 import model_patch
-from collate import ExtendedHiggsAudioBatchInput, Voices
-from common import MAX_SHOWN, AlignmentError, ConfigError, DataError, DivergenceError, split_list, write_whole
+from collate import Batch
+from common import AlignmentError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
 from distributed import (
@@ -59,8 +60,8 @@ from distributed import (
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate.samples import Listener
-from loss import Objective
-from metrics import Monitor
+from loss import LabelSpec, LossSums, Objective, Tally
+from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,89 +110,123 @@ def construct_model(
 # Step
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Where the labels of each stream stand; see loss.py."""
+@dataclass
+class Task:
+    """What a step works with."""
 
-    text: loss.Alignment = "shift"
-    audio: loss.Alignment = "shift"
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    labels: LabelSpec
+    dist: Dist
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    seed: int = 0
 
 
 @dataclass
-class Totals:
-    """Sums over micro-batches: the loss's, and what they were computed from."""
+class StepResult:
+    """Of one optimizer step, over all ranks and on the host."""
 
-    losses: loss.LossSums
-    num_tokens: float  # without padding
-    num_positions: float  # that attention works on
-    num_frames: float  # of audio, without delay columns
-    num_unreadable: float  # samples that are missing
-    num_pairs: float  # of a position and one that it attends to
-
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
-
-    def sum_over(self, dist: Dist) -> Totals:
-        """The same over all ranks, on the host: one all-reduce, one wait for the device. Collective."""
-        counts = torch.tensor([float(getattr(self, f.name)) for f in dataclasses.fields(self)[1:]])
-        packed = torch.cat([self.losses.pack(), counts.to(dist.device, non_blocking=True)])
-        packed = dist.sum(packed).cpu()
-        return Totals(loss.LossSums.unpack(packed[: -len(counts)]), *packed[-len(counts) :].tolist())
+    total: Totals
+    grad_norm: float
+    culprits: list[str]  # samples that made the loss not finite; if there are any, nothing was updated on any rank
 
 
-def forward(
-    model,
-    batch: ExtendedHiggsAudioBatchInput,
-    ids: loss.AudioIds,
-    alignment: Alignment,
-    voice_sums: Callable | None = None,
-) -> tuple[Tensor, Totals]:
+def forward(model, batch: Batch, labels: LabelSpec) -> tuple[Totals, tuple[Tensor, Tensor] | None]:
     """One micro-batch through the model; the sums are part of the graph.
 
-    voice_sums: of `compare_voices`; adds the voice term, and is collective
-    returns: `loss.copy_counts` [2], zero while training; the totals
+    returns: the totals, and what the voice term compares (`loss.pool_voices`), None without voices
     """
-    with_copies = not torch.is_grad_enabled()
-    counts = batch.num_frames(), len(batch.unreadable)
-    if batch.packing is not None and model.can_pack and alignment == Alignment():
-        packing = batch.packing
-        if voice_sums:
-            voice_sums = functools.partial(voice_sums, voices=batch.voices)
-        head_loss = functools.partial(
-            loss.packed_sums, stream_eos=ids.stream_eos, with_copies=with_copies, voice_sums=voice_sums
-        )
-        sums, copies = model(**batch.model_inputs(), packing=packing, head_loss=head_loss)
-        positions = packing.num_positions, packing.num_places
-        return copies, Totals(loss.LossSums.unpack(sums), *positions, *counts, packing.num_pairs)
-    assert voice_sums is None, "voices are compared in packed batches alone"
-    output = model(**batch.model_inputs())  # logits everywhere; the device has to be asked where everything is
-    scored = loss.score(output, batch, ids, alignment.text, alignment.audio)
-    copies = loss.copy_counts(scored) if with_copies else torch.zeros(2, device=output.logits.device)
+    inputs, packing = batch.model_inputs(), batch.packing
+    counts = {"num_frames": batch.num_frames, "num_unreadable": len(batch.unreadable), "num_clamped": len(batch.clamped)}
+    if packing is not None and model.can_pack and labels.is_upstream:
+        output = model(**inputs, packing=packing, voices=batch.voices)
+        sums = LossSums.of(packing.text, output.text, packing.audio, output.audio, labels.stream_eos)
+        num_positions = packing.num_positions
+        return Totals(sums, num_positions, num_positions, packing.num_pairs, **counts), output.voices
+    output = model(**inputs)  # padded rows, logits everywhere; the device has to be asked where everything is
     lengths = output.attention_mask.sum(1).tolist()
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return copies, Totals(loss.loss_sums(scored, ids.stream_eos), sum(lengths), output.attention_mask.numel(), *counts, pairs)
+    sums = loss.dense_sums(output, batch, labels)
+    return Totals(sums, sum(lengths), output.attention_mask.numel(), pairs, **counts), None
 
 
-def compare_voices(batches: Sequence[ExtendedHiggsAudioBatchInput], dist: Dist) -> tuple[list[Callable | None], int]:
-    """What `forward` needs to compare voices in each micro-batch, None where they have none; and how many voices count in all.
+@dataclass
+class Speakers:
+    """Who speaks in the micro-batches that all ranks work on at the same time."""
 
-    Ranks tell each other here who speaks, and their references when a micro-batch's forward pass comes to it. Collective.
-    """
+    names: list[str]  # of all pairs, rank by rank
+    counts: list[int]  # pairs of each rank
+
+
+def gather_speakers(batches: Sequence[Batch], dist: Dist) -> list[Speakers]:
+    """For each micro-batch, the speakers of all ranks. Collective unless the batches have no voices."""
     if any(batch.voices is None for batch in batches):
-        return [None] * len(batches), 0
+        return [Speakers([], [])] * len(batches)
     by_rank = dist.gather([batch.voices.speakers for batch in batches])
-    functions, num_voices = [], 0
-    for parts in zip(*by_rank):
-        speakers, counts = list(itertools.chain.from_iterable(parts)), list(map(len, parts))
-        functions.append(functools.partial(_voice_sums, speakers=speakers, counts=counts, dist=dist))
-        num_voices += loss.num_comparable(speakers)
-    return functions, num_voices
+    return [Speakers(list(itertools.chain.from_iterable(parts)), list(map(len, parts))) for parts in zip(*by_rank)]
 
 
-def _voice_sums(rows: Callable, voices: Voices, speakers: Sequence[str], counts: Sequence[int], dist: Dist) -> Tensor:
-    """`loss.consistency_sums` of this rank's voices among all, `counts` of each rank. Collective."""
-    spoken, heard = loss.pool_voices(rows, voices)
-    return loss.consistency_sums(spoken, dist.gather_rows(heard, counts), speakers, first=sum(counts[: dist.rank]))
+def compare_voices(voices: tuple[Tensor, Tensor], speakers: Speakers, dist: Dist) -> Tally:
+    """The consistency sums of this rank's pairs among those of all ranks. Collective."""
+    trained, reference = voices
+    references = dist.gather_rows(reference, speakers.counts)
+    return loss.consistency_tally(trained, references, speakers.names, first=sum(speakers.counts[: dist.rank]))
+
+
+def train_step(task: Task, batches: Sequence[Batch], step: int, lr: float) -> StepResult:
+    """One optimizer step over this rank's micro-batches. Collective.
+
+    Targets are counted over all micro-batches and ranks first. Each micro-batch then contributes its share of the one
+    global loss, so gradients are summed: over micro-batches by accumulation, over ranks by FSDP, whose average the factor
+    world_size turns back into a sum. Dropout is seeded by (seed, step, micro-batch), so a step does not depend on how its
+    micro-batches are divided among ranks, and a resumed run equals an uninterrupted one.
+
+    The host waits for the device once, when everything but the update is queued: it needs the gradient norm, and the logged
+    figures come along. While the update runs, the caller logs and prepares the next step.
+    """
+    model, dist = task.model, task.dist
+    num_text, num_audio = count_targets(batches, dist)
+    speakers = gather_speakers(batches, dist)
+    num_voices = sum(loss.num_comparable(s.names) for s in speakers)
+
+    total, values = None, []
+    for index, batch in enumerate(batches):
+        batch = batch.to(dist.device, non_blocking=True)
+        model.set_requires_gradient_sync(index == len(batches) - 1)
+        torch.manual_seed(_micro_batch_seed(task.seed, step, index * dist.world_size + dist.rank))
+        part, voices = forward(model, batch, task.labels)
+        if voices is not None:
+            part.losses.consistency = compare_voices(voices, speakers[index], dist)
+        value = task.objective(part.losses, num_text, num_audio, num_voices) * dist.world_size
+        value.backward()
+        values.append(value.detach())
+        total = part.detach() if total is None else total + part.detach()
+
+    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, task.grad_clip or math.inf)
+    total, grad_norm = total.sum_over(dist), whole(grad_norm).item()
+    culprits: list[str] = []
+    if math.isfinite(grad_norm):  # the same number on every rank, so all of them step or none does
+        for group in task.optimizer.param_groups:
+            group["lr"] = lr
+        task.optimizer.step()
+    else:
+        bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
+        culprits = [source for part in dist.gather(bad) for source in part] or ["(every loss is finite, the gradient is not)"]
+    task.optimizer.zero_grad()
+    return StepResult(total, grad_norm, culprits)
+
+
+def count_targets(batches: Sequence[Batch], dist: Dist) -> tuple[Tensor, Tensor]:
+    """Text [] and audio [K] targets of all micro-batches and ranks, float32 on the device. Collective."""
+    counts = [torch.cat([text[None], audio]) for text, audio in (batch.num_targets() for batch in batches)]
+    counts = dist.sum(torch.stack(counts).sum(0).to(dist.device, non_blocking=True)).float()
+    return counts[0], counts[1:]
+
+
+def _micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
+    return ((seed * 1_000_003 + step) * 100_003 + micro_batch) % 2**63
 
 
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
@@ -203,158 +238,6 @@ def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
     return Objective(cfg.text_loss_weight, cfg.audio_loss_weight, tuple(weights) or None, cfg.consistency_loss_weight)
 
 
-def train_step(
-    model,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[ExtendedHiggsAudioBatchInput],
-    objective: Objective,
-    ids: loss.AudioIds,
-    alignment: Alignment,
-    dist: Dist,
-    *,
-    lr: float,
-    grad_clip: float,
-    seed: int,
-    step: int,
-) -> tuple[Totals, float, list[str]]:
-    """One optimizer step over this rank's micro-batches.
-
-    returns: the totals over all ranks, on the host; the global gradient norm; the samples that made it not finite (on any
-             rank, normally none), in which case nothing was updated on any rank.
-
-    Targets are counted over all micro-batches and ranks first. Each micro-batch then contributes its share of the one
-    global loss, so its gradients are just summed: over micro-batches by accumulation, over ranks by FSDP, whose average
-    the factor world_size turns back into a sum. Dropout is seeded by (seed, step, micro-batch), which makes a step
-    independent of how its micro-batches are divided among ranks, and a resumed run equal to an uninterrupted one.
-
-    The host waits for the device once, when everything but the update is queued: the gradient norm decides on it, and what is
-    logged comes along. Meanwhile the update runs, the caller logs and prepares the next step.
-    """
-    counts = [torch.cat([text[None], audio]) for text, audio in (batch.num_targets() for batch in batches)]
-    counts = dist.sum(torch.stack(counts).sum(0).to(dist.device, non_blocking=True)).float()
-    num_text, num_audio = counts[0], counts[1:]
-    voice_sums, num_voices = compare_voices(batches, dist)
-
-    total, values = None, []
-    for index, batch in enumerate(batches):
-        batch = batch.to(dist.device, non_blocking=True)
-        model.set_requires_gradient_sync(index == len(batches) - 1)
-        torch.manual_seed(_micro_batch_seed(seed, step, index * dist.world_size + dist.rank))
-        _, part = forward(model, batch, ids, alignment, voice_sums[index])
-        value = objective(part.losses, num_text, num_audio, num_voices) * dist.world_size
-        value.backward()
-        values.append(value.detach())
-        part.losses = part.losses.detach()
-        total = part if total is None else total + part
-
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    total, grad_norm = total.sum_over(dist), whole(grad_norm).item()
-    culprits: list[str] = []
-    if math.isfinite(grad_norm):  # the same number on every rank, so all of them step or none does
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    else:
-        bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
-        culprits = [source for part in dist.gather(bad) for source in part] or ["(every loss is finite, the gradient is not)"]
-    optimizer.zero_grad()
-    return total, grad_norm, culprits
-
-
-def _micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
-    return ((seed * 1_000_003 + step) * 100_003 + micro_batch) % 2**63
-
-
-def check_first_batch(
-    model, batch: ExtendedHiggsAudioBatchInput, objective: Objective, ids: loss.AudioIds, dist: Dist
-) -> Alignment:
-    """Before the first step: log what goes in and both losses, find the labels' alignment, look for copy collapse."""
-    batch = batch.to(dist.device)
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            log(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
-    text = dist.together(lambda: loss.find_alignment(batch.label_ids, batch.input_ids, "text"))
-    # Label audio of its own has no alignment to find; the collator makes it input-aligned.
-    has_audio = batch.label_audio_ids.numel() > 0 and not batch.has_label_overrides
-    audio = dist.together(
-        lambda: loss.find_alignment(batch.label_audio_ids, batch.audio_out_ids, "audio") if has_audio else None
-    )
-    found = [(t or "shift", a or "shift") for t, a in dist.gather((text, audio)) if t or a] or [("shift", "shift")]
-    if len(set(found)) > 1:
-        raise AlignmentError(f"ranks found different label alignments: {found}")
-    alignment = Alignment(*found[0])
-    with evaluating(model):
-        copies, total = forward(model, batch, ids, alignment)
-    sums, copies = total.sum_over(dist).losses, loss.copy_share(dist.sum(copies))
-    values = objective.metrics(sums)
-    log(
-        dist,
-        f"  labels: text {alignment.text}, audio {alignment.audio}; text loss {values['text_loss']:.4f} over "
-        f"{sums.num_text.item():.0f} targets, audio loss {values['audio_loss']:.4f} over {sums.num_audio.sum().item():.0f}; "
-        f"copy share {copies:.1%}",
-    )
-    return alignment
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluate
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Evaluation mode without gradients; afterwards the model trains again and is sharded again.
-
-    FSDP leaves some parameters whole after a forward without backward, where saving would find them.
-    """
-    model.eval()
-    with torch.no_grad():
-        yield
-    model_patch.reshard(model)
-    model.train()
-
-
-def evaluate(model, loader: data.Loader, objective: Objective, ids: loss.AudioIds, alignment: Alignment, dist: Dist) -> dict:
-    """Teacher-forced losses on the whole validation set, from sums and counts over all ranks. Collective."""
-    total, copies, unreadable = None, torch.zeros(2, device=dist.device), []
-    with evaluating(model):
-        for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
-            (voice_sums,), _ = compare_voices([batch], dist)
-            copied, part = forward(model, batch.to(dist.device, non_blocking=True), ids, alignment, voice_sums)
-            copies += copied
-            total = part if total is None else total + part
-            unreadable += batch.unreadable
-    total = total.sum_over(dist)
-    bad_samples = report_unreadable(unreadable, total, "validation", dist)
-    return objective.metrics(total.losses) | {"bad_samples": bad_samples, "copy_share": loss.copy_share(dist.sum(copies))}
-
-
-def report_unreadable(mine: Sequence[str], total: Totals, when: str, dist: Dist) -> int:
-    """Name the samples that were left out, this rank's being `mine`; returns how many there are. Collective."""
-    count = int(total.num_unreadable)
-    if count:
-        everyones = [problem for part in dist.gather(list(mine)) for problem in part]
-        log_list(dist, f"{when}: {count} samples cannot be read and are left out", everyones)
-    return count
-
-
-def improves(values: dict, name: str, best: dict) -> bool:
-    """Whether an evaluation is the best so far by metric `name`; one that lacks samples is not comparable."""
-    value = values.get(name)
-    if value is None or not math.isfinite(value) or values["bad_samples"]:
-        return False
-    return best.get("metric") != name or value < best["value"]
-
-
-def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Listener:
-    """What speaks a few prompts every --sample_steps. Collective."""
-    if config.encode_whisper_embed:
-        raise ConfigError("--sample_steps: this checkpoint hears references through Whisper, which sampling lacks")
-    listener = dist.together(lambda: Listener.build(cfg, dataset, dist))
-    log(dist, f"{len(listener.prompts)} prompts are spoken every {cfg.sample_steps} steps, into {listener.folder}")
-    return listener
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
@@ -362,7 +245,7 @@ def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: d
 class AveragingAdamW(torch.optim.AdamW):
     """AdamW that also keeps a moving average of the weights it trains, in float32, of each rank's own rows.
 
-    After t steps it is the mean of the weights after each of them, weighted by decay ** (steps ago): the weights before
+    After t steps it is the mean of the weights after each of them, weighted by decay ** (steps ago); the weights before
     training have no part in it. It is optimizer state like any other, saved and loaded with checkpoints.
     """
 
@@ -381,7 +264,7 @@ class AveragingAdamW(torch.optim.AdamW):
 
     @contextlib.contextmanager
     def averaged(self):
-        """While it lasts, the parameters hold their averages; the model has to be sharded at both ends."""
+        """Within this context the parameters hold their averages; the model has to be sharded at both ends."""
         self._swap()
         yield
         self._swap()
@@ -423,74 +306,127 @@ def lr_at(step: int, total_steps: int, cfg: Config) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# Evaluate
 
 
-def step_metrics(
-    total: Totals, objective: Objective, step_time_sec: float, flops: metrics.Flops, frame_rate_hz: float, dist: Dist
-) -> dict:
-    """One line of metrics.jsonl, from global totals."""
-    tokens = total.num_tokens
-    losses, peak = total.losses, _peak_flops(dist.device)
-    num_flops = flops.total(tokens, total.num_pairs, losses.num_text.item(), losses.num_audio.max().item())
-    on_gpu = dist.device.type == "cuda"
-    return objective.metrics(total.losses) | {
-        "tokens": int(tokens),
-        "padding_ratio": 1 - tokens / total.num_positions,
-        "tokens_per_sec": tokens / step_time_sec,
-        "audio_sec_per_sec": total.num_frames / frame_rate_hz / step_time_sec,
-        "mfu": num_flops / step_time_sec / (peak * dist.world_size) if peak else None,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
-        "step_time_sec": step_time_sec,
-    }
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients; afterwards the model trains again and is sharded again.
+
+    FSDP leaves some parameters whole after a forward without backward, where saving would find them.
+    """
+    model.eval()
+    with torch.no_grad():
+        yield
+    model_patch.reshard(model)
+    model.train()
 
 
-def write_memory_snapshot(path: Path, dist: Dist) -> None:
-    """What GPU memory holds and held, with the stack that asked for it, for pytorch.org/memory_viz."""
-    torch.cuda.memory._dump_snapshot(str(path))
-    torch.cuda.memory._record_memory_history(enabled=None)
-    log(dist, f"{path}: open it at https://pytorch.org/memory_viz")
+def evaluate(task: Task, loader: data.Loader) -> dict:
+    """Teacher-forced losses on the whole validation set, from sums and counts over all ranks. Collective."""
+    dist, total, problems = task.dist, None, []
+    with evaluating(task.model):
+        for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
+            (speakers,) = gather_speakers([batch], dist)
+            part, voices = forward(task.model, batch.to(dist.device, non_blocking=True), task.labels)
+            if voices is not None:
+                part.losses.consistency = compare_voices(voices, speakers, dist)
+            total = part if total is None else total + part
+            problems += [*batch.unreadable, *batch.clamped]
+    total = total.sum_over(dist)
+    log_problems(problems, total, "validation", dist)
+    bad_samples = int(total.num_unreadable + total.num_clamped)
+    return task.objective.metrics(total.losses) | {"bad_samples": bad_samples, "copy_share": total.losses.copy_share()}
 
 
-def _peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak from the vendor's data sheets, or None."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-    return next((value for key, value in peaks.items() if key in name), None)
+def log_problems(mine: Sequence[str], total: Totals, when: str, dist: Dist) -> None:
+    """Name the samples of all ranks that are left out or do not train; `mine` are this rank's. Collective."""
+    count = int(total.num_unreadable + total.num_clamped)
+    if count:
+        problems = list(itertools.chain.from_iterable(dist.gather(list(mine))))
+        log_list(dist, f"{when}: {count} samples cannot be used and are left out of the loss", problems)
+
+
+def check_first_batch(task: Task, batch: Batch) -> None:
+    """Before the first step: log shapes and both losses, set the labels' alignment, look for copy collapse. Collective."""
+    dist = task.dist
+    batch = batch.to(dist.device)
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            log(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
+    task.labels = find_labels(task.labels, batch, dist)
+    with evaluating(task.model):
+        part, _ = forward(task.model, batch, task.labels)
+    sums = part.sum_over(dist).losses
+    values, copies = task.objective.metrics(sums), sums.copy_share()
+    log(
+        dist,
+        f"  labels: text {task.labels.text}, audio {task.labels.audio}; text loss {values['text_loss']:.4f} over "
+        f"{values['text_targets']} targets, audio loss {values['audio_loss']:.4f} over {values['audio_targets']}; "
+        f"copy share {copies:.1%}",
+    )
+
+
+def find_labels(labels: LabelSpec, batch: Batch, dist: Dist) -> LabelSpec:
+    """The alignment of the labels that all ranks see in their batches; raises AlignmentError. Collective."""
+    text = dist.together(lambda: loss.find_alignment(batch.label_ids, batch.input_ids, "text"))
+    # Label audio of its own has no alignment to find; the collator makes it input-aligned.
+    has_audio = batch.label_audio_ids.numel() > 0 and not batch.has_label_overrides
+    audio = dist.together(
+        lambda: loss.find_alignment(batch.label_audio_ids, batch.audio_out_ids, "audio") if has_audio else None
+    )
+    found = {(t or "shift", a or "shift") for t, a in dist.gather((text, audio)) if t or a} or {("shift", "shift")}
+    if len(found) > 1:
+        raise AlignmentError(f"ranks found different label alignments: {sorted(found)}")
+    ((text, audio),) = found
+    return dataclasses.replace(labels, text=text, audio=audio)
+
+
+def improves(values: dict, name: str, best: dict) -> bool:
+    """Whether an evaluation is the best so far by metric `name`; one that lacks samples is not comparable."""
+    value = values.get(name)
+    if value is None or not math.isfinite(value) or values["bad_samples"]:
+        return False
+    return best.get("metric") != name or value < best["value"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loop
-
-
-def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
-    """The whole run; returns the trained, sharded model."""
-    held = dist.together(lambda: checkpoint.lock(Path(cfg.output_dir)) if dist.is_main else None)
-    with Signals() as signals, held or contextlib.nullcontext():
-        return run(cfg, dist, signals)
+# Set up
 
 
 @dataclass
-class Standing:
-    """Where a run stands; a checkpoint keeps it beside the tensors."""
+class TrainState:
+    """What the loop knows. A checkpoint keeps the first part of it beside the tensors."""
 
     step: int = 0  # optimizer steps done
     position: data.Position = field(default_factory=lambda: data.Position(0, 0))
     bad_steps: int = 0  # skipped because they were not finite
-    bad_samples: int = 0  # left out because they could not be read, each time they were met
+    bad_samples: int = 0  # unreadable ones, left out each time they were met
+    clamped: int = 0  # samples with more audio placeholders than clips, left untrained each time they were met
     spikes: int = 0
-    losses: list[float] = field(default_factory=list)  # the last ones, to tell spikes by
+    losses: list[float] = field(default_factory=list)  # the last ones, to find spikes
     best: dict = field(default_factory=dict)  # among the evaluations: metric, value, step
 
+    # Not kept: the step at which each was last done, and bad steps in a row.
+    evaluated: int = 0
+    sampled: int = 0
+    saved: int = 0
+    bad_in_a_row: int = 0
+
+    KEPT = ("step", "position", "bad_steps", "bad_samples", "clamped", "spikes", "losses", "best")
+
     @classmethod
-    def of(cls, state: dict) -> Standing:
-        values = {f.name: state[f.name] for f in dataclasses.fields(cls)}
-        return cls(**values | {"position": data.Position(*state["position"])})
+    def of(cls, kept: dict) -> TrainState:
+        """From what `kept` gave; a checkpoint of an earlier version has no `clamped`."""
+        values = {name: kept[name] for name in cls.KEPT if name in kept}
+        done = dict.fromkeys(("evaluated", "sampled", "saved"), kept["step"])
+        return cls(**values | done | {"position": data.Position(*kept["position"])})
+
+    def kept(self) -> dict:
+        return {name: getattr(self, name) for name in self.KEPT}
 
     def add_loss(self, value: float, threshold: float) -> bool:
-        """Count in the loss of a step; returns whether it is a spike among the last ones."""
+        """Note the loss of a step; returns whether it is a spike among the last ones."""
         is_spike = metrics.is_spike(value, self.losses, threshold)
         self.spikes += is_spike
         if math.isfinite(value):
@@ -498,20 +434,53 @@ class Standing:
         return is_spike
 
 
-def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggsAudioModel:
-    """Build everything, then the loop: evaluate, sample, save, stop, step, log, always in that order."""
-    output_dir = Path(cfg.output_dir)
-    resume_from = choose_resume(cfg, dist)
+@dataclass
+class Run:
+    """What stays the same during the loop."""
+
+    cfg: Config
+    task: Task
+    lora: LoraConfig | None
+    loader: data.Loader
+    val_loader: data.Loader | None
+    config: HiggsAudioConfig
+    tokenizer: Any
+    base: Path  # folder of the base checkpoint
+    total_steps: int
+    resumed_from: Path | None = None
+    monitor: Monitor | None = None
+    sampler: Listener | None = None
+    saver: checkpoint.Saver | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.cfg.output_dir)
+
+
+def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
+    """The whole run; returns the trained, sharded model."""
+    held = dist.together(lambda: checkpoint.lock(Path(cfg.output_dir)) if dist.is_main else None)
+    with Signals() as signals, held or contextlib.nullcontext():
+        run = build_run(cfg, dist)
+        if cfg.dry_run:
+            return run.task.model
+        state = start(run)
+        if loop(run, state, signals):
+            finish(run)
+        return run.task.model
+
+
+def build_run(cfg: Config, dist: Dist) -> Run:
+    """Data and model, agreed upon by all ranks. Collective."""
+    resumed_from = choose_resume(cfg, dist)
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
-    folder = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
-    config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)))
+    base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(base), checkpoint.load_tokenizer(base)))
     objective = dist.together(lambda: build_objective(cfg, config))
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
-    ids = loss.AudioIds.of(config)
-    model, lora = dist.together(lambda: build_model(cfg, dist, config, folder))
-    optimizer = build_optimizer(model, cfg)
-
+    model, lora = dist.together(lambda: build_model(cfg, dist, config, base))
+    task = Task(model, build_optimizer(model, cfg), objective, LabelSpec.of(config), dist, cfg.grad_clip, cfg.seed)
     total_steps = cfg.max_steps or sum(loader.steps_in_epoch(epoch) for epoch in range(cfg.epochs))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(
@@ -519,155 +488,27 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         f"{loader.num_samples} training samples, {total_steps} steps; {sum(p.numel() for p in model.parameters()):,} "
         f"parameters, {trainable:,} of them train; {dist.world_size} rank(s) on {dist.device.type}",
     )
-    if cfg.dry_run:
-        return model
-    at = Standing()
-    if resume_from:
-        state = dist.together(lambda: checkpoint.check_state(resume_from, model, optimizer, same_run(cfg, loader)))
-        checkpoint.load_state(resume_from, model, optimizer)
-        at = Standing.of(state)
-        log(dist, f"resumed from {resume_from}: {at.step} steps done")
-    settings = write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples)
-    monitor = dist.together(lambda: Monitor(output_dir, settings, at.step, cfg.wandb, dist.is_main))
-    listener = build_listener(cfg, dist, config, (val_loader or loader).dataset) if cfg.sample_steps else None
-    saver = checkpoint.Saver(output_dir / "checkpoints", model, optimizer, cfg.keep_last)
-    flops = metrics.Flops.of(model)
-    frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
-    progress = tqdm(
-        total=total_steps,
-        initial=at.step,
-        disable=not dist.is_main,
-        desc="train",
-        unit="step",
-        mininterval=bar_interval_sec(),
-    )
+    return Run(cfg, task, lora, loader, val_loader, config, tokenizer, base, total_steps, resumed_from)
 
+
+def start(run: Run) -> TrainState:
+    """Resume, and open what the loop writes to. Collective."""
+    cfg, task, dist, state = run.cfg, run.task, run.task.dist, TrainState()
+    if run.resumed_from:
+        same = same_run(cfg, run.loader)
+        kept = dist.together(lambda: checkpoint.check_state(run.resumed_from, task.model, task.optimizer, same))
+        checkpoint.load_state(run.resumed_from, task.model, task.optimizer)
+        state = TrainState.of(kept)
+        log(dist, f"resumed from {run.resumed_from}: {state.step} steps done")
+    settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples)
+    run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main))
+    if cfg.sample_steps:
+        run.sampler = build_listener(cfg, dist, run.config, (run.val_loader or run.loader).dataset)
+    run.saver = checkpoint.Saver(run.output_dir / "checkpoints", task.model, task.optimizer, cfg.keep_last)
     if cfg.memory_snapshot:
         torch.cuda.memory._record_memory_history()
-    model.train()
-    steps = dist.iterate(iter_steps(loader, at.position))
-    alignment = failure = None
-    evaluated = sampled = saved = at.step  # the step at which each was last done
-    bad_in_a_row = 0
-    while True:
-        done = at.step >= total_steps
-        if val_loader and at.step != evaluated and (done or (cfg.val_steps and at.step % cfg.val_steps == 0)):
-            if alignment is None:
-                (first, *_), _ = next(dist.iterate(val_loader.epoch(data.Position(0, 0))))
-                alignment = check_first_batch(model, first, objective, ids, dist)
-            with averaged(optimizer):
-                values = evaluate(model, val_loader, objective, ids, alignment, dist)
-                if lora and at.step and not evaluated:
-                    log(dist, describe_changes(relative_changes(model)))
-            evaluated = at.step
-            monitor.write(split="val", step=at.step, epoch=at.position.epoch, **values)
-            is_best = improves(values, cfg.best_by, at.best)
-            if is_best:
-                at.best = {"metric": cfg.best_by, "value": values[cfg.best_by], "step": at.step}
-            log(
-                dist,
-                f"step {at.step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, "
-                f"audio {values['audio_loss']:.4f}){', the best so far' * is_best}",
-            )
-
-        if listener and at.step != sampled and (done or at.step % cfg.sample_steps == 0):
-            with averaged(optimizer), evaluating(model):
-                values = listener.listen(model, at.step, dist)
-            sampled = at.step
-            monitor.write(split="sample", step=at.step, epoch=at.position.epoch, **values)
-            if dist.is_main:
-                monitor.write_samples(at.step, listener.folder / f"step_{at.step}")
-            log(dist, f"step {at.step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
-
-        stop, is_writing = dist.each(signals.received is not None, saver.is_writing)  # either may be so on one rank alone
-        if not is_writing:
-            saver.commit()
-        due = cfg.save_steps and (at.step % cfg.save_steps == 0 or done or at.best.get("step") == at.step)
-        if at.step != saved and (due or stop or failure):
-            saver.start(dataclasses.asdict(at) | {"run": same_run(cfg, loader)})
-            saved = at.step
-        if stop or failure or done:
-            saver.commit()
-
-        if failure:
-            raise failure
-        if done:
-            break
-        if stop:
-            progress.close()
-            received = next(s.name for s in dist.gather(signals.received) if s)
-            log(dist, f"received {received}: stopped after step {at.step}; continue with --resume auto")
-            return model
-
-        epoch = at.position.epoch
-        batches, at.position = next(steps)
-        if alignment is None:
-            log(dist, "first batch:")
-            check_readable(batches, cfg.max_bad_samples, dist)
-            alignment = check_first_batch(model, batches[0], objective, ids, dist)
-        started = time.perf_counter()
-        lr = lr_at(at.step, total_steps, cfg)
-        total, grad_norm, culprits = train_step(
-            model,
-            optimizer,
-            batches,
-            objective,
-            ids,
-            alignment,
-            dist,
-            lr=lr,
-            grad_clip=cfg.grad_clip,
-            seed=cfg.seed,
-            step=at.step,
-        )
-        values = step_metrics(total, objective, time.perf_counter() - started, flops, frame_rate_hz, dist)
-        at.step += 1
-        if at.step == cfg.memory_snapshot:
-            write_memory_snapshot(output_dir / f"memory-rank{dist.rank}.pickle", dist)
-        at.bad_steps += bool(culprits)
-        bad_in_a_row = bad_in_a_row + 1 if culprits else 0
-        unreadable = [problem for batch in batches for problem in batch.unreadable]
-        num_unreadable = report_unreadable(unreadable, total, f"step {at.step}", dist)
-        at.bad_samples += num_unreadable
-        is_spike = at.add_loss(values["loss"], cfg.spike_threshold if at.step > cfg.warmup_steps else 0.0)
-
-        counts = {"bad_steps": at.bad_steps, "bad_samples": at.bad_samples, "spikes": at.spikes}
-        monitor.write(split="train", step=at.step, epoch=epoch, lr=lr, grad_norm=grad_norm, **counts, **values)
-        if culprits:
-            log(dist, f"step {at.step}: not finite, skipped; samples: {', '.join(culprits)}")
-        if is_spike:
-            log(dist, f"step {at.step}: loss {values['loss']:.4f} is far above the median of the last steps")
-        if (culprits or is_spike) and at.bad_steps + at.spikes <= metrics.MAX_DUMPS:
-            about = {
-                "step": at.step,
-                "loss": values["loss"],
-                "grad_norm": grad_norm,
-                "alignment": list(vars(alignment).values()),
-            }
-            dump(cfg, dist, about | {"resume": str(saver.newest or resume_from or "")}, batches)
-        failure = find_failure(at, bad_in_a_row, num_unreadable, cfg)
-        shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
-        progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
-        progress.update()
-
-    progress.close()
-    with averaged(optimizer):
-        if lora:
-            log(dist, describe_changes(relative_changes(model)))
-        merging = write_final(output_dir, model, config, tokenizer, lora, base=folder, merge_lora=cfg.merge_lora)
-    if merging:
-        log(dist, f"final/merged: {merging}")
-    log(dist, f"finished: {output_dir / 'final'}")
-    return model
-
-
-def iter_steps(loader: data.Loader, position: data.Position):
-    """The optimizer steps from `position` on, epoch after epoch, without end."""
-    while True:
-        for batches, after in loader.epoch(position):
-            is_last = after.samples_done >= loader.num_samples
-            yield batches, data.Position(after.epoch + 1, 0) if is_last else after
-        position = data.Position(position.epoch + 1, 0)
+    task.model.train()
+    return state
 
 
 def choose_resume(cfg: Config, dist: Dist) -> Path | None:
@@ -675,8 +516,7 @@ def choose_resume(cfg: Config, dist: Dist) -> Path | None:
 
     raises: CheckpointError, on all ranks, for a folder in use without --resume, or a checkpoint that cannot be used
 
-    Started again by torchrun after a failure (--max_restarts), a run continues what it has itself begun, whatever --resume
-    says; what it has begun it knows by its launcher, so that a first attempt refused is not let in at the second.
+    After a torchrun restart the run resumes automatically, but only if this launcher started it.
     """
     output_dir = Path(cfg.output_dir)
     is_restart = dist.is_restart_of(checkpoint.read_launchers(output_dir))
@@ -691,53 +531,14 @@ def choose_resume(cfg: Config, dist: Dist) -> Path | None:
     return found
 
 
-def check_readable(batches: Sequence[ExtendedHiggsAudioBatchInput], max_bad_samples: int, dist: Dist) -> None:
-    """DataError, on all ranks, if the first step finds nothing to read or too much that is unreadable. Collective."""
-    mine = [problem for batch in batches for problem in batch.unreadable]
-    has_targets = any(sum(map(Tensor.sum, batch.num_targets())) > 0 for batch in batches)
-    problems, readable = zip(*dist.gather((mine, has_targets)))
-    problems = [problem for part in problems for problem in part]
-    if len(problems) > max_bad_samples or not any(readable):
-        raise DataError(
-            "\n  ".join([f"{len(problems)} samples of the first step cannot be read:", *problems[: MAX_SHOWN]])
-        )
-
-
-def dump(cfg: Config, dist: Dist, about: dict, batches: Sequence[ExtendedHiggsAudioBatchInput]) -> None:
-    """Keep a step's micro-batches for tools.replay; a disk that refuses them is no reason to stop."""
-    about |= {"rank": dist.rank, "world_size": dist.world_size, "config": dataclasses.asdict(cfg)}
-    folder = Path(cfg.output_dir) / "spikes"
-    try:
-        metrics.write_dump(folder, about, batches)
-    except OSError as error:
-        print(f"rank {dist.rank}: {folder}: the batches cannot be kept: {error}", file=sys.stderr, flush=True)
-    log(dist, f"step {about['step']}: look again with python -m tools.replay {folder}/step_{about['step']}-rank0.safetensors")
-
-
-def find_failure(at: Standing, bad_in_a_row: int, num_unreadable: int, cfg: Config) -> Exception | None:
-    """Why the run has to end after this step, if it has to."""
-    if 0 < cfg.max_bad_steps <= bad_in_a_row:
-        return DivergenceError(
-            f"{bad_in_a_row} steps in a row were not finite. Saved at step {at.step}; look at the samples named above, or lower --lr"
-        )
-    if num_unreadable and at.bad_samples > cfg.max_bad_samples:  # once all are mended, a resumed run goes on
-        return DataError(
-            f"{at.bad_samples} samples could not be read, more than --max_bad_samples {cfg.max_bad_samples}. Saved at step "
-            f"{at.step}; mend what is named above, or allow for more, then continue with --resume auto"
-        )
-    return None
-
-
 def same_run(cfg: Config, loader: data.Loader) -> dict:
     """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
     names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens", "ema")
     return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
 
 
-def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object) -> dict:
+def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
     """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too. Collective."""
-    from importlib.metadata import version
-
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -753,8 +554,227 @@ def write_run_config(output_dir: Path, cfg: Config, dist: Dist, **facts: object)
     }
     if dist.is_main:
         content = json.dumps(record, indent=2) + "\n"
-        write_whole(output_dir / "config.json", lambda file: file.write(content.encode()))
+        write_whole(Path(cfg.output_dir) / "config.json", lambda file: file.write(content.encode()))
     return record
+
+
+def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Listener:
+    """What generates a few samples every --sample_steps. Collective."""
+    if config.encode_whisper_embed:
+        raise ConfigError("--sample_steps: this checkpoint reads references through Whisper, which sampling lacks")
+    sampler = dist.together(lambda: Listener.build(cfg, dataset, dist))
+    log(dist, f"{len(sampler.prompts)} prompts are sampled every {cfg.sample_steps} steps, into {sampler.folder}")
+    return sampler
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loop
+
+
+def loop(run: Run, state: TrainState, signals: Signals) -> bool:
+    """Evaluate, sample, save, stop, step, log, always in that order; returns whether the run came to its end. Collective."""
+    cfg, task, dist = run.cfg, run.task, run.task.dist
+    flops, frame_rate_hz = metrics.Flops.of(task.model), codec_frame_rate_hz(cfg.audio_tokenizer)
+    progress = progress_bar(run, state)
+    steps = dist.iterate(iter_steps(run.loader, state.position))
+    checked, failure = False, None
+    while True:
+        done = state.step >= run.total_steps
+
+        # Evaluate, every --val_steps and at the end.
+        due = done or (cfg.val_steps and state.step % cfg.val_steps == 0)
+        if run.val_loader and due and state.evaluated != state.step:
+            if not checked:
+                (first, *_), _ = next(dist.iterate(run.val_loader.epoch(data.Position(0, 0))))
+                check_first_batch(task, first)
+                checked = True
+            validate(run, state)
+
+        # Generate samples, every --sample_steps and at the end.
+        if run.sampler and state.sampled != state.step and (done or state.step % cfg.sample_steps == 0):
+            sample(run, state)
+
+        # Save beside training, every --save_steps and at the end, and what a stop or failure leaves.
+        stop, is_writing = dist.each(signals.received is not None, run.saver.is_writing)  # on any rank
+        if not is_writing:
+            run.saver.commit()
+        best = state.best.get("step") == state.step
+        due = cfg.save_steps and (state.step % cfg.save_steps == 0 or done or best)
+        if state.saved != state.step and (due or stop or failure):
+            run.saver.start(state.kept() | {"run": same_run(cfg, run.loader)})
+            state.saved = state.step
+        if stop or failure or done:
+            run.saver.commit()
+            progress.close()
+
+        # Stop.
+        if failure:
+            raise failure
+        if done:
+            return True
+        if stop:
+            received = next(s.name for s in dist.gather(signals.received) if s)
+            log(dist, f"received {received}: stopped after step {state.step}; continue with --resume auto")
+            return False
+
+        # Read; look at the first batch before it trains.
+        epoch = state.position.epoch
+        batches, state.position = next(steps)
+        if not checked:
+            log(dist, "first batch:")
+            check_readable(batches, cfg.max_bad_samples, dist)
+            check_first_batch(task, batches[0])
+            checked = True
+
+        # One timed step.
+        started = time.perf_counter()
+        lr = lr_at(state.step, run.total_steps, cfg)
+        result = train_step(task, batches, state.step, lr)
+        seconds = time.perf_counter() - started
+        values = metrics.step_metrics(result.total, task.objective, seconds, flops, frame_rate_hz, dist)
+        state.step += 1
+
+        # Log it, and keep what went wrong.
+        is_spike = note(run, state, result, values)
+        counts = {name: getattr(state, name) for name in ("bad_steps", "bad_samples", "clamped", "spikes")}
+        run.monitor.write(
+            split="train", step=state.step, epoch=epoch, lr=lr, grad_norm=result.grad_norm, **counts, **values
+        )
+        log_problems([p for batch in batches for p in (*batch.unreadable, *batch.clamped)], result.total, f"step {state.step}", dist)
+        if result.culprits or is_spike:
+            keep_batches(run, state, result, values["loss"], batches)
+        if state.step == cfg.memory_snapshot:
+            write_memory_snapshot(run.output_dir / f"memory-rank{dist.rank}.pickle", dist)
+        failure = find_failure(state, result.total, cfg)
+        shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
+        progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
+        progress.update()
+
+
+def progress_bar(run: Run, state: TrainState) -> tqdm:
+    settings = {"desc": "train", "unit": "step", "mininterval": bar_interval_sec(), "disable": not run.task.dist.is_main}
+    return tqdm(total=run.total_steps, initial=state.step, **settings)
+
+
+def iter_steps(loader: data.Loader, position: data.Position):
+    """The optimizer steps from `position` on, epoch after epoch, without end."""
+    while True:
+        for batches, after in loader.epoch(position):
+            is_last = after.samples_done >= loader.num_samples
+            yield batches, data.Position(after.epoch + 1, 0) if is_last else after
+        position = data.Position(position.epoch + 1, 0)
+
+
+def validate(run: Run, state: TrainState) -> None:
+    """Evaluate, log, and note whether it is the best so far. Collective."""
+    cfg, task, dist = run.cfg, run.task, run.task.dist
+    with averaged(task.optimizer):
+        values = evaluate(task, run.val_loader)
+        if run.lora and state.step and not state.evaluated:
+            log(dist, describe_changes(relative_changes(task.model)))
+    state.evaluated = state.step
+    run.monitor.write(split="val", step=state.step, epoch=state.position.epoch, **values)
+    is_best = improves(values, cfg.best_by, state.best)
+    if is_best:
+        state.best = {"metric": cfg.best_by, "value": values[cfg.best_by], "step": state.step}
+    log(
+        dist,
+        f"step {state.step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, "
+        f"audio {values['audio_loss']:.4f}){', the best so far' * is_best}",
+    )
+
+
+def sample(run: Run, state: TrainState) -> None:
+    """Generate the samples, log and keep them. Collective."""
+    dist = run.task.dist
+    with averaged(run.task.optimizer), evaluating(run.task.model):
+        values = run.sampler.listen(run.task.model, state.step, dist)
+    state.sampled = state.step
+    run.monitor.write(split="sample", step=state.step, epoch=state.position.epoch, **values)
+    if dist.is_main:
+        run.monitor.write_samples(state.step, run.sampler.folder / f"step_{state.step}")
+    log(dist, f"step {state.step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
+
+
+def check_readable(batches: Sequence[Batch], max_bad_samples: int, dist: Dist) -> None:
+    """DataError, on all ranks, if the first step finds nothing to read or too much that is unreadable. Collective."""
+    mine = [problem for batch in batches for problem in (*batch.unreadable, *batch.clamped)]
+    has_targets = any(sum(map(Tensor.sum, batch.num_targets())) > 0 for batch in batches)
+    problems, readable = zip(*dist.gather((mine, has_targets)))
+    problems = [problem for part in problems for problem in part]
+    if len(problems) > max_bad_samples or not any(readable):
+        raise DataError(listing(f"{len(problems)} samples of the first step cannot be used:", problems))
+
+
+def note(run: Run, state: TrainState, result: StepResult, values: dict) -> bool:
+    """Count what went wrong in a step; returns whether its loss is a spike."""
+    state.bad_steps += bool(result.culprits)
+    state.bad_in_a_row = state.bad_in_a_row + 1 if result.culprits else 0
+    state.bad_samples += int(result.total.num_unreadable)
+    state.clamped += int(result.total.num_clamped)
+    is_warm = state.step > run.cfg.warmup_steps
+    return state.add_loss(values["loss"], run.cfg.spike_threshold if is_warm else 0.0)
+
+
+def keep_batches(run: Run, state: TrainState, result: StepResult, value: float, batches: Sequence[Batch]) -> None:
+    """Say what went wrong, and keep the step's micro-batches for `replay`; a full disk is no reason to stop."""
+    cfg, labels, dist = run.cfg, run.task.labels, run.task.dist
+    if result.culprits:
+        log(dist, f"step {state.step}: not finite, skipped; samples: {', '.join(result.culprits)}")
+    else:
+        log(dist, f"step {state.step}: loss {value:.4f} is far above the median of the last steps")
+    if state.bad_steps + state.spikes > metrics.MAX_DUMPS:
+        return
+    about = {"step": state.step, "loss": value, "grad_norm": result.grad_norm, "alignment": [labels.text, labels.audio]}
+    about |= {"resume": str(run.saver.newest or run.resumed_from or ""), "config": dataclasses.asdict(cfg)}
+    about |= {"rank": dist.rank, "world_size": dist.world_size}
+    folder = run.output_dir / "spikes"
+    try:
+        metrics.write_dump(folder, about, batches)
+    except OSError as error:
+        print(f"rank {dist.rank}: {folder}: the batches cannot be kept: {error}", file=sys.stderr, flush=True)
+    log(dist, f"step {state.step}: look again with bash launch.sh replay {folder}/step_{state.step}-rank0.safetensors")
+
+
+def find_failure(state: TrainState, total: Totals, cfg: Config) -> Exception | None:
+    """Why the run has to end after this step, if it has to."""
+    if 0 < cfg.max_bad_steps <= state.bad_in_a_row:
+        return DivergenceError(
+            f"{state.bad_in_a_row} steps in a row were not finite. Saved at step {state.step}; look at the samples named "
+            "above, or lower --lr"
+        )
+    count = state.bad_samples + state.clamped
+    if total.num_unreadable + total.num_clamped and count > cfg.max_bad_samples:  # a resumed run goes on once all are mended
+        return DataError(
+            f"{count} samples could not be read or used, more than --max_bad_samples {cfg.max_bad_samples}. Saved at step "
+            f"{state.step}; mend what is named above, or allow for more, then continue with --resume auto"
+        )
+    return None
+
+
+def write_memory_snapshot(path: Path, dist: Dist) -> None:
+    """What GPU memory holds and held, with the stack that asked for it, for pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)
+    log(dist, f"{path}: open it at https://pytorch.org/memory_viz")
+
+
+def finish(run: Run) -> None:
+    """Write OUTPUT/final. Collective."""
+    task, dist = run.task, run.task.dist
+    with averaged(task.optimizer):
+        if run.lora:
+            log(dist, describe_changes(relative_changes(task.model)))
+        merging = write_final(
+            run.output_dir, task.model, run.config, run.tokenizer, run.lora, base=run.base, merge_lora=run.cfg.merge_lora
+        )
+    if merging:
+        log(dist, f"final/merged: {merging}")
+    log(dist, f"finished: {run.output_dir / 'final'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 @says_errors
@@ -765,18 +785,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_and_exit(argv: Sequence[str]) -> None:
-    """`main` as a process of its own. Ranks that merely lost the others wait a moment: the one that failed speaks first."""
+    """`main` as a process of its own. Ranks that merely lost the others wait a moment: the one that failed prints first."""
     try:
         status = main(argv)
     except Exception as error:
         if lost_others(error):
             time.sleep(10)
-        get_error_handler().record_exception(error)  # for the launcher, who repeats it last
+        get_error_handler().record_exception(error)  # for the launcher, which repeats it last
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # the work is done or lost: taking process groups down in good order can hang (NCCL) or abort (gloo)
+    os._exit(status)  # taking process groups down in good order can hang (NCCL) or abort (gloo)
 
 
 if __name__ == "__main__":
