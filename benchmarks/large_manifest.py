@@ -60,7 +60,7 @@ def first_batch(path: Path, num_workers: int) -> dict:
     store = AudioStore(8, 64, 25.0, cache_dir=path.parent / "codes")
     loader = data.Loader(
         data.ChatMLDataset(records, tokenizer, store),
-        create_collator(config, strict=True),
+        create_collator(config),
         data.Batching(8),
         num_workers=num_workers,
     )

@@ -49,13 +49,11 @@ def build(dist):
     model_patch.shard(model, dist.mesh, param_dtype=None)
     optimizer = train.build_optimizer(model, Config(lora_r=0))
     dataset = data.ChatMLDataset(read_manifest(path), tokenizer, AudioStore(8, 64, 25.0, folder / "codes"))
-    batch = create_collator(config, strict=True)([dataset[i] for i in range(2)])
-    objective, ids = loss.Objective(), loss.AudioIds.of(config)
+    batch = create_collator(config)([dataset[i] for i in range(2)])
+    task = train.Task(model, optimizer, loss.Objective(), loss.LabelSpec.of(config), dist)
 
     def step(number: int) -> None:
-        train.train_step(
-            model, optimizer, [batch], objective, ids, train.Alignment(), dist, lr=1e-5, grad_clip=1.0, seed=0, step=number
-        )
+        train.train_step(task, [batch], step=number, lr=1e-5)
 
     return model, optimizer, step
 

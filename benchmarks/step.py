@@ -46,7 +46,8 @@ import data  # noqa: E402
 import loss  # noqa: E402
 import model_patch  # noqa: E402
 import train  # noqa: E402
-from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, create_collator  # noqa: E402
+from collate import Batch, create_collator  # noqa: E402
+from loss import IGNORE_INDEX  # noqa: E402
 from config import Config, parse_config, to_argv  # noqa: E402
 from distributed import Dist, setup_distributed  # noqa: E402
 from tools import plan, synthetic  # noqa: E402
@@ -60,7 +61,7 @@ from tools.memory import LiveBytes, resident_bytes  # noqa: E402
 class Micro:
     """The same samples, collated for both; collating is the workers' time, not the step's."""
 
-    ours: ExtendedHiggsAudioBatchInput
+    ours: Batch
     padded: HiggsAudioBatchInput  # the official collator's
 
 
@@ -70,21 +71,18 @@ class Ours:
     name = "ours"
 
     def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
-        self.cfg, self.dist = cfg, dist
+        self.lr = cfg.peak_lr
         self.model, _ = train.build_model(cfg, dist, config, Path(cfg.base_ckpt))
         self.model.train()
         self.optimizer = train.build_optimizer(self.model, cfg)
-        self.objective = train.build_objective(cfg, config)
-        self.ids = loss.AudioIds.of(config)
+        objective, labels = train.build_objective(cfg, config), loss.LabelSpec.of(config)
+        self.task = train.Task(self.model, self.optimizer, objective, labels, dist, cfg.grad_clip, cfg.seed)
 
     def step(self, micro: Micro) -> float:
         """One optimizer step; returns its loss."""
-        settings = {"lr": self.cfg.peak_lr, "grad_clip": self.cfg.grad_clip, "seed": self.cfg.seed, "step": 0}
-        total, _, culprits = train.train_step(
-            self.model, self.optimizer, [micro.ours], self.objective, self.ids, train.Alignment(), self.dist, **settings
-        )
-        assert not culprits, "the step was skipped"
-        return self.objective.metrics(total.losses)["loss"]
+        result = train.train_step(self.task, [micro.ours], step=0, lr=self.lr)
+        assert not result.culprits, "the step was skipped"
+        return self.task.objective.metrics(result.total.losses)["loss"]
 
 
 class Reference:
@@ -263,18 +261,19 @@ def loss_part_memory(config: HiggsAudioConfig, micro: Micro) -> dict[str, int]:
     text_head = nn.Linear(D, config.text_config.vocab_size, bias=False)
     audio_head = nn.Linear(D, config.audio_num_codebooks * (config.audio_codebook_size + 2), bias=False)
     hidden = torch.randn(packing.num_positions, D, requires_grad=True)
-    width = max(packing.lengths)
-    padded = torch.randn(len(packing.lengths), width, D, requires_grad=True)
-    labels = torch.full((len(packing.lengths), width), IGNORE_INDEX)
+    lengths = packing.layout.lengths
+    width = max(lengths)
+    padded = torch.randn(len(lengths), width, D, requires_grad=True)
+    labels = torch.full((len(lengths), width), IGNORE_INDEX)
     labels[:, 1] = 0
     spoken = torch.randn(micro.ours.audio_out_ids.shape[1], D, requires_grad=True)
     stream_eos = config.audio_stream_eos_id
 
     def ours() -> None:
-        sums, _ = loss.packed_sums(
-            lambda rows: hidden.index_select(0, rows), text_head, audio_head, packing, stream_eos=stream_eos, with_copies=False
-        )
-        sums.sum().backward()
+        heads = ((text_head, packing.text), (audio_head, packing.audio))
+        text, audio = (loss.score_head(hidden.index_select(0, t.rows), head, t) for head, t in heads)
+        sums = loss.LossSums.of(packing.text, text, packing.audio, audio, stream_eos)
+        (sums.text.nats.sum() + sums.audio.nats.sum()).backward()
 
     def reference() -> None:
         audio_logits = audio_head(spoken).view(len(spoken), config.audio_num_codebooks, -1)

@@ -119,8 +119,8 @@ def _to_bf16(model: HiggsAudioModel) -> HiggsAudioModel:
     return model
 
 
-def _batches(records: list[Record], base: Full, store: AudioStore) -> list[collate.ExtendedHiggsAudioBatchInput]:
-    collator = collate.create_collator(base.config, strict=True)
+def _batches(records: list[Record], base: Full, store: AudioStore) -> list[collate.Batch]:
+    collator = collate.create_collator(base.config)
     dataset = data.ChatMLDataset(records, base.tokenizer, store)
     return [collator([dataset[index]]) for index in range(len(records))]
 

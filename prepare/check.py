@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     dataset, lengths = data.ChatMLDataset(records, None, None), None
     if config:
         dataset = data.ChatMLDataset(records, checkpoint.load_tokenizer(folder), KnownFrames(config, clips))
-        dataset, lengths = describe_lengths(dataset, create_collator(config, strict=True), report, args)
+        dataset, lengths = describe_lengths(dataset, create_collator(config), report, args)
     describe_epoch(dataset, lengths, report, args, speed)
     print(render_text(report))
     if args.report:

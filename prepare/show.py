@@ -17,9 +17,10 @@ from typing import Any
 
 import checkpoint
 import data
-from collate import IGNORE_INDEX, create_collator
+from collate import create_collator
 from common import DataError
 from config import BASE_CKPT
+from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Record
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         if has_waveforms and (not args.codes_dir or store.missing([record])):
             print("\nno grid: no codes of its waveforms; make them with python -m prepare encode, and give --codes_dir")
             return 0
-        show_grid(create_collator(config, strict=True)([dataset[0]]), config, args.columns, mark)
+        show_grid(create_collator(config)([dataset[0]]), config, args.columns, mark)
     return 0
 
 

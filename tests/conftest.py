@@ -123,6 +123,13 @@ def make_sample(tokenizer, *turns, start_index: int | None = None, seed: int = 0
     )
 
 
+def flat(sums) -> torch.Tensor:
+    """All values of a `loss.Summable` in one vector, without gradient."""
+    values: list[torch.Tensor] = []
+    sums.map(values.append)
+    return torch.cat([value.detach().flatten() for value in values])
+
+
 CASES = {
     "single": [[("user", "hello"), ("assistant", 9)]],
     "padded": [[("user", "hi"), ("assistant", 4)], [("user", "a much longer text"), ("assistant", 12)]],

@@ -73,6 +73,14 @@ def voiced(tokenizer, turns, *speakers, seed: int = 0, start_index: int | None =
     return sample
 
 
+def test_a_clip_after_the_trained_audio_is_no_reference(config, tokenizer):
+    """It could not have been read when the trained audio was generated."""
+    turns = [("user", "ref"), ("assistant", 5), ("user", "new"), ("assistant", 7), ("user", 4)]
+    sample = voiced(tokenizer, turns, "ann", "ann", "ann", start_index=3)
+    voices = create_collator(config, with_voices=True)([sample]).voices
+    assert (voices.reference_lengths, voices.trained_lengths) == ([14], [16])
+
+
 def test_pairs_and_their_columns(config, tokenizer, tmp_path):
     """Clips of T frames take T + 9 columns. In the sorted positions text comes first, then input audio, then output audio."""
     samples = [
@@ -84,18 +92,18 @@ def test_pairs_and_their_columns(config, tokenizer, tmp_path):
         make_sample(tokenizer, *CLONE),
     ]
     batch = create_collator(config, with_voices=True)(samples)
-    voices, out = batch.voices, batch.packing.num_text + batch.audio_in_ids.shape[1]
+    voices, out = batch.voices, batch.packing.layout.num_text + batch.audio_in_ids.shape[1]
     assert voices.speakers == ["ann", "bob"]
-    assert (voices.heard_lengths, voices.spoken_lengths) == ([14, 15], [16, 25])
-    ann, bob = voices.heard.split(voices.heard_lengths)
-    assert ann.tolist() == list(range(out, out + 14)) and bob.tolist() == list(range(batch.packing.num_text, out))
-    ann, bob = voices.spoken.split(voices.spoken_lengths)
+    assert (voices.reference_lengths, voices.trained_lengths) == ([14, 15], [16, 25])
+    ann, bob = voices.reference.split(voices.reference_lengths)
+    assert ann.tolist() == list(range(out, out + 14)) and bob.tolist() == list(range(batch.packing.layout.num_text, out))
+    ann, bob = voices.trained.split(voices.trained_lengths)
     assert ann.tolist() == list(range(out + 14, out + 30)) and bob.tolist() == list(range(out + 30, out + 55))
     assert create_collator(config)(samples).voices is None
     metrics.write_dump(tmp_path, {"step": 1, "rank": 0}, [batch])
     assert metrics.read_dump(tmp_path / "step_1-rank0.safetensors")[1][0].voices is None, "others' voices are not kept either"
     nobody = create_collator(config, with_voices=True)(samples[2:3]).voices
-    assert nobody.speakers == [] and nobody.heard.tolist() == nobody.spoken.tolist() == []
+    assert nobody.speakers == [] and nobody.reference.tolist() == nobody.trained.tolist() == []
 
 
 # ---- the value
@@ -118,21 +126,21 @@ def test_the_value_equals_the_slow_reference():
     torch.manual_seed(0)
     spoken, heard = torch.randn(3, 16), torch.randn(6, 16)
     speakers = ["ann", "bob", "ann", "cid", "bob", "dan"]
-    found = loss.consistency_sums(spoken, heard, speakers, first=2)
+    found = loss.consistency_tally(spoken, heard, speakers, first=2)
     expected = slow_consistency(spoken.double(), heard.double(), speakers, first=2)
-    assert found.tolist() == pytest.approx([expected, 3], rel=1e-5)
+    assert [found.nats.item(), found.targets.item()] == pytest.approx([expected, 3], rel=1e-5)
 
 
 def test_equal_voices_give_the_minimum_and_permuted_ones_more():
     torch.manual_seed(0)
     voices, speakers = torch.randn(4, 32), ["ann", "bob", "cid", "dan"]
     values = {
-        order: loss.consistency_sums(voices[list(order)], voices, speakers)[0].item()
+        order: loss.consistency_tally(voices[list(order)], voices, speakers).nats.item()
         for order in itertools.permutations(range(4))
     }
     same = values.pop((0, 1, 2, 3))
     assert same < 0.1 and min(values.values()) > same + 1
-    orthogonal = loss.consistency_sums(torch.eye(4), torch.eye(4), speakers)[0].item()
+    orthogonal = loss.consistency_tally(torch.eye(4), torch.eye(4), speakers).nats.item()
     expected = 4 * math.log(1 + 3 * math.exp(-1 / loss.VOICE_TEMPERATURE))
     assert orthogonal == pytest.approx(expected, abs=1e-6)  # measured 2.3e-7: a small difference of larger numbers
 
@@ -140,8 +148,8 @@ def test_equal_voices_give_the_minimum_and_permuted_ones_more():
 @pytest.mark.parametrize("speakers", [[], ["ann"], ["ann", "ann"]])
 def test_fewer_than_two_speakers_give_exactly_zero(speakers):
     spoken = torch.randn(len(speakers), 8, requires_grad=True)
-    found = loss.consistency_sums(spoken, torch.randn(len(speakers), 8), speakers)
-    assert found.tolist() == [0, 0] and loss.num_comparable(speakers) == 0
+    found = loss.consistency_tally(spoken, torch.randn(len(speakers), 8), speakers)
+    assert (found.nats, found.targets) == (0, 0) and loss.num_comparable(speakers) == 0
 
 
 def clones(tokenizer, *names: str | None):
@@ -160,11 +168,11 @@ def test_gradients_reach_trained_audio_alone(config, tokenizer):
     hidden = torch.randn(batch.packing.num_positions, 16, requires_grad=True)
     spoken, heard = loss.pool_voices(lambda rows: hidden.index_select(0, rows), batch.voices)
     assert not heard.requires_grad
-    for pair, where in enumerate(batch.voices.spoken.split(batch.voices.spoken_lengths)):
+    for pair, where in enumerate(batch.voices.trained.split(batch.voices.trained_lengths)):
         torch.testing.assert_close(spoken[pair], hidden[where].mean(0))
-    loss.consistency_sums(spoken, heard, batch.voices.speakers)[0].backward()
+    loss.consistency_tally(spoken, heard, batch.voices.speakers).nats.backward()
     reached = hidden.grad.abs().sum(1)
-    is_spoken = torch.zeros(len(hidden), dtype=torch.bool).index_fill(0, batch.voices.spoken, True)
+    is_spoken = torch.zeros(len(hidden), dtype=torch.bool).index_fill(0, batch.voices.trained, True)
     assert (reached[is_spoken] > 0).all() and (reached[~is_spoken] == 0).all()
 
 
@@ -178,18 +186,17 @@ def voice_step(dist, groups: list[list[str | None]], weight: float) -> tuple[dic
     model = model_patch.patch_for_training(make_model(config)).train()
     model_patch.shard(model, dist.mesh, torch.float32)
     argv = ["--train_manifest", "m", "--output_dir", "o", "--consistency_loss_weight", str(weight)]
-    objective, ids = train.build_objective(train.parse_config(argv), config), loss.AudioIds.of(config)
+    objective, labels = train.build_objective(train.parse_config(argv), config), loss.LabelSpec.of(config)
     collator = create_collator(config, with_voices=weight > 0)
     samples = iter(clones(tokenizer, *itertools.chain.from_iterable(groups)))
     batches = [collator([next(samples) for _ in names]) for names in groups]
     mine = batches[dist.rank :: dist.world_size]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     loader = SimpleNamespace(epoch=lambda position: [((batch,), None) for batch in mine])
-    evaluated = train.evaluate(model, loader, objective, ids, train.Alignment(), dist)
-    total, norm, _ = train.train_step(
-        model, optimizer, mine, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=0.0, seed=0, step=0
-    )
-    return evaluated, objective.metrics(total.losses), norm
+    task = train.Task(model, optimizer, objective, labels, dist, grad_clip=0.0)
+    evaluated = train.evaluate(task, loader)
+    result = train.train_step(task, mine, step=0, lr=1e-3)
+    return evaluated, objective.metrics(result.total.losses), result.grad_norm
 
 
 def with_and_without(dist, cases):
@@ -228,6 +235,7 @@ def test_steps_without_rivals_are_those_without_the_loss():
     for steps in run_ranks(with_and_without, 2, cases):
         for on, off in steps:
             assert on[0].pop("consistency_loss") == on[1].pop("consistency_loss") == 0
+            assert on[0].pop("consistency_accuracy") is on[1].pop("consistency_accuracy") is None
             assert on == off
 
 

@@ -248,7 +248,7 @@ def toy_loader(toys, config, tokenizer):
     def make(**kwargs):
         settings = {"grad_accum": 2, "seed": 5} | kwargs
         batching = Batching(settings.pop("batch_size", 3))
-        return data.Loader(dataset, create_collator(config, strict=True), batching, **settings)
+        return data.Loader(dataset, create_collator(config), batching, **settings)
 
     return make
 
@@ -310,6 +310,6 @@ def test_special_tokens_in_text_are_an_error(folder, config, tokenizer):
     record = clone()
     record["messages"][1]["content"] = "say <|AUDIO_OUT|> aloud"
     dataset = open_dataset(write_manifest(folder / "m.jsonl", [record]), config, tokenizer)
-    loader = data.Loader(dataset, create_collator(config, strict=True), Batching(1))
+    loader = data.Loader(dataset, create_collator(config), Batching(1))
     with pytest.raises(DataError, match=r"record 0 .*4 audio placeholders but 3 clip.*literally"):
         next(loader.epoch(Position(0, 0)))

@@ -37,20 +37,18 @@ def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int,
     model, _ = train.build_model(cfg, dist, config, folder)
     model.train()
     optimizer = train.build_optimizer(model, cfg)
-    objective, ids = train.build_objective(cfg, config), loss.AudioIds.of(config)
+    task = train.Task(model, optimizer, train.build_objective(cfg, config), loss.LabelSpec.of(config), dist)
     dataset = open_dataset(Path(manifest), config, tokenizer)
     collator = create_collator(config)
     lengths, _ = data.measure_lengths(dataset, collator)
-    batching = data.Batching(max_tokens=250, lengths=lengths, packed=True) if size == "tokens" else data.Batching(size)
+    batching = data.Batching(max_tokens=250, lengths=lengths) if size == "tokens" else data.Batching(size)
     loader = data.Loader(dataset, collator, batching, dist.rank, dist.world_size, grad_accum)
     losses, norms = [], []
     for step, (batches, _) in zip(range(3), loader.epoch(data.Position(0, 0))):
-        total, norm, culprits = train.train_step(
-            model, optimizer, batches, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=1.0, seed=0, step=step
-        )
-        assert not culprits
-        losses.append(objective.metrics(total.losses)["loss"])
-        norms.append(norm)
+        result = train.train_step(task, batches, step, lr=1e-3)
+        assert not result.culprits
+        losses.append(task.objective.metrics(result.total.losses)["loss"])
+        norms.append(result.grad_norm)
     return losses, norms, {n: full(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -136,18 +134,17 @@ def uneven_step(dist, kinds: list[str], tower: bool):
 
         samples["heard"] = with_waveforms(samples["heard"], 0.2)
     cfg = train.parse_config(["--train_manifest", "m", "--output_dir", "o"])
-    objective, ids = train.build_objective(cfg, config), loss.AudioIds.of(config)
     collator = create_collator(config)
     mine = [collator([samples[kind]]) for kind in kinds[dist.rank :: dist.world_size]]
     if dist.world_size == 1:
         model.set_requires_gradient_sync, model.reshard = lambda flag: None, lambda: None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    objective, labels = train.build_objective(cfg, config), loss.LabelSpec.of(config)
+    task = train.Task(model, optimizer, objective, labels, dist, grad_clip=0.0)
     with train.evaluating(model):  # there as well every rank has to enter every sharded module
-        train.forward(model, mine[0], ids, train.Alignment())
-    total, norm, _ = train.train_step(
-        model, optimizer, mine, objective, ids, train.Alignment(), dist, lr=1e-3, grad_clip=0.0, seed=0, step=0
-    )
-    return objective.metrics(total.losses)["loss"], norm
+        train.forward(model, mine[0], labels)
+    result = train.train_step(task, mine, step=0, lr=1e-3)
+    return objective.metrics(result.total.losses)["loss"], result.grad_norm
 
 
 @pytest.mark.parametrize(
@@ -211,10 +208,10 @@ def poisoned_run(dist, checkpoint_dir: str, manifest: str, output_dir: str, pois
     forward, messages = train.forward, []
 
     def poisoned(model, batch, *args):
-        scored, total = forward(model, batch, *args)
+        total, voices = forward(model, batch, *args)
         if any(poison in source for source in batch.sources) and torch.is_grad_enabled():
-            total.losses.audio = total.losses.audio * float("nan")
-        return scored, total
+            total.losses.audio.nats = total.losses.audio.nats * float("nan")
+        return total, voices
 
     train.forward, train.log = poisoned, lambda dist, message: messages.append(message)
     argv = f"--train_manifest {manifest} --base_ckpt {checkpoint_dir} --output_dir {output_dir} --device cpu --num_workers 0"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,24 +26,31 @@ def clips(tokenizer):
     return samples, prompts
 
 
+class Evaluated(NamedTuple):
+    sums: loss.LossSums
+    audio: loss.Targets
+    audio_logits: torch.Tensor
+
+
 def overfit(config, samples, unshifted: bool, steps: int = 250):
     """Train on the samples until the loss is near zero; returns the model, its last loss and what was scored."""
     model = model_patch.patch_for_training(make_model(config)).train()
     batch = create_collator(config)(samples)
-    ids = loss.AudioIds.of(config)
-    alignment = ("aligned", "aligned") if unshifted else ("shift", "shift")
+    alignment = "aligned" if unshifted else "shift"
+    labels = dataclasses.replace(loss.LabelSpec.of(config), text=alignment, audio=alignment)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(steps):
-        scored = loss.score(model(**batch.model_inputs()), batch, ids, *alignment)
-        sums = loss.loss_sums(scored, ids.stream_eos)
-        value = loss.combine(sums, sums.num_text, sums.num_audio)
+        sums = loss.dense_sums(model(**batch.model_inputs()), batch, labels)
+        value = loss.Objective()(sums, sums.text.targets[0], sums.audio.targets)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
     model.eval()
     with torch.no_grad():
         output = model(**batch.model_inputs())
-    return model, value.item(), loss.score(output, batch, ids)
+        labels = loss.LabelSpec.of(config)
+        sums = loss.dense_sums(output, batch, labels)
+    return model, value.item(), Evaluated(sums, loss.dense_targets(output, batch, labels)[1], output.audio_logits)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def test_our_loss_regenerates_the_clips(trained, tokenizer):
         said = speak(model, tokenizer, prompt, max_new_tokens=60)
         assert said.stopped and len(said.codes) == 1
         assert torch.equal(said.codes[0], sample.audio_ids_concat)
-    assert loss.copy_share(loss.copy_counts(scored)) < 0.1
+    assert scored.sums.copy_share() < 0.1
 
 
 def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):
@@ -76,14 +85,14 @@ def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):
         compared += sample.audio_ids_concat.numel()
     assert matching / compared < 0.2
     with pytest.raises(CopyCollapseError):
-        loss.copy_share(loss.copy_counts(scored))
+        scored.sums.copy_share()
 
 
 def test_teacher_forced_argmax_is_what_generate_says(trained, config, tokenizer):
     """At every supervised (codebook, column) the argmax under teacher forcing equals the greedily generated id."""
     (model, _, scored), _, prompts = trained
-    supervised = scored.audio_labels.T != loss.IGNORE_INDEX  # [K, N - 1]
-    argmax = scored.audio_logits.argmax(-1).T
+    supervised = scored.audio.labels[:-1].T != loss.IGNORE_INDEX  # [K, N - 1]
+    argmax = scored.audio_logits[:-1].argmax(-1).T
     generated = torch.cat([speak(model, tokenizer, prompt, max_new_tokens=60).delayed[0] for prompt in prompts], dim=1)
     assert generated.shape[1] == supervised.shape[1] + 1
     assert torch.equal(generated[:, 1:][supervised], argmax[supervised])

@@ -179,10 +179,9 @@ def our_loss(model: HiggsAudioModel, tokenizer) -> tuple[torch.Tensor, torch.Ten
     config = model.config
     batch = make_batch(config, tokenizer)
     model = model_patch.patch_for_training(model)
-    _, totals = train.forward(model, batch, loss.AudioIds.of(config), train.Alignment())
-    sums = totals.losses
+    sums = train.forward(model, batch, loss.LabelSpec.of(config))[0].losses
     objective = loss.Objective(text_weight=1.0, audio_weight=config.audio_num_codebooks)
-    return objective(sums, sums.num_text, sums.num_audio), sums.text / sums.num_text
+    return objective(sums, sums.text.targets[0], sums.audio.targets), sums.text.nats[0] / sums.text.targets[0]
 
 
 def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:

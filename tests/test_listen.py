@@ -39,8 +39,8 @@ def evaluate_and_listen(dist, argv: list[str]) -> tuple[list[dict], dict]:
     config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
     _, loader = train.build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, _ = train.build_model(cfg, dist, config, folder)
-    arguments = train.build_objective(cfg, config), train.loss.AudioIds.of(config), train.Alignment(), dist
-    figures = [train.evaluate(model, loader, *arguments) for _ in range(2)]
+    task = train.Task(model, None, train.build_objective(cfg, config), train.LabelSpec.of(config), dist)
+    figures = [train.evaluate(task, loader) for _ in range(2)]
     listener = train.build_listener(cfg, dist, config, loader.dataset)
     with train.evaluating(model):
         figures.append(listener.listen(model, 7, dist))

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import CASES, case_samples, make_model, make_sample
+from conftest import CASES, case_samples, flat, make_model, make_sample
 
 import loss
 from collate import create_collator
 from common import AlignmentError, CopyCollapseError
-from loss import AudioIds, find_alignment
+from loss import IGNORE_INDEX, LabelSpec, LossSums, Objective, Scores, Tally, Targets, find_alignment
 
 
 def forward(name_or_samples, config, tokenizer, model=None):
@@ -48,64 +48,80 @@ def slow_sums(output, batch, eos: int):
 def test_sums_equal_the_slow_reference(case, config, tokenizer):
     """float32 against float64 loops: measured relative difference at most 2.1e-7."""
     output, batch = forward(case, config, tokenizer)
-    ids = AudioIds.of(config)
-    sums = loss.loss_sums(loss.score(output, batch, ids), ids.stream_eos)
-    text, num_text, audio, num_audio, eos = slow_sums(output, batch, ids.stream_eos)
-    assert sums.text.item() == pytest.approx(text, rel=1e-5)
-    assert sums.audio.tolist() == pytest.approx(audio, rel=1e-5) if audio else sums.audio.sum() == 0
-    assert sums.eos.item() == pytest.approx(eos, rel=1e-5)
-    assert (sums.num_text, sums.num_audio.tolist()[: len(num_audio)]) == (num_text, num_audio)
-    assert all(torch.equal(a, b) for a, b in zip(batch.num_targets(), (sums.num_text.long(), sums.num_audio.long())))
+    labels = LabelSpec.of(config)
+    sums = loss.dense_sums(output, batch, labels)
+    text, num_text, audio, num_audio, eos = slow_sums(output, batch, labels.stream_eos)
+    assert sums.text.nats.item() == pytest.approx(text, rel=1e-5)
+    assert sums.audio.nats.tolist() == pytest.approx(audio, rel=1e-5) if audio else sums.audio.nats.sum() == 0
+    assert sums.eos.nats.item() == pytest.approx(eos, rel=1e-5)
+    assert (sums.text.targets, sums.audio.targets.tolist()[: len(num_audio)]) == (num_text, num_audio)
+    counted = sums.text.targets[0].long(), sums.audio.targets.long()
+    assert all(torch.equal(a, b) for a, b in zip(batch.num_targets(), counted))
 
 
-def test_combine_by_hand():
-    sums = loss.LossSums(*(torch.tensor(v) for v in (6.0, [4.0, 9.0], 0.0, 3.0, [2.0, 3.0], 0.0, 0.0, [0.0, 0.0], 0.0)))
-    assert loss.combine(sums, sums.num_text, sums.num_audio) == pytest.approx(6 / 3 + (4 / 2 + 9 / 3) / 2)
-    weighted = loss.combine(sums, sums.num_text, sums.num_audio, 0.5, 2.0, torch.tensor([1.0, 3.0]))
+def sums_by_hand(text: float, num_text: float, audio: list[float], num_audio: list[float]) -> LossSums:
+    def tally(nats, targets) -> Tally:
+        return Tally(torch.tensor(nats), torch.tensor(targets), torch.zeros(len(nats) if isinstance(nats, list) else ()))
+
+    zero = torch.zeros(())
+    return LossSums(tally([text], [num_text]), tally(audio, num_audio), tally(0.0, 0.0), tally(0.0, 0.0), zero, zero)
+
+
+def counts_of(sums: LossSums) -> tuple[torch.Tensor, torch.Tensor]:
+    return sums.text.targets[0], sums.audio.targets
+
+
+def test_the_objective_by_hand():
+    sums = sums_by_hand(6.0, 3.0, [4.0, 9.0], [2.0, 3.0])
+    assert Objective()(sums, *counts_of(sums)) == pytest.approx(6 / 3 + (4 / 2 + 9 / 3) / 2)
+    weighted = Objective(0.5, 2.0, (1.0, 3.0))(sums, *counts_of(sums))
     assert weighted == pytest.approx(0.5 * 2 + 2 * (0.5 * 2 + 1.5 * 3) / 2)
 
 
 def test_micro_batches_share_one_denominator(config, tokenizer):
     """Parts scored with the global counts add up to the whole."""
     model = make_model(config)
-    ids = AudioIds.of(config)
+    labels = LabelSpec.of(config)
     samples = [s for case in CASES for s in case_samples(case, tokenizer)]
 
     def sums_of(part):
         output, batch = forward(part, config, tokenizer, model)
-        return loss.loss_sums(loss.score(output, batch, ids), ids.stream_eos)
+        return loss.dense_sums(output, batch, labels)
 
     whole, parts = sums_of(samples), [sums_of(samples[:1]), sums_of(samples[1:4]), sums_of(samples[4:])]
-    expected = loss.combine(whole, whole.num_text, whole.num_audio)
-    assert sum(loss.combine(p, whole.num_text, whole.num_audio) for p in parts).item() == pytest.approx(
-        expected.item(), rel=1e-6
-    )
-    total = loss.LossSums.unpack(sum(p.pack() for p in parts))
-    for f in dataclasses.fields(whole):
-        torch.testing.assert_close(getattr(total, f.name), getattr(whole, f.name), rtol=1e-5, atol=1e-4)
+    objective, counts = Objective(), counts_of(whole)
+    assert sum(objective(p, *counts) for p in parts).item() == pytest.approx(objective(whole, *counts).item(), rel=1e-6)
+    torch.testing.assert_close(flat(parts[0] + parts[1] + parts[2]), flat(whole), rtol=1e-5, atol=1e-4)
 
 
 def test_the_mean_of_means_is_something_else():
     """3 targets at 2 nats and 1 at 1 nat: 7 / 4 nats per target, not (2 + 1) / 2."""
-    parts = [
-        loss.LossSums(*map(torch.tensor, (text, [0.0], 0.0, count, [0.0], 0.0, 0.0, [0.0], 0.0)))
-        for text, count in ((6.0, 3.0), (1.0, 1.0))
-    ]
-    counts = parts[0].num_text + parts[1].num_text, parts[0].num_audio
-    assert sum(loss.combine(p, *counts) for p in parts) == 7 / 4
-    assert sum(loss.combine(p, p.num_text, p.num_audio) for p in parts) / 2 == 1.5
+    parts = [sums_by_hand(text, count, [0.0], [0.0]) for text, count in ((6.0, 3.0), (1.0, 1.0))]
+    counts = counts_of(parts[0] + parts[1])
+    assert sum(Objective()(p, *counts) for p in parts) == 7 / 4
+    assert sum(Objective()(p, *counts_of(p)) for p in parts) / 2 == 1.5
+
+
+def targets(labels: torch.Tensor, inputs: torch.Tensor | None = None) -> Targets:
+    inputs = torch.zeros_like(labels) if inputs is None else inputs
+    return Targets(torch.arange(len(labels)), labels, inputs)
+
+
+def scores(logits: torch.Tensor, labels: torch.Tensor) -> Scores:
+    return loss.score_logits(logits, labels, torch.zeros_like(labels))
 
 
 def test_right_guesses_by_hand():
     """Text: 2 of 3 right. Audio: codebook 0 right at 1 of 2, codebook 1 at its only target, an end of stream (5)."""
-    text, audio = torch.zeros(1, 4, 7), torch.zeros(3, 2, 6)
+    text, audio = torch.zeros(4, 1, 7), torch.zeros(3, 2, 6)
     for position, token in enumerate((3, 4, 5, 6)):
-        text[0, position, token] = 1.0
+        text[position, 0, token] = 1.0
     for row, codes in enumerate(((1, 2), (3, 5), (4, 4))):
         audio[row, 0, codes[0]] = audio[row, 1, codes[1]] = 1.0
-    labels = torch.tensor([[3, -100, 5, 1]]), torch.tensor([[1, -100], [2, 5], [-100, -100]])
-    sums = loss.loss_sums(loss.Scored(text, labels[0], labels[0], audio, labels[1], labels[1]), stream_eos=5)
-    assert (sums.right_text, sums.right_audio.tolist(), sums.right_eos) == (2, [1, 1], 1)
+    labels = torch.tensor([[3], [-100], [5], [1]]), torch.tensor([[1, -100], [2, 5], [-100, -100]])
+    streams = [(targets(label), scores(logits, label)) for logits, label in zip((text, audio), labels)]
+    sums = LossSums.of(*streams[0], *streams[1], stream_eos=5)
+    assert (sums.text.correct, sums.audio.correct.tolist(), sums.eos.correct) == (2, [1, 1], 1)
     values = loss.Objective().metrics(sums)
     assert values["text_accuracy"] == pytest.approx(2 / 3) and values["audio_accuracy"] == pytest.approx(2 / 3)
     assert values["codebook_accuracies"] == [0.5, 1.0] and values["eos_accuracy"] == 1.0
@@ -118,10 +134,9 @@ def test_nothing_to_predict_gives_exactly_zero(masked, config, tokenizer):
         batch.label_ids.fill_(-100)
     if masked != "text":
         batch.label_audio_ids.fill_(-100)
-    ids = AudioIds.of(config)
     model = make_model(config)
-    sums = loss.loss_sums(loss.score(model(**batch.model_inputs()), batch, ids), ids.stream_eos)
-    value = loss.combine(sums, *[n.float() for n in batch.num_targets()])
+    sums = loss.dense_sums(model(**batch.model_inputs()), batch, LabelSpec.of(config))
+    value = Objective()(sums, *[n.float() for n in batch.num_targets()])
     value.backward()
     assert torch.isfinite(value) and (value == 0) == (masked == "both")
     head = model.audio_decoder_proj
@@ -150,11 +165,11 @@ def test_expanded_labels_are_rebuilt_when_the_model_returns_none(config, tokeniz
     """The error of trainers that cut one side ("255 vs 256"): logits have more positions than unexpanded labels."""
     for case in CASES:
         output, batch = forward(case, config, tokenizer)
-        args = batch.label_ids, batch.input_ids, batch.attention_mask, AudioIds.of(config)
-        expected = loss.text_targets(output, *args)
+        labels = LabelSpec.of(config)
+        expected = loss.text_labels(output, batch, labels)
         assert torch.equal(expected, output.expanded_labels)
         output.expanded_labels = None
-        assert torch.equal(loss.text_targets(output, *args), expected)
+        assert torch.equal(loss.text_labels(output, batch, labels), expected)
 
 
 def test_labels_are_never_cut_to_fit(config, tokenizer):
@@ -163,7 +178,7 @@ def test_labels_are_never_cut_to_fit(config, tokenizer):
     assert batch.label_ids.shape[1] < S
     output.expanded_labels = output.expanded_labels[:, :-1]
     with pytest.raises(ValueError, match=rf"\({B}, {S - 1}\) positions, logits \({B}, {S}\)"):
-        loss.score(output, batch, AudioIds.of(config))
+        loss.dense_sums(output, batch, LabelSpec.of(config))
 
 
 def test_alignment_of_the_official_labels_is_shift(config, tokenizer):
@@ -174,15 +189,15 @@ def test_alignment_of_the_official_labels_is_shift(config, tokenizer):
 
 def test_labels_shifted_beforehand_give_the_same_loss(config, tokenizer):
     output, batch = forward("multi-segment", config, tokenizer)
-    ids = AudioIds.of(config)
-    expected = loss.loss_sums(loss.score(output, batch, ids), ids.stream_eos)
+    labels = LabelSpec.of(config)
+    expected = loss.dense_sums(output, batch, labels)
     output.expanded_labels = torch.nn.functional.pad(output.expanded_labels[:, 1:], (0, 1), value=-100)
     batch.label_audio_ids = torch.nn.functional.pad(batch.label_audio_ids[:, 1:], (0, 1), value=-100)
     text = find_alignment(output.expanded_labels, output.expanded_input_ids, "text")
     audio = find_alignment(batch.label_audio_ids, batch.audio_out_ids, "audio")
     assert (text, audio) == ("aligned", "aligned")
-    sums = loss.loss_sums(loss.score(output, batch, ids, text, audio), ids.stream_eos)
-    assert torch.equal(sums.pack(), expected.pack())
+    sums = loss.dense_sums(output, batch, dataclasses.replace(labels, text=text, audio=audio))
+    assert torch.equal(flat(sums), flat(expected))
 
 
 def test_unrelated_labels_are_an_error():
@@ -195,28 +210,39 @@ def test_unrelated_labels_are_an_error():
 # ---- copy-collapse guard
 
 
-def scored_predictions(predict_input: bool, positions: int = 50):
-    """A model that is sure of its input, or of its target."""
+def predictions(predict_input: bool, positions: int = 50) -> tuple[torch.Tensor, Targets]:
+    """Logits of a model that is sure of its input, or of its target."""
     torch.manual_seed(0)
     K, C = 8, 66
     stream = torch.randint(0, 64, (positions + 1, K))
     inputs, labels = stream[:-1], stream[1:]
     logits = 20.0 * torch.nn.functional.one_hot(inputs if predict_input else labels, C).float()
-    empty = torch.zeros(0, 0, dtype=torch.long)
-    return loss.Scored(torch.zeros(0, 0, 9), empty, empty, logits, labels, inputs)
+    return logits, targets(labels, inputs)
+
+
+@torch.no_grad()
+def copy_share(logits: torch.Tensor, audio: Targets) -> float:
+    text = targets(torch.zeros((0, 1), dtype=torch.long))
+    text_scores = loss.score_logits(torch.zeros(0, 1, 9), text.labels, text.inputs)
+    audio_scores = loss.score_logits(logits, audio.labels, audio.inputs)
+    return LossSums.of(text, text_scores, audio, audio_scores, stream_eos=65).copy_share()
 
 
 def test_guard_tells_copying_from_predicting():
-    assert loss.copy_share(loss.copy_counts(scored_predictions(predict_input=False))) == 0
+    assert copy_share(*predictions(predict_input=False)) == 0
     with pytest.raises(CopyCollapseError, match="unshifted labels"):
-        loss.copy_share(loss.copy_counts(scored_predictions(predict_input=True)))
-    few = loss.copy_counts(scored_predictions(predict_input=True, positions=3))
-    assert loss.copy_share(few) == 1.0, "too few positions to judge"
+        copy_share(*predictions(predict_input=True))
+    assert copy_share(*predictions(predict_input=True, positions=3)) == 1.0, "too few positions to judge"
 
 
 def test_guard_lets_slow_codes_repeat():
     """Codes that hold for seven frames: a calibrated model says "the same again" at every position, and is not stopped."""
-    scored = scored_predictions(predict_input=True)
+    logits, audio = predictions(predict_input=True)
     stay = 0.85
-    scored.audio_logits = torch.log(torch.where(scored.audio_logits > 0, stay, (1 - stay) / 65))
-    assert loss.copy_share(loss.copy_counts(scored)) == 0
+    assert copy_share(torch.log(torch.where(logits > 0, stay, (1 - stay) / 65)), audio) == 0
+
+
+def test_targets_without_labels_are_not_copies():
+    """IGNORE_INDEX differs from every input, but nothing is predicted there."""
+    logits, audio = predictions(predict_input=True)
+    assert copy_share(logits, audio._replace(labels=torch.full_like(audio.labels, IGNORE_INDEX))) == 0

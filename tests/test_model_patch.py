@@ -14,18 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
 import model_patch
+import train
 from collate import create_collator
 from common import PatchError
 from config import CHECKPOINTING_MODES
 from tools.demo import tiny_config
 
 
-def run(model, batch, ids):
+def run(model, batch, labels):
     """Loss, logits and gradients of one batch, with our loss on whichever model."""
     model.zero_grad()
     output = model(**batch.model_inputs())
-    sums = loss.loss_sums(loss.score(output, batch, ids), ids.stream_eos)
-    value = loss.combine(sums, *[n.float() for n in batch.num_targets()])
+    sums = loss.dense_sums(output, batch, labels)
+    value = loss.Objective()(sums, *[n.float() for n in batch.num_targets()])
     value.backward()
     zero = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     grads = {n: zero[n] if p.grad is None else p.grad for n, p in model.named_parameters()}
@@ -43,9 +44,9 @@ def test_patched_equals_upstream(case, config, tokenizer):
     """float32: measured difference 0 for the loss, the logits and every gradient."""
     model = make_model(config)
     batch = create_collator(config)(case_samples(case, tokenizer))
-    ids = loss.AudioIds.of(config)
-    expected_loss, expected, expected_grads = run(model, batch, ids)
-    value, output, grads = run(model_patch.patch_for_training(copy.deepcopy(model)), batch, ids)
+    labels = loss.LabelSpec.of(config)
+    expected_loss, expected, expected_grads = run(model, batch, labels)
+    value, output, grads = run(model_patch.patch_for_training(copy.deepcopy(model)), batch, labels)
     assert value == pytest.approx(expected_loss, rel=1e-6)
     real = output.attention_mask.bool()
     torch.testing.assert_close(output.logits[real], expected.logits[real], rtol=0, atol=1e-5)
@@ -70,13 +71,13 @@ def test_activation_checkpointing_changes_nothing_but_the_work(config, tokenizer
     """float32: measured difference 0 for the loss and the gradients. "full" repeats the matrix products of a layer in the
     backward pass, "selective" none."""
     batch = create_collator(config)(case_samples("multi-segment", tokenizer))
-    ids = loss.AudioIds.of(config)
+    labels = loss.LabelSpec.of(config)
     model = model_patch.patch_for_training(make_model(config))
     found = {}
     for mode in CHECKPOINTING_MODES:
         model_patch.set_activation_checkpointing(model, mode)
         with CountMatmuls() as counter:
-            value, _, grads = run(model, batch, ids)
+            value, _, grads = run(model, batch, labels)
         found[mode] = value, {n: g.clone() for n, g in grads.items()}, counter.count
     for mode in ("full", "selective"):
         assert found[mode][0] == found["none"][0]
@@ -153,11 +154,11 @@ def test_labels_injected_by_peft_are_stripped(config, tokenizer):
 def test_every_parameter_gets_a_gradient_without_audio(config, tokenizer):
     """A text-only batch leaves the codebook embeddings out of upstream's graph; FSDP ranks would disagree."""
     batch = create_collator(config)(case_samples("text-only", tokenizer))
-    ids = loss.AudioIds.of(config)
+    labels = loss.LabelSpec.of(config)
 
     def without_grad(model):
-        sums = loss.loss_sums(loss.score(model(**batch.model_inputs()), batch, ids), ids.stream_eos)
-        (sums.text + sums.audio.sum()).backward()
+        sums = loss.dense_sums(model(**batch.model_inputs()), batch, labels)
+        (sums.text.nats.sum() + sums.audio.nats.sum()).backward()
         return [n for n, p in model.named_parameters() if p.grad is None]
 
     model = make_model(config)
@@ -250,13 +251,22 @@ def test_patterns_that_match_nothing_are_errors(pattern, config):
         model_patch.freeze(make_model(config), [pattern])
 
 
+def test_a_batch_without_audio_leaves_no_graph_behind(config, tokenizer):
+    """The model can be copied after any batch; a tensor of the graph kept in it could not."""
+    model = model_patch.patch_for_training(make_model(config)).train()
+    for case in ("text-only", "single"):
+        batch = create_collator(config)(case_samples(case, tokenizer))
+        train.forward(model, batch, loss.LabelSpec.of(config))
+        copy.deepcopy(model)
+
+
 def test_frozen_stays_frozen(config, tokenizer):
     model = model_patch.patch_for_training(make_model(config))
     frozen = model_patch.freeze(model, ["embed_tokens", "mlp", r"layers\.0"])
     assert "layers.1.mlp.up_proj.weight" in frozen and "layers.1.audio_mlp.up_proj.weight" not in frozen
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    run(model, create_collator(config)(case_samples("padded", tokenizer)), loss.AudioIds.of(config))
+    run(model, create_collator(config)(case_samples("padded", tokenizer)), loss.LabelSpec.of(config))
     optimizer.step()
     unchanged = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert unchanged == set(frozen)

@@ -10,32 +10,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CASES, case_samples, make_model, make_sample
+from conftest import CASES, case_samples, flat, make_model, make_sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
 import model_patch
 import train
-from collate import IGNORE_INDEX, create_collator
+from collate import create_collator
 from config import CHECKPOINTING_MODES
-from loss import AudioIds, LossSums, Objective
+from loss import IGNORE_INDEX, LabelSpec, LossSums, Objective
 
 
 def sums_and_gradients(
     model, batch, config, packed: bool, with_copies: bool = True
 ) -> tuple[LossSums, torch.Tensor | None, dict[str, torch.Tensor]]:
     """Sums, copies (computed without gradients) and all gradients of the objective."""
-    ids, alignment = AudioIds.of(config), train.Alignment()
+    labels = LabelSpec.of(config)
     if not packed:
         batch.packing = None
     model.zero_grad()
-    _, total = train.forward(model, batch, ids, alignment)
+    total, _ = train.forward(model, batch, labels)
     text, audio = batch.num_targets()
     Objective()(total.losses, text.float(), audio.float()).backward()
     copies = None
     if with_copies:
         with torch.no_grad():
-            copies, _ = train.forward(model, batch, ids, alignment)
+            evaluated = train.forward(model, batch, labels)[0].losses
+            copies = torch.stack([evaluated.changed, evaluated.copied])
     return total.losses.detach(), copies, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -68,22 +69,23 @@ EXTRA = ("one token", "no text target", "no audio target", "no target")
 
 
 @pytest.mark.parametrize("name", [*CASES, *EXTRA])
-@pytest.mark.parametrize("how", ["packed", "packed, in pieces", "rows"])
+@pytest.mark.parametrize("how", ["packed", "packed, in pieces"])
 def test_packed_equals_upstream(name, how, config, tokenizer, monkeypatch):
     """float32: upstream's own layers on padded rows, with its mask and dense logits, against real positions alone and
-    supervised logits, all at once or in many pieces, attention on one sequence or on padded rows. Measured: losses within
-    3e-7 relative, gradients within 2e-6 of the largest."""
+    supervised logits, all at once or in many pieces. Measured: losses within 3e-7 relative, gradients within 2e-6 of the
+    largest."""
     if how == "packed, in pieces":
         monkeypatch.setattr(loss, "MAX_LOGITS", 300)
     samples = case_samples(name, tokenizer) if name in CASES else extra_samples(name, tokenizer, config)
     upstream = make_model(config).train()
     model = model_patch.patch_for_training(copy.deepcopy(upstream))
-    collator = create_collator(config, strict=True, pack=how != "rows")
+    collator = create_collator(config)
     expected, copies, gradients = sums_and_gradients(upstream, collator(samples), config, packed=False)
     found, found_copies, found_gradients = sums_and_gradients(model, collator(samples), config, packed=True)
-    assert torch.equal(found.num_text, expected.num_text) and torch.equal(found.num_audio, expected.num_audio)
-    assert torch.equal(found.num_eos, expected.num_eos) and torch.equal(found_copies, copies)
-    torch.testing.assert_close(found.pack(), expected.pack(), rtol=2e-6, atol=1e-6)
+    for stream in ("text", "audio", "eos"):
+        assert torch.equal(getattr(found, stream).targets, getattr(expected, stream).targets)
+    assert torch.equal(found_copies, copies)
+    torch.testing.assert_close(flat(found), flat(expected), rtol=2e-6, atol=1e-6)
     if name == "no target":
         assert all((gradient == 0).all() for gradient in found_gradients.values())
         assert found_gradients.keys() >= gradients.keys()
@@ -95,10 +97,10 @@ def test_a_sample_does_not_see_its_neighbours(config, tokenizer):
     """Packed with others or alone: the same sums. Measured: 5e-7 relative."""
     samples = [make_sample(tokenizer, ("user", "word " * n), ("assistant", 3 * n), seed=n) for n in (1, 4, 2)]
     model = model_patch.patch_for_training(make_model(config))
-    collator, ids = create_collator(config, strict=True), AudioIds.of(config)
+    collator, labels = create_collator(config), LabelSpec.of(config)
     with torch.no_grad():
-        together = train.forward(model, collator(samples), ids, train.Alignment())[1].losses.pack()
-        alone = sum(train.forward(model, collator([s]), ids, train.Alignment())[1].losses.pack() for s in samples)
+        together = flat(train.forward(model, collator(samples), labels)[0].losses)
+        alone = sum(flat(train.forward(model, collator([s]), labels)[0].losses) for s in samples)
     torch.testing.assert_close(together, alone, rtol=2e-6, atol=1e-6)
 
 
@@ -106,11 +108,11 @@ def test_a_sample_does_not_see_its_neighbours(config, tokenizer):
 def test_checkpointing_changes_nothing(mode, config, tokenizer):
     """Measured: 0."""
     model = model_patch.patch_for_training(make_model(config)).train()
-    batch = create_collator(config, strict=True)(case_samples("reference and target", tokenizer))
+    batch = create_collator(config)(case_samples("reference and target", tokenizer))
     expected = sums_and_gradients(model, batch, config, packed=True)
     model_patch.set_activation_checkpointing(model, mode)
     found = sums_and_gradients(model, batch, config, packed=True)
-    assert torch.equal(found[0].pack(), expected[0].pack()) and distance(found[2], expected[2]) < 1e-6
+    assert torch.equal(flat(found[0]), flat(expected[0])) and distance(found[2], expected[2]) < 1e-6
 
 
 def test_lora_on_the_packed_path(config, tokenizer):
@@ -122,7 +124,7 @@ def test_lora_on_the_packed_path(config, tokenizer):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.05)
-    collator, samples = create_collator(config, strict=True), case_samples("multi-segment", tokenizer)
+    collator, samples = create_collator(config), case_samples("multi-segment", tokenizer)
     expected = sums_and_gradients(model, collator(samples), config, packed=False)
     found = sums_and_gradients(model, collator(samples), config, packed=True)
     assert found[2] and distance(found[2], expected[2]) < 1e-5
@@ -131,41 +133,57 @@ def test_lora_on_the_packed_path(config, tokenizer):
 def test_the_layout_against_a_slow_reference(config, tokenizer):
     """Which position holds what, position by position, from upstream's own expansion."""
     samples = [sample for name in CASES for sample in case_samples(name, tokenizer)]
-    batch = create_collator(config, strict=True)(samples)
+    batch = create_collator(config)(samples)
     packing, model = batch.packing, make_model(config)
     with torch.no_grad():
         output = model(**batch.model_inputs())
     mask = output.attention_mask.bool()
-    assert packing.lengths == mask.sum(1).tolist()
+    perm, lengths = packing.layout.perm, packing.layout.lengths
+    assert lengths == mask.sum(1).tolist()
     ids, labels = output.expanded_input_ids[mask], output.expanded_labels[mask]
     is_text = (ids != config.audio_in_token_idx) & (ids != config.audio_out_token_idx)
-    num_text = len(packing.text_ids)
-    assert torch.equal(ids[packing.in_sequence[:num_text]], packing.text_ids) and is_text.sum() == num_text
-    kinds = ids[packing.in_sequence[num_text:]]
+    num_text = packing.layout.num_text
+    assert torch.equal(ids[perm[:num_text]], packing.text_ids) and is_text.sum() == num_text == len(packing.text_ids)
+    kinds = ids[perm[num_text:]]
     assert (kinds[: batch.audio_in_ids.shape[1]] == config.audio_in_token_idx).all()
     assert (kinds[batch.audio_in_ids.shape[1] :] == config.audio_out_token_idx).all()
-    assert torch.equal(packing.to_sorted[packing.in_sequence], torch.arange(len(ids)))
-    places = torch.cat([torch.arange(length) for length in packing.lengths])
-    assert torch.equal(places[packing.in_sequence], packing.position_ids)
+    assert torch.equal(packing.layout.inverse_perm[perm], torch.arange(len(ids)))
+    places = torch.cat([torch.arange(length) for length in lengths])
+    assert torch.equal(places[perm], packing.position_ids)
     wanted = []  # (place that predicts, its token, its target)
     for place in range(len(ids) - 1):
         if labels[place + 1] != IGNORE_INDEX and places[place + 1] != 0:
             wanted.append((place, ids[place].item(), labels[place + 1].item()))
-    rows = packing.in_sequence[packing.text_rows].tolist()
-    assert sorted(zip(rows, packing.text_inputs[:, 0].tolist(), packing.text_targets[:, 0].tolist())) == wanted
+    rows = perm[packing.text.rows].tolist()
+    assert sorted(zip(rows, packing.text.inputs[:, 0].tolist(), packing.text.labels[:, 0].tolist())) == wanted
     text, audio = batch.num_targets()
-    assert len(wanted) == text and torch.equal((packing.audio_targets != IGNORE_INDEX).sum(0), audio)
+    assert len(wanted) == text and torch.equal((packing.audio.labels != IGNORE_INDEX).sum(0), audio)
+
+
+def test_the_drawing_of_the_layout(config, tokenizer):
+    """The example of `Packing`'s docstring, whose samples are cut from a real batch's positions."""
+    one = make_sample(tokenizer, ("user", "x"), ("assistant", 1))
+    packing = create_collator(config)([one]).packing
+    assert packing.layout.cu_seqlens.tolist() == [0, packing.num_positions]
+    # t t a a t | t a a
+    sequence = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
+    attended = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    is_audio = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()
+    layout, _ = model_patch.padded_layout(attended, is_audio)
+    assert layout.num_text == 4 and layout.cu_seqlens.tolist() == [0, 5, 8]
+    assert layout.perm.tolist() == layout.inverse_perm.tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert sequence[layout.perm].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_only_supervised_positions_get_logits(config, tokenizer):
     """Neither the dense text logits nor a mask [B, 1, S, S] exist, and pieces stay below the bound."""
-    batch = create_collator(config, strict=True)(case_samples("reference and target", tokenizer))
+    batch = create_collator(config)(case_samples("reference and target", tokenizer))
     model = model_patch.patch_for_training(make_model(config)).train()
     seen = []
     for head in (model.audio_decoder_proj.text_lm_head, model.audio_decoder_proj.audio_lm_head):
         head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
-    train.forward(model, batch, AudioIds.of(config), train.Alignment())
-    assert seen == [len(batch.packing.text_rows), len(batch.packing.audio_rows)]
+    train.forward(model, batch, LabelSpec.of(config))
+    assert seen == [len(batch.packing.text.rows), len(batch.packing.audio.rows)]
     assert seen[0] == batch.num_targets()[0] < 0.3 * batch.packing.num_positions
 
 
@@ -190,16 +208,16 @@ class CountSyncs(TorchDispatchMode):
 
 def test_training_never_asks_the_device(config, tokenizer):
     """Forward and backward of the whole model on a batch with its layout; without one, it asks once where everything is."""
-    batch = create_collator(config, strict=True)(case_samples("multi-segment", tokenizer))
+    batch = create_collator(config)(case_samples("multi-segment", tokenizer))
     model = model_patch.patch_for_training(make_model(config)).train()
     text, audio = (count.float() for count in batch.num_targets())
     with CountSyncs() as counter:
-        _, total = train.forward(model, batch, AudioIds.of(config), train.Alignment())
+        total, _ = train.forward(model, batch, LabelSpec.of(config))
         Objective()(total.losses, text, audio).backward()
     assert counter.num_ops > 200 and not counter.found
     batch.packing = None
     with CountSyncs() as counter:
-        train.forward(model, batch, AudioIds.of(config), train.Alignment())
+        train.forward(model, batch, LabelSpec.of(config))
     assert counter.found
 
 
@@ -218,14 +236,14 @@ def test_layers_never_ask_the_device(config):
     expected_grad, hidden.grad = hidden.grad, None
 
     layer.__class__ = model_patch.TrainableDualFFNDecoderLayer
-    routing = model_patch.Routing.of(attended, is_audio)
-    assert routing.num_text == (attended & ~is_audio).sum() and routing.lengths == [9, 4]
+    layout, rows = model_patch.padded_layout(attended, is_audio)
+    assert layout.num_text == (attended & ~is_audio).sum() and layout.lengths == [9, 4]
     with CountSyncs() as counter:
-        tables = [table.flatten(0, 1).index_select(0, routing.flat) for table in tables]
-        found = layer(hidden.flatten(0, 1).index_select(0, routing.flat), packing=routing, position_embeddings=tables)
+        tables = [table.flatten(0, 1).index_select(0, rows) for table in tables]
+        found = layer(hidden.flatten(0, 1).index_select(0, rows), layout=layout, position_embeddings=tables)
         found.sum().backward()
     assert counter.num_ops > 50 and not counter.found
-    torch.testing.assert_close(found, expected.flatten(0, 1)[routing.flat], rtol=0, atol=5e-6)
+    torch.testing.assert_close(found, expected.flatten(0, 1)[rows], rtol=0, atol=5e-6)
     torch.testing.assert_close(hidden.grad, expected_grad, rtol=0, atol=2e-5)
 
 
@@ -244,7 +262,7 @@ def test_compiled_equals_eager(backend, config, tokenizer, monkeypatch):
     model_patch.add_lora(model, 4, 8, 0.0, ["q_proj"])
     model_patch.init_lora(model, 0)
     model.requires_grad_(True)
-    collator = create_collator(config, strict=True)
+    collator = create_collator(config)
     for name, num_graphs in (("single", 2), ("multi-segment", 2), ("text-only", 4)):
         batch = collator(case_samples(name, tokenizer))
         expected, gradients = sums_and_gradients(model, batch, config, packed=True, with_copies=False)[::2]
@@ -252,16 +270,15 @@ def test_compiled_equals_eager(backend, config, tokenizer, monkeypatch):
         found, found_gradients = sums_and_gradients(model, batch, config, packed=True, with_copies=False)[::2]
         for layer in model.layers:
             layer.compiled = False
-        torch.testing.assert_close(found.pack(), expected.pack(), rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(flat(found), flat(expected), rtol=2e-6, atol=1e-6)
         assert distance(found_gradients, gradients) < 1e-5
         assert graphs["unique_graphs"] == num_graphs
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("row_length", [0, 16])
-def test_attention_kernels_agree(row_length):
-    """Pieces or padded rows against one masked attention over the whole sequence, with grouped keys. Measured: 5e-7, of
-    gradients too."""
+def test_attention_kernels_agree():
+    """Sample by sample against one masked attention over the whole sequence, with grouped keys. Measured: 5e-7, of gradients
+    too."""
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 9]
     states = [torch.randn(15, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
@@ -269,9 +286,7 @@ def test_attention_kernels_agree(row_length):
     mask = (owner[:, None] == owner[None]) & torch.ones(15, 15).tril().bool()
     query, key, value = (s.repeat_interleave(4 // s.shape[1], 1).transpose(0, 1) for s in states)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(0, 1)
-    places = torch.tensor([16 * row + place for row, length in enumerate(lengths) for place in range(length)])
-    layout = SimpleNamespace(lengths=lengths, in_rows=places if row_length else None, row_length=row_length)
-    found = model_patch.attend(*states, layout)
+    found = model_patch.attend(*states, SimpleNamespace(lengths=lengths))
     assert (found - expected).abs().max() < 2e-6
     weights = torch.randn(expected.shape, generator=generator)
     pairs = zip(*(torch.autograd.grad((result * weights).sum(), states) for result in (found, expected)))
@@ -282,10 +297,10 @@ def test_attention_kernels_agree(row_length):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_packed_on_a_gpu(config, tokenizer):
     """bf16 through the varlen kernel against float32 on the CPU."""
-    batch = create_collator(config, strict=True)(case_samples("multi-segment", tokenizer))
+    batch = create_collator(config)(case_samples("multi-segment", tokenizer))
     model = model_patch.patch_for_training(make_model(config))
-    run = functools.partial(train.forward, ids=AudioIds.of(config), alignment=train.Alignment())
+    labels = LabelSpec.of(config)
     with torch.no_grad():
-        expected = run(model, batch)[1].losses.pack()
-        found = run(model.to("cuda", torch.bfloat16), batch.to("cuda"))[1].losses.pack().cpu()
+        expected = flat(train.forward(model, batch, labels)[0].losses)
+        found = flat(train.forward(model.to("cuda", torch.bfloat16), batch.to("cuda"), labels)[0].losses).cpu()
     torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-2)

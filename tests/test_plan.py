@@ -38,12 +38,10 @@ def measure(dist, cfg, config, batch) -> tuple[int, int]:
             parameter.fill_(0.01)
     optimizer = build_optimizer(model, cfg)
     model.train()
-    ids, objective = loss.AudioIds.of(config), train.build_objective(cfg, config)
+    task = train.Task(model, optimizer, train.build_objective(cfg, config), loss.LabelSpec.of(config), dist)
 
     def step() -> None:
-        train.train_step(
-            model, optimizer, [batch], objective, ids, train.Alignment(), dist, lr=1e-4, grad_clip=1.0, seed=0, step=0
-        )
+        train.train_step(task, [batch], step=0, lr=1e-4)
 
     step()
     resident = resident_bytes(model, optimizer)

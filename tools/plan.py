@@ -39,7 +39,7 @@ import loss
 import metrics
 import model_patch
 import train
-from collate import ExtendedHiggsAudioBatchInput, create_collator
+from collate import Batch, create_collator
 from common import ConfigError
 from config import BASE_CKPT, CHECKPOINTING_MODES, Config, parse_config
 from distributed import Dist, make_mesh, says_errors
@@ -107,7 +107,7 @@ def _ring_bytes(func, args: tuple) -> float:
 
 
 def estimate(
-    cfg: Config, config: HiggsAudioConfig, batch: ExtendedHiggsAudioBatchInput, world_size: int, on_gpu: bool = True
+    cfg: Config, config: HiggsAudioConfig, batch: Batch, world_size: int, on_gpu: bool = True
 ) -> Estimate:
     """Take `cfg.grad_accum` micro-batches like `batch` through `train.train_step`, as rank 0 of so many.
 
@@ -129,19 +129,9 @@ def estimate(
             checkpoint.create_state(optimizer)
             state = live.now - weights
             model.train()
-            train.train_step(
-                model,
-                optimizer,
-                [batch] * cfg.grad_accum,
-                train.build_objective(cfg, config),
-                loss.AudioIds.of(config),
-                train.Alignment(),
-                dist,
-                lr=cfg.peak_lr,
-                grad_clip=cfg.grad_clip,
-                seed=cfg.seed,
-                step=0,
-            )
+            objective, labels = train.build_objective(cfg, config), loss.LabelSpec.of(config)
+            task = train.Task(model, optimizer, objective, labels, dist, cfg.grad_clip, cfg.seed)
+            train.train_step(task, [batch] * cfg.grad_accum, step=0, lr=cfg.peak_lr)
         on_host = weights + state if cfg.cpu_offload else 0
         return Estimate(weights, state, live.peak - on_host, live.sent, flops * cfg.grad_accum)
     finally:
@@ -156,7 +146,7 @@ def estimate(
 class Workload:
     """What there is to train on."""
 
-    batch: ExtendedHiggsAudioBatchInput  # the largest micro-batch
+    batch: Batch  # the largest micro-batch
     about: str
     lengths: np.ndarray | None = None  # [records] positions; None without a manifest
 
@@ -165,18 +155,17 @@ class Workload:
         if cfg.max_steps or self.lengths is None:
             return cfg.max_steps or None
         order = np.arange(len(self.lengths))
-        batching = data.Batching(cfg.batch_size, cfg.max_tokens, self.lengths, packed=cfg.pack)
-        _, bounds = data.plan_micro_batches(order, batching, (cfg.seed, 0))
+        bounds = data.Batching(cfg.batch_size, cfg.max_tokens, self.lengths).bounds(order)
         return cfg.epochs * math.ceil((len(bounds) - 1) / (world_size * cfg.grad_accum))
 
 
-def clones_of(config: HiggsAudioConfig, seconds: np.ndarray) -> ExtendedHiggsAudioBatchInput:
+def clones_of(config: HiggsAudioConfig, seconds: np.ndarray) -> Batch:
     """One micro-batch of clones, [records, 2] seconds of reference and target."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = synthetic.write_clones(Path(folder), seconds, config.audio_codebook_size)
         store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, synthetic.FRAME_RATE_HZ, Path(folder))
         dataset = data.ChatMLDataset(data.read_manifest(manifest), demo.make_tokenizer(), store)
-        return create_collator(config, strict=True)([dataset[i] for i in range(len(dataset))])
+        return create_collator(config)([dataset[i] for i in range(len(dataset))])
 
 
 POSITIONS_PER_SEC = synthetic.FRAME_RATE_HZ + synthetic.TOKENS_PER_SEC
@@ -198,12 +187,11 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
         codes_dir = Path(cfg.codes_dir or folder)
         store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, rate, codes_dir, cfg.codec)
         dataset = data.ChatMLDataset(records, tokenizer, store)
-        collator = create_collator(config, strict=True)
+        collator = create_collator(config)
         lengths, problems = data.measure_lengths(dataset, collator, num_workers=cfg.num_workers)
     report_problems(problems)
-    batching = data.Batching(cfg.batch_size, cfg.max_tokens, lengths, packed=cfg.pack)
     order = data.epoch_order([len(lengths)], [1.0], cfg.seed, 0)
-    order, bounds = data.plan_micro_batches(order, batching, (cfg.seed, 0))
+    bounds = data.Batching(cfg.batch_size, cfg.max_tokens, lengths).bounds(order)
     largest = max((lengths[order[a:b]] for a, b in pairwise(bounds)), key=np.sum)
     seconds = np.stack([np.zeros(len(largest)), largest / POSITIONS_PER_SEC], axis=1)
     about = f"{len(lengths)} records, the largest micro-batch of the first epoch: {len(largest)} of them"
@@ -288,8 +276,8 @@ def main(argv: Sequence[str]) -> int:
     cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])
     cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
     ranks, config = read_ranks(args.ranks), read_config(cfg)
-    if not cfg.pack or not config.skip_audio_tower:
-        raise ConfigError("tools.plan knows micro-batches without padding only: neither --pack no nor an audio tower")
+    if not config.skip_audio_tower:
+        raise ConfigError("plan counts packed micro-batches, which a checkpoint with an audio tower does not have")
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1")
     print(plan(cfg, config, read_workload(cfg, config), ranks, args.mfu))

@@ -24,15 +24,15 @@ from safetensors import SafetensorError
 
 import checkpoint
 import train
-from collate import IGNORE_INDEX, ExtendedHiggsAudioBatchInput, Packing, create_collator
+from collate import Batch, Packing
 from common import ConfigError
 from config import Config
-from distributed import Dist, says_errors, setup_distributed
-from loss import AudioIds
+from distributed import says_errors, setup_distributed
+from loss import IGNORE_INDEX, LabelSpec
 from metrics import read_dump
 
 
-def read_step(path: Path) -> tuple[dict, list[ExtendedHiggsAudioBatchInput]]:
+def read_step(path: Path) -> tuple[dict, list[Batch]]:
     """What the run noted about a step, and its micro-batches of all ranks in the order of their numbers, which seed dropout.
 
     raises: ConfigError if a rank's file is missing or is no such file
@@ -47,7 +47,7 @@ def read_step(path: Path) -> tuple[dict, list[ExtendedHiggsAudioBatchInput]]:
     return about, [batch for batches in zip(*ranks) for batch in batches]
 
 
-def only_row(batch: ExtendedHiggsAudioBatchInput, row: int) -> ExtendedHiggsAudioBatchInput:
+def only_row(batch: Batch, row: int) -> Batch:
     """The same batch with the labels of one sample."""
     label_ids = torch.full_like(batch.label_ids, IGNORE_INDEX)
     label_ids[row] = batch.label_ids[row]
@@ -58,28 +58,27 @@ def only_row(batch: ExtendedHiggsAudioBatchInput, row: int) -> ExtendedHiggsAudi
     return dataclasses.replace(batch, label_ids=label_ids, label_audio_ids=label_audio_ids)
 
 
-def pack(batch: ExtendedHiggsAudioBatchInput, ids: AudioIds) -> ExtendedHiggsAudioBatchInput:
-    """The same batch as the run computed it with --pack, which the kept files leave out."""
-    return dataclasses.replace(batch, packing=Packing.of(batch, ids.audio_in_token, ids.audio_out_token))
+def pack(batch: Batch, labels: LabelSpec) -> Batch:
+    """The same batch with its packing, which the kept files leave out."""
+    return dataclasses.replace(batch, packing=Packing.of(batch, labels.audio_in_token, labels.audio_out_token))
 
 
-def losses_by_sample(
-    model, batches, objective, ids: AudioIds, alignment: train.Alignment, dist: Dist
-) -> list[tuple[dict, str]]:
+def losses_by_sample(task: train.Task, batches: list[Batch]) -> list[tuple[dict, str]]:
     """(losses, source) of every sample without dropout, the highest first, those that are not finite before all."""
     found = []
-    with train.evaluating(model):
+    with train.evaluating(task.model):
         for batch in batches:
             for row, source in enumerate(batch.sources):
-                alone = pack(only_row(batch, row), ids) if batch.packing else only_row(batch, row)
-                _, totals = train.forward(model, alone.to(dist.device), ids, alignment)
-                found.append((objective.metrics(totals.losses), source))
+                alone = pack(only_row(batch, row), task.labels) if batch.packing else only_row(batch, row)
+                total, _ = train.forward(task.model, alone.to(task.dist.device), task.labels)
+                found.append((task.objective.metrics(total.losses), source))
     return sorted(found, key=lambda item: item[0]["loss"] if math.isfinite(item[0]["loss"]) else math.inf, reverse=True)
 
 
 def replay(path: Path, resume: str | None, device: str | None) -> None:
     about, batches = read_step(path)
-    cfg = Config(**about["config"])
+    known = {f.name for f in dataclasses.fields(Config)}
+    cfg = Config(**{name: value for name, value in about["config"].items() if name in known})
     dist = setup_distributed(device or cfg.device)
     folder = checkpoint.find_base(cfg.base_ckpt, cfg.revision)
     config = checkpoint.read_base_config(folder)
@@ -91,22 +90,24 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
         checkpoint.load_state(Path(start), model, optimizer)
     print(f"step {about['step']}, {len(batches)} micro-batches, weights of {start}")
 
-    objective, ids, alignment = train.build_objective(cfg, config), AudioIds.of(config), train.Alignment(*about["alignment"])
-    if create_collator(config, pack=cfg.pack).pack:
-        batches = [pack(batch, ids) for batch in batches]
+    text, audio = about["alignment"]
+    labels = dataclasses.replace(LabelSpec.of(config), text=text, audio=audio)
+    # The voice term is left out: it compares the voices of different ranks.
+    objective = dataclasses.replace(train.build_objective(cfg, config), consistency_weight=0.0)
+    task = train.Task(model, optimizer, objective, labels, dist, grad_clip=0.0, seed=cfg.seed)
+    if model.can_pack and config.encode_audio_in_tokens:
+        batches = [pack(batch, labels) for batch in batches]
     print(f"\n{'loss':>8} {'text':>8} {'audio':>8}  sample")
-    for values, source in losses_by_sample(model, batches, objective, ids, alignment, dist):
+    for values, source in losses_by_sample(task, batches):
         print(f"{values['loss']:8.4f} {values['text_loss']:8.4f} {values['audio_loss']:8.4f}  {source}")
 
-    total, grad_norm, _ = train.train_step(
-        model, optimizer, batches, objective, ids, alignment, dist, lr=0.0, grad_clip=0.0, seed=cfg.seed, step=about["step"] - 1
-    )
+    result = train.train_step(task, batches, step=about["step"] - 1, lr=0.0)
     if cfg.consistency_loss_weight:
         print("\nnow without the run's voice-consistency loss, which compares the voices of different ranks")
     then = {name: float("nan") if about[name] is None else about[name] for name in ("loss", "grad_norm")}
     print(f"\n{'':12}{'now':>12} {'in the run':>12}")
-    print(f"{'loss':12}{objective.metrics(total.losses)['loss']:12.6f} {then['loss']:12.6f}")
-    print(f"{'grad norm':12}{grad_norm:12.6f} {then['grad_norm']:12.6f}")
+    print(f"{'loss':12}{objective.metrics(result.total.losses)['loss']:12.6f} {then['loss']:12.6f}")
+    print(f"{'grad norm':12}{result.grad_norm:12.6f} {then['grad_norm']:12.6f}")
 
 
 @says_errors
