@@ -344,7 +344,7 @@ def log_problems(mine: Sequence[str], total: Totals, when: str, dist: Dist) -> N
     count = int(total.num_unreadable + total.num_clamped)
     if count:
         problems = list(itertools.chain.from_iterable(dist.gather(list(mine))))
-        log_list(dist, f"{when}: {count} samples cannot be used and are left out of the loss", problems)
+        log_list(dist, f"{when}: {count} sample{'s' * (count > 1)} left out of the loss", problems)
 
 
 def check_first_batch(task: Task, batch: Batch) -> None:

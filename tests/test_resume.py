@@ -351,7 +351,7 @@ def test_a_file_that_becomes_unreadable_is_left_out_and_counted(lose_clips, tmp_
     folder, lose = lose_clips
     lose(7)
     run(train.setup_distributed("cpu"), settings(folder, tmp_path / "o", 4, val_steps=0, epochs=3, batch_size=4))
-    assert f"1 samples cannot be read and are left out\n  {folder / 'train.jsonl'} record 7 " in capsys.readouterr().err
+    assert f"1 sample left out of the loss\n  {folder / 'train.jsonl'} record 7 " in capsys.readouterr().err
     lines = [line for line in logged(tmp_path / "o") if line["split"] == "train"]
     assert lines[-1]["step"] == len(lines) == 12 and (tmp_path / "o" / "final").is_dir()
     counts = [line["bad_samples"] for line in lines]

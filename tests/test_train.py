@@ -310,6 +310,27 @@ def test_a_bad_sample_of_another_rank_is_heard(toys, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_placeholder_without_a_clip_is_clamped_named_and_counted(toys, tmp_path, capsys):
+    """A text that holds the token literally: training goes on without that record, or ends with --strict_audio."""
+    records = [json.loads(line) for line in (toys / "train.jsonl").read_text().splitlines()[:8]]
+    odd = {"messages": [{"role": "user", "content": "say <|AUDIO|>"}, {"role": "assistant", "content": "no"}]}
+    manifest = write_manifest(toys / "literal.jsonl", [*records, odd])
+    argv = settings(toys, tmp_path / "o", train_manifest=manifest, batch_size=3, epochs=2, max_steps=0)
+    assert train.main(argv) == 0
+    problem = f"{manifest} record 8 (line 9): 1 audio placeholders but 0 clip(s)"
+    assert f"1 sample left out of the loss\n  {problem}; it does not train" in capsys.readouterr().err
+    lines = metrics(tmp_path / "o", "train")
+    assert [line["clamped"] for line in lines][-1] == 2 and lines[-1]["bad_samples"] == 0
+    sound = settings(toys, tmp_path / "p", train_manifest=write_manifest(toys / "sound.jsonl", records), max_steps=0, batch_size=8)
+    assert train.main(sound) == 0
+    targets = [sum(line["audio_targets"] for line in run if line["epoch"] == 0) for run in (lines, metrics(tmp_path / "p", "train"))]
+    assert targets[0] == targets[1] > 0
+    assert train.main([*argv, "--output_dir", str(tmp_path / "few"), "--max_bad_samples", "0"]) == 2
+    assert "more than --max_bad_samples 0" in (err := capsys.readouterr().err) or "cannot be used" in err
+    assert train.main([*argv, "--output_dir", str(tmp_path / "strict"), "--strict_audio"]) == 2
+    assert f"error: {problem}. Give each" in capsys.readouterr().err
+
+
 def test_a_large_seed_works(toys, tmp_path):
     run_here(settings(toys, tmp_path / "o", seed=2**31 - 1, max_steps=1))
 
