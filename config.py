@@ -1,7 +1,4 @@
-"""Every setting of a run, and the command line made from them; all its problems are reported together.
-
-It is a module of its own so that train.py stays a file one can read in a sitting.
-"""
+"""Every setting of a run, and the command line made from them; all problems are reported together."""
 
 from __future__ import annotations
 
@@ -20,15 +17,13 @@ BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
 BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
+LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
+CHECKPOINTING_MODES = ("none", "full", "selective")
 
 
 def base_revision(name: str, revision: str | None = None) -> str | None:
     """The revision of a Hub checkpoint to fetch: the original layout of the published one, else the one given."""
     return revision or (BASE_REVISION if name == BASE_CKPT else None)
-
-
-LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
-CHECKPOINTING_MODES = ("none", "full", "selective")
 
 
 def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices: Sequence[str] | None = None) -> Any:
@@ -41,66 +36,59 @@ def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices:
 class Config:
     """Every setting of a run; the command line is made from these fields."""
 
+    # Data
     train_manifest: str = _setting(
-        "", "JSON or JSONL manifest to train on; or several with weights, a.jsonl:2,b.jsonl:0.5", "train_data", "input_data"
+        "", "dataset to train on; several with weights: a.jsonl:2,b.jsonl:0.5", "train_data", "input_data"
     )
-    val_manifest: str = _setting("", "manifest to evaluate on")
-    val_share: float = _setting(
-        0.02, "part of the training manifest held out to evaluate on, with --val_steps but no --val_manifest"
-    )
-    output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
-    base_ckpt: str = _setting(BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
-    base_revision: str = _setting("", "revision of a Hub checkpoint; default: the original layout of the published one")
-    audio_tokenizer: str = _setting(
-        "bosonai/higgs-audio-v2-tokenizer",
-        "audio codec, used when the manifest names waveforms, and to hear samples: a folder, on the Hub, or none",
-    )
-
-    codes_dir: str = _setting(
-        "", "cache of encoded waveforms, which runs may share (python -m prepare encode); default: OUTPUT_DIR/codes"
-    )
-    missing_audio: str = _setting(
-        "error", "what to do with records whose audio files do not exist; skip: they are listed", choices=("error", "skip")
-    )
+    val_manifest: str = _setting("", "dataset to evaluate on")
+    val_share: float = _setting(0.02, "share of the training records held out, with --val_steps but no --val_manifest")
+    codes_dir: str = _setting("", "cache of encoded waveforms, which runs may share; default: OUTPUT_DIR/codes")
+    missing_audio: str = _setting("error", "records whose audio does not exist; skip lists them", choices=("error", "skip"))
     strict_audio: bool = _setting(
         False, "end the run at a record with more audio placeholders than clips, instead of leaving it untrained", const=True
     )
+    max_bad_samples: int = _setting(100, "stop after more unreadable or clamped samples than this; they are left out")
+    num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
+
+    # Model
+    base_ckpt: str = _setting(BASE_CKPT, "checkpoint to start from: a folder, or a repository on the Hub")
+    base_revision: str = _setting("", "revision of a Hub checkpoint; default: the original layout of the published one")
+    audio_tokenizer: str = _setting(AUDIO_TOKENIZER, "audio codec: a folder, a repository on the Hub, or none")
+    lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
+    lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
+    lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
+    lora_targets: str = _setting(
+        ",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of the modules that get an adapter"
+    )
+    freeze: str = _setting("", "comma-separated patterns of the parameters that do not train")
+    merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base", const=True)
+
+    # Batches and length
     batch_size: int = _setting(4, "samples per micro-batch and rank")
     max_tokens: int = _setting(
         0, "positions (text, frames and delay columns) per micro-batch and rank, instead of --batch_size; 0: off"
     )
     long: str = _setting(
-        "error", "what to do with samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")
+        "error", "samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")
     )
-    grad_accum: int = _setting(1, "micro-batches per optimizer step", "gradient_accumulation_steps")
-    epochs: int = _setting(1, "passes over the training manifest")
+    grad_accum: int = _setting(1, "micro-batches per optimizer step and rank", "gradient_accumulation_steps")
+    epochs: int = _setting(1, "passes over the training data")
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")
+
+    # Optimizer and loss
     lr: float | None = _setting(None, "peak learning rate; default 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
     warmup_steps: int = _setting(0, "steps of linear warm-up before the cosine decay")
     min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
     weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
     beta2: float = _setting(0.95, "AdamW beta2")
-    ema: float = _setting(
-        0.0, "decay per step of a moving average of the trained weights, which is then evaluated and exported; 0: off"
-    )
+    ema: float = _setting(0.0, "decay per step of a moving average of the weights, evaluated and exported; 0: off")
     grad_clip: float = _setting(1.0, "largest global gradient norm; 0: no clipping")
-
-    lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
-    lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
-    lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
-    lora_targets: str = _setting(
-        ",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of module names that get an adapter"
-    )
-    merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base checkpoint", const=True)
-    freeze: str = _setting("", "comma-separated patterns of parameter names that do not train")
-
     text_loss_weight: float = _setting(1.0, "weight of the text loss")
     audio_loss_weight: float = _setting(1.0, "weight of the audio loss")
-    consistency_loss_weight: float = _setting(
-        0.0, "weight of the loss that draws what is spoken to its speaker's reference and away from those of others; 0: off"
-    )
-    codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default equal")
+    consistency_loss_weight: float = _setting(0.0, "weight of the voice-consistency loss (InfoNCE); 0: off")
+    codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default: equal")
 
+    # Precision, memory and speed
     mixed_precision: str = _setting("bf16", "compute dtype; masters stay float32", const="bf16", choices=("bf16", "no"))
     activation_checkpointing: str = _setting(
         "none",
@@ -109,47 +97,39 @@ class Config:
         const="full",
         choices=CHECKPOINTING_MODES,
     )
-    compile: bool = _setting(
-        False, "compile the decoder layers' element-wise work with torch.compile; the first steps take minutes", const=True
-    )
+    compile: bool = _setting(False, "torch.compile of the layers' element-wise work; takes minutes at the start", const=True)
     cpu_offload: bool = _setting(
         False, "keep sharded weights, gradients and optimizer state in host memory, where the optimizer runs", const=True
     )
-    memory_snapshot: int = _setting(
-        0, "write what GPU memory holds, and who asked for it, after so many steps: OUTPUT/memory-rankN.pickle; 0: never"
-    )
-    replicate: int = _setting(1, "HSDP: number of replicas the ranks are divided into, each sharded by itself")
-    num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
+    replicate: int = _setting(1, "HSDP: groups that the ranks are divided into, each with a whole sharded model")
+    device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
 
+    # Evaluation, samples and checkpoints
+    output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
     val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
-    sample_steps: int = _setting(0, "speak a few prompts of the validation set every so many steps; 0: never")
-    num_samples: int = _setting(4, "prompts to speak")
-    sample_temperature: float = _setting(0.7, "of the official sampling for these; 0: always the likeliest code")
-    asr_model: str = _setting("", "speech recognition model for their word error rate, of transformers; needs the codec")
-    sv_model: str = _setting(
-        "", "speaker verification model for their likeness to the reference, of transformers; needs the codec"
-    )
-    wandb: str = _setting("", "Weights & Biases project to log to as well", const="higgs-audio")
+    sample_steps: int = _setting(0, "generate samples of the validation set every so many steps; 0: never")
+    num_samples: int = _setting(4, "how many samples")
+    sample_temperature: float = _setting(0.7, "sampling temperature for --sample_steps; 0: greedy")
+    asr_model: str = _setting("", "speech recognition model (transformers) for the samples' word error rate")
+    sv_model: str = _setting("", "speaker verification model (transformers) for the samples' speaker similarity")
     save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
     keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
     best_by: str = _setting(
         "loss",
-        "with --save_steps, the checkpoint whose validation has the lowest such value is saved and kept, too; '': none",
+        "with --save_steps, the checkpoint with the lowest validation value of this is kept too; '': none",
         choices=("loss", "text_loss", "audio_loss", "eos_loss", ""),
     )
-    resume: str = _setting(
-        "none", "'auto': continue from the newest checkpoint in output_dir; or a checkpoint's path", const="auto"
-    )
-    max_bad_steps: int = _setting(10, "stop after so many steps in a row whose loss or gradient is not finite")
-    max_bad_samples: int = _setting(
-        100, "samples that turn out to be unreadable are left out and counted; stop after more than so many"
-    )
-    spike_threshold: float = _setting(
-        8.0, "a loss so many robust standard deviations above its running median has its batches kept in spikes/; 0: off"
-    )
-    dist_timeout: float = _setting(60.0, "minutes that ranks wait for each other before the run fails; downloads count")
+    resume: str = _setting("none", "auto: the newest checkpoint in output_dir; or a checkpoint's path", const="auto")
+    wandb: str = _setting("", "Weights & Biases project to log to as well", const="higgs-audio")
+
+    # Health
     seed: int = _setting(0, "order of the data, dropout and adapter initialisation")
-    device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    max_bad_steps: int = _setting(10, "stop after so many steps in a row whose loss or gradient is not finite")
+    spike_threshold: float = _setting(
+        8.0, "keep the batches of a loss so many robust standard deviations above the running median; 0: off"
+    )
+    memory_snapshot: int = _setting(0, "write OUTPUT/memory-rankN.pickle, what the GPU holds, after this step; 0: never")
+    dist_timeout: float = _setting(60.0, "minutes that ranks wait for each other before the run fails; downloads count")
     dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
 
     @property
@@ -228,45 +208,42 @@ def to_argv(settings: Mapping[str, object]) -> list[str]:
 def _find_problems(cfg: Config) -> list[str]:
     """What is impossible about the settings by themselves, before any file is opened."""
     problems = [f"--{name} is required" for name in ("train_manifest", "output_dir") if not getattr(cfg, name)]
-    for name in ("batch_size", "grad_accum", "epochs", "replicate"):
-        if getattr(cfg, name) < 1:
-            problems.append(f"--{name} {getattr(cfg, name)}: must be at least 1")
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
-    if cfg.compile and cfg.activation_checkpointing == "selective":
-        problems.append("--compile recomputes what is cheap by itself; use --activation_checkpointing none or full with it")
-    if cfg.seed >= 2**31:
-        problems.append(f"--seed {cfg.seed}: must be below 2147483648")
-    if cfg.dist_timeout == 0:
-        problems.append("--dist_timeout 0: ranks have to wait for each other")
-    if cfg.lr == 0:
-        problems.append("--lr 0: nothing would be learned")
-    if cfg.val_share >= 1:
-        problems.append(f"--val_share {cfg.val_share}: must be below 1")
-    if cfg.ema >= 1:
-        problems.append(f"--ema {cfg.ema}: must be below 1")
-    if cfg.lora_dropout >= 1:
-        problems.append(f"--lora_dropout {cfg.lora_dropout}: must be below 1")
-    if cfg.merge_lora and not cfg.lora_r:
-        problems.append("--merge_lora: there is no adapter to merge with --lora_r 0")
-    if cfg.lora_r and cfg.lora_alpha == 0:
-        problems.append("--lora_alpha 0: the adapter would have no effect")
-    if not cfg.codec and (cfg.asr_model or cfg.sv_model):
-        problems.append("--asr_model and --sv_model hear waveforms, which need a codec: --audio_tokenizer none")
-    if cfg.sample_steps and cfg.num_samples < 1:
-        problems.append("--num_samples 0: at least 1 with --sample_steps")
-    if cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0:
-        problems.append("--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned")
+    problems += [f"--{n} {getattr(cfg, n)}: must be at least 1" for n in _AT_LEAST_1 if getattr(cfg, n) < 1]
+    problems += [f"--{n} {getattr(cfg, n)}: must be below {limit}" for n, limit in _BELOW.items() if getattr(cfg, n) >= limit]
+    no_gpu = not torch.cuda.is_available()
+    rules = {
+        "--compile recomputes what is cheap by itself; use --activation_checkpointing none or full with it": (
+            cfg.compile and cfg.activation_checkpointing == "selective"
+        ),
+        "--dist_timeout 0: ranks have to wait for each other": cfg.dist_timeout == 0,
+        "--lr 0: nothing would be learned": cfg.lr == 0,
+        "--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned": (
+            cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0
+        ),
+        "--merge_lora: there is no adapter to merge with --lora_r 0": cfg.merge_lora and not cfg.lora_r,
+        "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
+        "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": (
+            not cfg.codec and (cfg.asr_model or cfg.sv_model)
+        ),
+        "--num_samples 0: at least 1 with --sample_steps": cfg.sample_steps and cfg.num_samples < 1,
+        "--memory_snapshot: records the allocations on a GPU, and this run has none": (
+            cfg.memory_snapshot and (cfg.device == "cpu" or no_gpu)
+        ),
+        "--device cuda: this PyTorch sees no GPU": cfg.device == "cuda" and no_gpu,
+    }
+    problems += [problem for problem, found in rules.items() if found]
     try:
         weights = cfg.codebook_weight_list
         if weights and (min(weights) < 0 or sum(weights) <= 0):
             problems.append(f"--codebook_weights {cfg.codebook_weights}: weights are 0 or more, and not all 0")
     except ValueError:
         problems.append(f"--codebook_weights {cfg.codebook_weights}: expected comma-separated numbers")
-    if cfg.memory_snapshot and (cfg.device == "cpu" or not torch.cuda.is_available()):
-        problems.append("--memory_snapshot: records the allocations on a GPU, and this run has none")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        problems.append("--device cuda: this PyTorch sees no GPU")
     return problems
+
+
+_AT_LEAST_1 = ("batch_size", "grad_accum", "epochs", "replicate")
+_BELOW = {"seed": 2**31, "val_share": 1, "ema": 1, "lora_dropout": 1}

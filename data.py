@@ -1,11 +1,11 @@
-"""What training reads: records -> samples -> micro-batches.
+"""Records -> samples -> micro-batches, and what a run trains on.
 
-    open_records    one or more manifests, weighted
     ChatMLDataset   a record -> the official `prepare_chatml_sample` -> `ChatMLDatasetSample`
-    Loader          seeded, rank-sharded, epoch-aware micro-batches of a number of samples or of a token budget; its
-                    position is saved and restored
+    Loader          micro-batches of a number of samples or of a token budget; a function of (seed, epoch), divided among
+                    the ranks, and resumable at any step
+    build_loaders   from the settings of a run: read, checked, encoded, measured
 
-manifest.py reads and checks the records, audio.py turns their clips into codes.
+prepare/ reads and checks the records and turns their clips into codes.
 
 Legend: K codebooks, T frames.
 
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator, starts
-from common import MAX_SHOWN, CollateError, ConfigError, DataError, listing, write_whole
+from common import CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
 from distributed import SIGNALS, Dist, bar_interval_sec, log, log_list
 from loss import IGNORE_INDEX
@@ -138,106 +138,34 @@ class ChatMLDataset(Dataset):
         return torch.cat(labels, dim=1)
 
     def _waveforms(self, record: Record) -> tuple[list[Tensor], list[int]]:
-        waveforms, rates = [], []
-        for part in record.audio:
-            if part.is_output:
-                continue
+        """Waveforms of the input clips, and their rates in Hz."""
+        inputs = [part for part in record.audio if not part.is_output]
+        for part in inputs:
             if part.holds_codes:
                 raise DataError(
-                    f"{record.source}: {part.field}: {part.path} holds codes, but this checkpoint hears input audio through "
+                    f"{record.source}: {part.field}: {part.path} holds codes, but this checkpoint reads input audio through "
                     "Whisper; give the waveform"
                 )
-            samples, rate = read_waveform(part, record.source)
-            waveforms.append(torch.from_numpy(samples))
-            rates.append(rate)
-        return waveforms, rates
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Manifests -> records
-
-
-def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str], list[Conversion]]:
-    """The records of one or more datasets in any known form; see `manifest.split_weights` for the form of `spec`.
-
-    Manifests of up to CHECKED_AT_START records are read through here, longer ones as training goes.
-
-    returns: the records; those left out with `skip_missing` because their audio does not exist; what had to be converted
-    raises:  DataError
-    """
-    parts, weights, skipped, conversions = [], [], [], []
-    for path, weight in split_weights(spec):
-        part, conversion = open_manifest(path)
-        conversions += [conversion] if conversion else []
-        if skip_missing or len(part) <= CHECKED_AT_START:
-            part, missing = check(part, skip_missing)
-            skipped += missing
-        parts.append(part)
-        weights.append(weight)
-    return Mixture(parts, weights), skipped, conversions
-
-
-def hold_out(records: Mixture, share: float, seed: int) -> tuple[Mixture, Mixture]:
-    """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
-    num_held = min(len(records) - 1, max(1, round(share * len(records))))
-    held = np.zeros(len(records), bool)
-    held[_permutation(len(records), seed, "held out")[:num_held]] = True
-    return records.subset(~held), records.subset(held)
+        found = [read_waveform(part, record.source) for part in inputs]
+        return [torch.from_numpy(samples) for samples, _ in found], [rate for _, rate in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lengths
 
 
+@dataclass(eq=False)
 class _Lengths(Dataset):
-    """The expanded lengths of a run of records, measured where a worker can; problems are returned as text."""
+    """The length of each record, or what is wrong with it, measured where a worker can."""
 
-    CHUNK = 256
+    dataset: ChatMLDataset
+    collator: ExtendedHiggsAudioSampleCollator
 
-    def __init__(self, dataset: ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator):
-        self.dataset = dataset
-        self.collator = collator
-
-    def __getitem__(self, indices: range) -> tuple[list[int], list[str]]:
-        lengths, problems = [], []
-        for index in indices:
-            try:
-                lengths.append(self.dataset.length(self.dataset.records[index], self.collator))
-            except DataError as error:
-                lengths.append(0)
-                problems.append(str(error))
-        return lengths, problems
-
-
-def _workers(num_workers: int) -> dict:
-    """A DataLoader's arguments for so many processes, forked from a server instead of from this one.
-
-    This one has threads (gloo, NCCL, saving), and a child forked while one of them holds a lock may wait for it forever: seen
-    in CPython 3.11 right after a collective. The server imports what the workers need, once.
-    """
-    if not num_workers:
-        return {}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "data"])
-    # What the server and the tracker of semaphores inherit: they live through signals, and the tracker does not warn of what
-    # it finds after a process that ended at once, as ours do; it removes it.
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    forkserver.ensure_running()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _live_with_parent}
-
-
-def _live_with_parent(worker: int) -> None:
-    """A worker serves until the process that reads from it ends, however that ends, and no signal ends it before.
-
-    PyTorch gives it a handler for SIGTERM, and lets it look whether its server still lives, which lives as long as workers do.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    def __getitem__(self, index: int) -> int | str:
+        try:
+            return self.dataset.length(self.dataset.records[index], self.collator)
+        except DataError as error:
+            return str(error)
 
 
 def measure_lengths(
@@ -252,29 +180,22 @@ def measure_lengths(
     returns: [records] int32, 0 for the other ranks' share of the records, and what is wrong with records
     """
     lengths, problems = np.zeros(len(dataset), np.int32), []
-    chunks = [range(len(dataset))[start : start + _Lengths.CHUNK] for start in range(0, len(dataset), _Lengths.CHUNK)]
-    chunks = chunks[rank::world_size]
-    loader = DataLoader(
-        _Lengths(dataset, collator),
-        sampler=chunks,
-        batch_size=None,
-        generator=torch.Generator(),  # not the global one: this must not change the run
-        **_workers(num_workers),
-    )
-    for chunk, (found, wrong) in zip(chunks, loader):
-        lengths[chunk.start : chunk.stop] = found
-        problems += wrong
+    mine = range(rank, len(dataset), world_size)
+    settings = {"batch_size": 256, "collate_fn": list, **_workers(num_workers)}
+    settings["generator"] = torch.Generator()  # not the global one: this must not change the run
+    loader = DataLoader(_Lengths(dataset, collator), sampler=mine, **settings)
+    for index, found in zip(mine, itertools.chain.from_iterable(loader)):
+        if isinstance(found, str):
+            problems.append(found)
+        else:
+            lengths[index] = found
     return lengths, problems
 
 
 def fit_lengths(
-    dataset: ChatMLDataset,
-    collator: ExtendedHiggsAudioSampleCollator,
-    lengths: np.ndarray,
-    max_tokens: int,
-    long: str,
+    dataset: ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator, lengths: np.ndarray, max_tokens: int, long: str
 ) -> tuple[ChatMLDataset, np.ndarray, list[str]]:
-    """Do with the records that are longer than `max_tokens` what `long` says: "error", "skip" or "crop".
+    """Treat the records that are longer than `max_tokens` as `long` says: "error", "skip" or "crop".
 
     Cropping leaves out whole turns from the end, so that text and audio still belong together, and keeps at least one turn
     that trains; a record for which that is not enough is left out.
@@ -286,25 +207,23 @@ def fit_lengths(
     kept = np.ones(len(lengths), bool)
     for index in np.flatnonzero(lengths > max_tokens).tolist():
         record = dataset.records[index]
-        place = f"{record.source} ({lengths[index]} tokens)"
+        name = f"{record.source} ({lengths[index]} tokens)"
         cropped = _crop(dataset, collator, record, max_tokens) if long == "crop" else None
+        kept[index] = cropped is not None
         if cropped:
             num_turns[index], lengths[index] = cropped
-            changes.append(f"{place}: cropped to its first {cropped[0]} turns, {cropped[1]} tokens")
-        else:
-            kept[index] = False
-            changes.append(f"{place}: left out")
+            name += f": cropped to its first {cropped[0]} turns, {cropped[1]} tokens"
+        changes.append(name if cropped or long == "error" else f"{name}: left out")
     if long == "error" and changes:
-        longest = "\n  ".join(change.removesuffix(": left out") for change in changes[:MAX_SHOWN])
-        raise DataError(
-            f"{len(changes)} records are longer than --max_tokens {max_tokens}; raise it, or choose --long skip or --long crop. "
-            f"First:\n  {longest}"
-        )
+        problem = f"{len(changes)} records are longer than --max_tokens {max_tokens}"
+        raise DataError(listing(f"{problem}; raise it, or choose --long skip or --long crop. First:", changes))
     if not kept.any():
         raise DataError(f"every record is longer than --max_tokens {max_tokens}")
+    if not changes:
+        return dataset, lengths, changes
     renumbered = np.cumsum(kept) - 1
     turns = {int(renumbered[index]): count for index, count in num_turns.items()}
-    fitted = dataclasses.replace(dataset, records=dataset.records.subset(kept) if changes else dataset.records, num_turns=turns)
+    fitted = dataclasses.replace(dataset, records=dataset.records.subset(kept), num_turns=turns)
     return fitted, lengths[kept], changes
 
 
@@ -402,17 +321,21 @@ def plan_steps(order: np.ndarray, bounds: np.ndarray, world_size: int, grad_accu
         yield step
 
 
+# One token from which nothing is learned; absent audio is the collator's to fill in.
+FILLER = Sample(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE_INDEX), *[None] * 6, source="(filler)")
+
+
+@dataclass(eq=False)
 class _MicroBatches(Dataset):
     """Collated micro-batches by sample indices; a CollateError is returned, so that it reaches the user without the
     traceback of a worker process.
 
-    Samples that cannot be read are left out and noted in the batch. Where none is left, one token that nothing is learned
-    from stands in, because every rank has to take part in every step.
+    Samples that cannot be read are left out and noted in the batch. Where none is left the filler is collated, because every
+    rank has to take part in every step.
     """
 
-    def __init__(self, dataset: ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator):
-        self.dataset = dataset
-        self.collator = collator
+    dataset: ChatMLDataset
+    collator: ExtendedHiggsAudioSampleCollator
 
     def __getitem__(self, indices: list[int]) -> Batch | Exception:
         samples, unreadable = [], []
@@ -422,24 +345,10 @@ class _MicroBatches(Dataset):
             except DataError as error:
                 unreadable.append(str(error))
         try:
-            batch = self.collator(samples or [self._filler()])
+            batch = self.collator(samples or [FILLER])
         except CollateError as error:
             return DataError(str(error))
         return dataclasses.replace(batch, unreadable=unreadable)
-
-    def _filler(self) -> Sample:
-        nothing = torch.zeros(0, dtype=torch.long)
-        return Sample(
-            input_ids=torch.zeros(1, dtype=torch.long),
-            label_ids=torch.full((1,), IGNORE_INDEX),
-            audio_ids_concat=nothing.reshape(self.dataset.store.num_codebooks, 0),
-            audio_ids_start=nothing,
-            audio_waveforms_concat=torch.zeros(0),
-            audio_waveforms_start=nothing,
-            audio_sample_rate=torch.zeros(0),
-            audio_speaker_indices=nothing,
-            source="(filler)",
-        )
 
 
 class _EpochSampler(Sampler):
@@ -460,6 +369,38 @@ def _receive(batches: Iterator[T]) -> T:
         raise RuntimeError("a loader worker has died; the system kills processes when memory runs out") from error
 
 
+def _workers(num_workers: int) -> dict:
+    """A DataLoader's arguments for so many processes, forked from a server instead of from this process.
+
+    This process has threads (gloo, NCCL, saving). A child that is forked while one of them holds a lock may wait for it
+    forever: seen in CPython 3.11 right after a collective. The server imports what the workers need, once.
+    """
+    if not num_workers:
+        return {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "data"])
+    # The server and the tracker of semaphores inherit this: they survive signals, and the tracker removes what it finds
+    # after a process that ended at once without a warning.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    forkserver.ensure_running()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _live_with_parent}
+
+
+def _live_with_parent(worker: int) -> None:
+    """A worker ends when the process that reads from it ends, and not before: signals are ignored.
+
+    PyTorch gives it a handler for SIGTERM, and lets it check only that its server is alive, which lives as long as workers do.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@dataclass(eq=False)
 class Loader:
     """Micro-batches of this rank, grouped by optimizer step.
 
@@ -468,41 +409,32 @@ class Loader:
     exactly once per epoch.
     """
 
-    def __init__(
-        self,
-        dataset: ChatMLDataset,
-        collator: ExtendedHiggsAudioSampleCollator,
-        batching: Batching,
-        rank: int = 0,
-        world_size: int = 1,
-        grad_accum: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ):
-        records = dataset.records
-        self.sizes, self.weights = (
-            (records.sizes, records.weights) if isinstance(records, Mixture) and shuffle else ([len(records)], [1.0])
-        )
+    dataset: ChatMLDataset
+    collator: ExtendedHiggsAudioSampleCollator
+    batching: Batching
+    rank: int = 0
+    world_size: int = 1
+    grad_accum: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self):
+        records = self.dataset.records
+        is_mixture = isinstance(records, Mixture) and self.shuffle
+        self.sizes, self.weights = (records.sizes, records.weights) if is_mixture else ([len(records)], [1.0])
         self.num_samples = sum(map(samples_per_epoch, self.sizes, self.weights))
-        self.dataset = dataset
-        self.batching = batching
-        self.rank = rank
-        self.world_size = world_size
-        self.grad_accum = grad_accum
-        self.seed = seed
-        self.shuffle = shuffle
         self._sampler = _EpochSampler()
         self._loader = DataLoader(
-            _MicroBatches(dataset, collator),
+            _MicroBatches(self.dataset, self.collator),
             sampler=self._sampler,
             batch_size=None,  # the sampler yields whole micro-batches
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=4 if num_workers else None,
-            generator=torch.Generator().manual_seed(seed),  # not the global one: workers must not change the run
-            **_workers(num_workers),
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+            prefetch_factor=4 if self.num_workers else None,
+            generator=torch.Generator().manual_seed(self.seed),  # not the global one: workers must not change the run
+            **_workers(self.num_workers),
         )
 
     def plan(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
@@ -541,7 +473,35 @@ class Loader:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run trains on: read and agreed upon by all ranks, encoded, measured, made into loaders
+# What a run trains on
+
+
+def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str], list[Conversion]]:
+    """The records of one or more datasets in any known form; see `manifest.split_weights` for the form of `spec`.
+
+    Manifests of up to CHECKED_AT_START records are read through here, longer ones as training goes.
+
+    returns: the records; those left out with `skip_missing` because their audio does not exist; what had to be converted
+    raises:  DataError
+    """
+    parts, weights, skipped, conversions = [], [], [], []
+    for path, weight in split_weights(spec):
+        part, conversion = open_manifest(path)
+        conversions += [conversion] if conversion else []
+        if skip_missing or len(part) <= CHECKED_AT_START:
+            part, missing = check(part, skip_missing)
+            skipped += missing
+        parts.append(part)
+        weights.append(weight)
+    return Mixture(parts, weights), skipped, conversions
+
+
+def hold_out(records: Mixture, share: float, seed: int) -> tuple[Mixture, Mixture]:
+    """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
+    num_held = min(len(records) - 1, max(1, round(share * len(records))))
+    held = np.zeros(len(records), bool)
+    held[_permutation(len(records), seed, "held out")[:num_held]] = True
+    return records.subset(~held), records.subset(held)
 
 
 def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:

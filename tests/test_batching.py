@@ -76,8 +76,7 @@ def test_lengths_are_the_model_s(toy_dataset, config):
         assert lengths[index] == mask.sum()
 
 
-def test_ranks_and_workers_share_the_measuring(toy_dataset, config, monkeypatch):
-    monkeypatch.setattr(data._Lengths, "CHUNK", 7)
+def test_ranks_and_workers_share_the_measuring(toy_dataset, config):
     collator = create_collator(config)
     alone, _ = data.measure_lengths(toy_dataset, collator)
     parts = [data.measure_lengths(toy_dataset, collator, rank, 3, num_workers=rank)[0] for rank in range(3)]

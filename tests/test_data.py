@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import data
 from collate import create_collator
 from common import DataError
-from data import Batching, Position, epoch_order, plan_micro_batches
+from data import Batching, Position, epoch_order
 from prepare.audio import read_waveform
 from prepare.manifest import AudioPart, check, parse_record, read_manifest
 
@@ -225,7 +225,8 @@ def test_waveforms(folder):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_samples", [1, 7, 24, 25])
 def test_every_sample_once_and_equal_ranks(world_size, num_samples):
-    order, bounds = plan_micro_batches(epoch_order([num_samples], [1], seed=3, epoch=0), Batching(2), ())
+    order = epoch_order([num_samples], [1], seed=3, epoch=0)
+    bounds = Batching(2).bounds(order)
     steps = list(data.plan_steps(order, bounds, world_size, grad_accum=2))
     used = [index for step in steps for micro_batch in step for index in micro_batch]
     assert used == order.tolist() and sorted(used) == list(range(num_samples))
