@@ -12,6 +12,7 @@ import colorsys
 import importlib.util
 import json
 import math
+import re
 import statistics
 import uuid
 from collections.abc import Iterator, Sequence
@@ -99,27 +100,45 @@ def step_metrics(
     total: Totals, objective: Objective, step_time_sec: float, flops: Flops, frame_rate_hz: float, dist: Dist
 ) -> dict:
     """Losses and speed of a step, from global totals."""
-    tokens, losses, peak = total.num_tokens, total.losses, peak_flops(dist.device)
+    tokens, losses = total.num_tokens, total.losses
     num_flops = flops.total(tokens, total.num_pairs, losses.text.targets.item(), losses.audio.targets.max().item())
     on_gpu = dist.device.type == "cuda"
+    gpu = find_gpu(torch.cuda.get_device_name(dist.device)) if on_gpu else None
     return objective.metrics(losses) | {
         "tokens": int(tokens),
         "padding_ratio": 1 - tokens / total.num_positions,
         "tokens_per_sec": tokens / step_time_sec,
         "audio_sec_per_sec": total.num_frames / frame_rate_hz / step_time_sec,
-        "mfu": num_flops / step_time_sec / (peak * dist.world_size) if peak else None,
+        "mfu": num_flops / step_time_sec / (gpu.bf16_flops * dist.world_size) if gpu else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
         "step_time_sec": step_time_sec,
     }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak from the vendor's data sheets, or None."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-    return next((value for key, value in peaks.items() if key in name), None)
+@dataclass(frozen=True)
+class Gpu:
+    """A card, by its data sheet."""
+
+    name: str  # part of the name that the driver reports
+    memory_gb: int  # as it is sold
+    memory_gib: float  # as the driver reports it
+    bf16_flops: float  # per second, dense, accumulated in float32
+
+
+GPUS = (
+    Gpu("RTX 4090", 24, 23.6, 165e12),
+    Gpu("L40S", 48, 44.5, 362e12),
+    Gpu("A100", 80, 79.1, 312e12),
+    Gpu("H100", 80, 79.1, 989e12),
+    Gpu("H200", 141, 139.8, 989e12),
+    Gpu("B200", 180, 178.4, 2250e12),
+)
+
+
+def find_gpu(driver_name: str) -> Gpu | None:
+    """The card with this name; None for unknown ones, weaker variants included."""
+    variants = r"(?! (Ti|SUPER|Laptop|PCIe|NVL)\b)"
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b{variants}", driver_name)), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""How long a large manifest takes to its first batch, and what it holds in memory.
+"""Seconds from opening a large manifest to the first batch, and the memory it takes.
 
-Writes a JSONL of clones (ready-made codes of 1 to 10 s, texts of their length), opens it as train.py does and waits for the
-first micro-batch of four workers. Memory is the proportional set size of the process and its workers, so that what they share
-counts once; the same process with a manifest of 1,000 records stands beside it.
+    bash launch.sh bench large_manifest [--records 1000000] [--num_workers 4]
 
-    python benchmarks/large_manifest.py [--records 1000000] [--num_workers 4]
+Writes a JSONL of clones (ready-made codes of 1 to 10 s, texts of matching length), opens it as train.py does and waits for
+the first micro-batch of the workers. Memory is the proportional set size of the process and its workers, which counts
+shared pages once. A manifest of 1,000 records is measured for comparison.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def write_manifest(folder: Path, num_records: int) -> Path:
-    """Records of one reference and one target each, over 200 files of codes."""
+    """Records of one reference and one target each, from 200 files of codes."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 5)) for _ in range(1000)]
     frames = rng.integers(25, 250, 200)
@@ -46,14 +46,14 @@ def write_manifest(folder: Path, num_records: int) -> Path:
 
 
 def first_batch(path: Path, num_workers: int) -> dict:
-    """Seconds to the first micro-batch and bytes held then, in this fresh process."""
+    """Seconds to the first micro-batch and bytes in use then; to be run in a fresh process."""
     import data
     from collate import create_collator
     from prepare.audio import AudioStore
-    from tools import demo
+    from tools import toys
 
-    tokenizer = demo.make_tokenizer()
-    config = demo.tiny_config(tokenizer)
+    tokenizer = toys.make_tokenizer()
+    config = toys.tiny_config(tokenizer)
     started, wall_started = time.perf_counter(), time.time()
     records, *_ = data.open_records(str(path))
     opened = time.perf_counter()
@@ -86,9 +86,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(first_batch(args.measure, args.num_workers)))
         return
-    print(
-        "| records | file | open | first batch | with imports | memory, all processes | samples/s after |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| records | file | open | first batch | with imports | memory, all processes | samples/s after |")
+    print("| --- " * 7 + "|")
     with tempfile.TemporaryDirectory() as folder:
         for num_records in (1000, args.records):
             path = write_manifest(Path(folder), num_records)
@@ -96,7 +95,8 @@ def main() -> None:
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             print(
                 f"| {num_records:,} | {path.stat().st_size / 1e6:.0f} MB | {found['open_sec']:.1f} s | "
-                f"{found['first_batch_sec']:.1f} s | {found['with_imports_sec']:.1f} s | {found['bytes'] / 1e6:.0f} MB | {found['samples_per_sec']:.0f} |"
+                f"{found['first_batch_sec']:.1f} s | {found['with_imports_sec']:.1f} s | {found['bytes'] / 1e6:.0f} MB | "
+                f"{found['samples_per_sec']:.0f} |"
             )
 
 

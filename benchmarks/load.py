@@ -1,10 +1,10 @@
 """Memory of the published size on a machine without a GPU: two ranks load it, sharded, and take a LoRA step.
 
-    python benchmarks/load.py [--size real] [--nproc 2] [--folder DIR] [flags of train.py]
+    bash launch.sh bench load [--size real] [--nproc 2] [--folder DIR] [flags of train.py]
 
-Makes a random bf16 checkpoint (11.5 GB for `real`) unless the folder has one, starts train.py on it under torchrun, and watches the
-ranks. Their proportional set size counts memory that processes share once (pages of the checkpoint that both ranks have mapped,
-libraries); its peak is the greatest sum over all processes at one moment, seen twice a second.
+Makes a random bf16 checkpoint (11.5 GB for `real`) unless the folder has one, starts train.py on it under torchrun and
+measures all processes twice a second. The proportional set size counts memory that processes share (mapped pages of the
+checkpoint, libraries) once; the peak is the greatest sum over all processes at one moment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FIELDS = ("Pss", "Pss_Anon", "Pss_File", "Pss_Shmem")
 
 
 def memory(process: psutil.Process) -> dict[str, int]:
-    """Bytes by field of the kernel's smaps_rollup; nothing for a process that is gone."""
+    """Bytes by field of the kernel's smaps_rollup; {} for a process that has ended."""
     try:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
     except (OSError, psutil.Error):
@@ -41,18 +41,18 @@ def memory(process: psutil.Process) -> dict[str, int]:
 
 
 def watch(launcher: subprocess.Popen, log: Path) -> tuple[dict[str, int], list[tuple[float, float, float, str]]]:
-    """(the greatest sums over all processes, [(second, GB in all, GB of it files, last line of the log)])."""
-    peak, course = dict.fromkeys(FIELDS, 0), []
+    """(the greatest sums over all processes, [(second, GB, GB of files in it, last line of the log)])."""
+    peak, history = dict.fromkeys(FIELDS, 0), []
     root, started = psutil.Process(launcher.pid), time.perf_counter()
     while launcher.poll() is None:
         parts = [memory(process) for process in (root, *root.children(recursive=True))]
         now = {name: sum(part.get(name, 0) for part in parts) for name in FIELDS}
         if now["Pss"] > peak["Pss"]:
             peak = now
-        said = log.read_text(errors="replace").strip().splitlines()
-        course.append((time.perf_counter() - started, now["Pss"] / 1e9, now["Pss_File"] / 1e9, said[-1] if said else ""))
+        lines = log.read_text(errors="replace").strip().splitlines()
+        history.append((time.perf_counter() - started, now["Pss"] / 1e9, now["Pss_File"] / 1e9, lines[-1] if lines else ""))
         time.sleep(0.5)
-    return peak, course
+    return peak, history
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,9 +66,8 @@ def main(argv: Sequence[str]) -> int:
         config = synthetic.make_config(args.size)
         if not (folder / "checkpoint" / "config.json").is_file():
             synthetic.make_checkpoint(folder / "checkpoint", config, torch.bfloat16)
-        manifest = synthetic.write_clones(
-            Path(temporary) / "data", synthetic.clone_durations(8) / 4, config.audio_codebook_size
-        )
+        seconds = synthetic.clone_durations(8) / 4
+        manifest = synthetic.write_clones(Path(temporary) / "data", seconds, config.audio_codebook_size)
         settings = {
             "train_manifest": manifest,
             "base_ckpt": folder / "checkpoint",
@@ -86,13 +85,13 @@ def main(argv: Sequence[str]) -> int:
         log = Path(temporary) / "log"
         with open(log, "w") as file:
             launcher = subprocess.Popen([*map(str, command), *flags], env=environment, stdout=file, stderr=subprocess.STDOUT)
-            peak, course = watch(launcher, log)
+            peak, history = watch(launcher, log)
         print(log.read_text(errors="replace"))
         print("second  GB  files  log")
-        size = max(1, len(course) // 60)
-        for start in range(0, len(course), size):  # of each few seconds the greatest
-            second, total, files, said = max(course[start : start + size], key=lambda row: row[1])
-            print(f"{second:6.0f} {total:6.2f} {files:6.2f}  {said[-100:]}")
+        size = max(1, len(history) // 60)
+        for start in range(0, len(history), size):  # of each few seconds the greatest
+            second, total, files, line = max(history[start : start + size], key=lambda row: row[1])
+            print(f"{second:6.0f} {total:6.2f} {files:6.2f}  {line[-100:]}")
     print(f"\n{args.nproc} ranks at their peak: " + ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in peak.items()))
     return launcher.returncode
 

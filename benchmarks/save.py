@@ -1,8 +1,8 @@
-"""What saving costs: step time with a checkpoint every 10 steps, written beside training, against none; and a blocking save.
+"""The cost of checkpoints: step time without any, with one every 10 steps written in the background, and with blocking ones.
 
-A full fine-tune of a random model of the real class on this process's device; the three ways take turns in one run.
+    bash launch.sh bench save [--rounds 3]
 
-    python benchmarks/save.py [--rounds 3]
+A full fine-tune of a random model of the real class in one process; the three modes take turns.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from config import Config
 from distributed import setup_distributed
 from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
-from tools import demo
+from tools import toys
 
 STEPS = 20
 HIDDEN, LAYERS = 512, 8
 
 
 def build(dist):
-    """A model of about 40 million parameters, its optimizer, and a step over a fixed batch of the demo's records."""
+    """A model of about 40 million parameters, its optimizer, and a step over a fixed batch of toy records."""
     folder = Path(tempfile.mkdtemp())
-    path, _ = demo.make_demo(folder, num_speakers=31)
-    tokenizer = demo.make_tokenizer()
-    config = demo.tiny_config(tokenizer)
+    path, _ = toys.make_demo(folder, num_speakers=31)
+    tokenizer = toys.make_tokenizer()
+    config = toys.tiny_config(tokenizer)
     text = {**config.text_config.to_dict(), "hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_hidden_layers": LAYERS}
     text["head_dim"] = HIDDEN // text["num_attention_heads"]
-    config = demo.tiny_config(
+    config = toys.tiny_config(
         tokenizer, text_config=text, audio_dual_ffn_layers=list(range(LAYERS)), audio_ffn_hidden_size=HIDDEN
     )
     model = model_patch.patch_for_training(HiggsAudioModel(config)).to(dist.device).train()
@@ -66,7 +66,7 @@ def main() -> None:
     model, optimizer, step = build(dist)
     numbers = iter(range(1_000_000))
     step(next(numbers))
-    times: dict[str, list[float]] = {"none": [], "beside": [], "blocking": [], "one save": []}
+    times: dict[str, list[float]] = {"none": [], "background": [], "blocking": [], "one save": []}
     with tempfile.TemporaryDirectory() as folder:
         saver = checkpoint.Saver(Path(folder), model, optimizer, keep_last=1)
 
@@ -79,21 +79,21 @@ def main() -> None:
                     if way == "blocking":
                         saver.commit()
                         times["one save"].append(time.perf_counter() - before)
-                elif way == "beside" and not saver.is_writing:
+                elif way == "background" and not saver.is_writing:
                     saver.commit()
                 step(next(numbers))
             times[way].append((time.perf_counter() - started) / STEPS)
-            saver.commit()  # not part of the time: there is none in a run that goes on
+            saver.commit()  # not timed: a longer run would not wait here
 
         for _ in range(args.rounds):
-            for way in ("none", "beside", "blocking"):
+            for way in ("none", "background", "blocking"):
                 run(way)
     middle = {way: statistics.median(values) for way, values in times.items()}
     size = sum(p.numel() for p in model.parameters()) * 12 / 1e6
-    print("| state | step without saving | every 10 steps, beside | every 10 steps, blocking | one blocking save |")
+    print("| state | step without saving | every 10 steps, in the background | every 10 steps, blocking | one blocking save |")
     print("| --- | --- | --- | --- | --- |")
     print(
-        f"| {size:.0f} MB | {middle['none']:.3f} s | {middle['beside'] / middle['none']:.2f}x | "
+        f"| {size:.0f} MB | {middle['none']:.3f} s | {middle['background'] / middle['none']:.2f}x | "
         f"{middle['blocking'] / middle['none']:.2f}x | {middle['one save']:.2f} s, {middle['one save'] / middle['none']:.1f} steps |"
     )
 

@@ -1,32 +1,35 @@
-"""A training step of ours beside a plain reference, in one run: speed, memory, use of the hardware.
+"""A training step of ours beside plain references, in one run: speed, memory, use of the hardware.
 
-    python benchmarks/step.py --size mini                         # ours and the reference in turn, step by step
-    python benchmarks/step.py --size vocab
-    python benchmarks/step.py --size real --device cuda --lora_r 16 --activation_checkpointing full
-    python benchmarks/step.py --size mini --scaling               # how time and memory grow with length and batch
+    bash launch.sh bench step --size mini                         # ours and the references, in turn, step by step
+    bash launch.sh bench step --size vocab --json step.json       # the figures as JSON, too
+    bash launch.sh bench step --size real --device cuda --lora_r 16 --activation_checkpointing full
+    bash launch.sh bench step --size mini --scaling               # time and memory by length and batch size
 
-Any flag of train.py may follow. The default is a full fine-tune in micro-batches of 8 samples, float32 on a CPU and bf16 on a
-GPU. Ours is what train.py runs: `build_model`, `build_loaders`, `train_step`. The *plain reference* trains the same weights on the
-same samples as public trainers do: the unpatched model, the official collator's padded batches, dense float32 cross-entropy over
-all positions of both streams, fused AdamW, gradient clipping; on a GPU all in bf16, because upstream fails under autocast.
+Any flag of train.py may follow. The default is a full fine-tune in micro-batches of 8 samples, float32 on a CPU and bf16 on
+a GPU. *Ours* is what train.py runs: `build_model`, `build_loaders`, `train_step`. The *reference* trains the same weights on
+the same samples as public trainers do: the unpatched model, the official collator's padded batches, dense float32
+cross-entropy over all positions of both streams, fused AdamW, gradient clipping; on a GPU all in bf16, because upstream fails
+under autocast. *Bucketed* is the same loop on the same samples, sorted by length before they are cut into batches.
 
-Voices are random codes, references of 3 to 10 s and targets of 2 to 20 s, uniformly drawn, with 4 text tokens per second.
-Real tokens are positions after expansion without padding. Useful FLOPs are defined in `metrics.Flops`; what they are
-compared with is a large matrix product, measured before every pair of steps. Figures are medians over steps. Peak memory
-is that of tensors: on a GPU by its allocator, on a CPU by tools/memory.py, in a step of its own.
+Clips are random codes, references of 3 to 10 s and targets of 2 to 20 s, uniformly drawn, with 4 text tokens per second.
+Real tokens are positions after expansion, without padding. Useful FLOPs are defined in `metrics.Flops`; they are compared
+with a large matrix product, timed before every turn. Figures are medians over steps. Peak memory is that of tensors in the
+largest micro-batch: on a GPU by its allocator, on a CPU by tools/memory.py, in a step of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -36,39 +39,38 @@ from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchI
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from torch import Tensor, nn
 
-import metrics
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import loss  # noqa: E402
+import metrics  # noqa: E402
 import model_patch  # noqa: E402
 import train  # noqa: E402
 from collate import Batch, create_collator  # noqa: E402
-from loss import IGNORE_INDEX  # noqa: E402
+from common import write_whole  # noqa: E402
 from config import Config, parse_config, to_argv  # noqa: E402
 from distributed import Dist, setup_distributed  # noqa: E402
+from loss import IGNORE_INDEX  # noqa: E402
 from tools import plan, synthetic  # noqa: E402
 from tools.memory import LiveBytes, resident_bytes  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What takes a step
+# Contenders
 
 
 @dataclass
 class Micro:
-    """The same samples, collated for both; collating is the workers' time, not the step's."""
+    """The same samples, collated for both; collating is the loader workers' time, not the step's."""
 
+    indices: list[int]  # of the samples in the data set
     ours: Batch
-    padded: HiggsAudioBatchInput  # the official collator's
+    padded: HiggsAudioBatchInput  # by the official collator
 
 
 class Ours:
     """What train.py runs."""
-
-    name = "ours"
 
     def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
         self.lr = cfg.peak_lr
@@ -87,8 +89,6 @@ class Ours:
 
 class Reference:
     """What public trainers run."""
-
-    name = "reference"
 
     def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
         dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
@@ -130,28 +130,27 @@ def dense_loss(logits: Tensor, labels: Tensor, audio_logits: Tensor, audio_label
 
 
 def prepare(folder: Path, size: str, flags: Sequence[str], num_samples: int, stretch: float = 1.0) -> Config:
-    """Write checkpoint and manifest into the folder, unless they are there; the settings that use them."""
+    """Write checkpoint and manifest into the folder, unless they are there; returns the settings that use them."""
     config = synthetic.make_config(size)
     manifest = folder / f"{stretch:g}" / "clones.jsonl"
     if not manifest.is_file():
         synthetic.write_clones(manifest.parent, synthetic.clone_durations(num_samples, stretch), config.audio_codebook_size)
-    defaults = {
-        "train_manifest": manifest,
-        "output_dir": folder / "out",
-        "base_ckpt": folder / "checkpoint",
-        "audio_tokenizer": "none",
-        "batch_size": 8,
-        "lora_r": 0,
-        "num_workers": 0,
-    }
-    given = to_argv(defaults)
-    cfg = parse_config([*given, *flags])
-    on_gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    if not on_gpu and "--mixed_precision" not in flags:
-        cfg = parse_config([*given, "--mixed_precision", "no", *flags])
     if not (folder / "checkpoint" / "config.json").is_file():
         synthetic.make_checkpoint(folder / "checkpoint", config, torch.bfloat16 if size == "real" else torch.float32)
-    return cfg
+    given = to_argv(
+        {
+            "train_manifest": manifest,
+            "output_dir": folder / "out",
+            "base_ckpt": folder / "checkpoint",
+            "audio_tokenizer": "none",
+            "batch_size": 8,
+            "lora_r": 0,
+            "num_workers": 0,
+        }
+    )
+    cfg = parse_config([*given, *flags])
+    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    return cfg if on_gpu else parse_config([*given, "--mixed_precision", "no", *flags])
 
 
 def official_collator(config: HiggsAudioConfig) -> HiggsAudioSampleCollator:
@@ -167,15 +166,31 @@ def official_collator(config: HiggsAudioConfig) -> HiggsAudioSampleCollator:
     )
 
 
-def micro_batches(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Iterator[Micro]:
-    """The micro-batches of train.py's own loader, epoch after epoch, beside the official collator's of the same samples."""
-    collator = official_collator(config)
-    tokenizer = checkpoint.load_tokenizer(Path(cfg.base_ckpt))
-    records, _ = train.read_records(cfg, dist)
-    loader, _ = train.build_loaders(cfg, dist, config, tokenizer, records, None)
-    by_source = {record.source: index for index, record in enumerate(loader.dataset.records)}
-    for (batch, *_), _ in train.iter_steps(loader, data.Position(0, 0)):
-        yield Micro(batch, collator([loader.dataset[by_source[source]] for source in batch.sources]))
+class Samples:
+    """Micro-batches of train.py's own loader, collated for both contenders."""
+
+    def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
+        tokenizer = checkpoint.load_tokenizer(Path(cfg.base_ckpt))
+        records, _ = data.read_records(cfg, dist)
+        self.loader, _ = data.build_loaders(cfg, dist, config, tokenizer, records, None)
+        self.collators = create_collator(config), official_collator(config)
+
+    def collate(self, indices: Sequence[int]) -> Micro:
+        # read again for each collator: the official one changes its samples
+        ours, padded = (collate([self.loader.dataset[i] for i in indices]) for collate in self.collators)
+        return Micro(list(indices), ours, padded)
+
+    def shuffled(self, count: int) -> list[Micro]:
+        """The loader's first micro-batches, epoch after epoch."""
+        by_source = {record.source: index for index, record in enumerate(self.loader.dataset.records)}
+        steps = islice(train.iter_steps(self.loader, data.Position(0, 0)), count)
+        return [self.collate([by_source[source] for source in batch.sources]) for (batch, *_), _ in steps]
+
+    def bucketed(self, micros: Sequence[Micro]) -> list[Micro]:
+        """The samples of all micro-batches sorted by length, then cut into as many micro-batches."""
+        pairs = sorted(pair for micro in micros for pair in zip(micro.ours.packing.layout.lengths, micro.indices))
+        bounds = [round(i * len(pairs) / len(micros)) for i in range(len(micros) + 1)]
+        return [self.collate([index for _, index in pairs[a:b]]) for a, b in pairwise(bounds)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,9 +199,9 @@ def micro_batches(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Iterator
 
 @dataclass
 class Figures:
-    """What was measured of one contender."""
+    """What was measured of one contender, a value for each step."""
 
-    tokens_per_sec: list[float] = field(default_factory=list)  # one per step
+    tokens_per_sec: list[float] = field(default_factory=list)
     utilisation: list[float] = field(default_factory=list)
     audio_sec_per_sec: list[float] = field(default_factory=list)
     step_sec: list[float] = field(default_factory=list)
@@ -227,29 +242,44 @@ def peak_memory(contender: Ours | Reference, micro: Micro, device: torch.device)
     return resident + live.peak
 
 
-def measure(
-    contenders: Sequence[Ours | Reference], micros: Iterator[Micro], flops: metrics.Flops, num_steps: int, dist: Dist
-):
-    """Let the contenders take the same steps in turn; returns {name: Figures} and the measured peak, FLOP/s."""
+def measure(turns: dict[str, tuple[Ours | Reference, Sequence[Micro]]], flops: metrics.Flops, dist: Dist):
+    """Let contenders step through their micro-batches in turn; returns {name: Figures} and the measured peak, FLOP/s."""
     dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-    figures = {contender.name: Figures() for contender in contenders}
-    first = next(micros)
-    for contender in contenders:
-        contender.step(first)  # allocates the optimizer's state, warms up
-        figures[contender.name].peak_bytes = peak_memory(contender, first, dist.device)
+    figures = {name: Figures() for name in turns}
+    for name, (contender, micros) in turns.items():
+        worst = max(micros, key=largest)
+        if not contender.optimizer.state:
+            contender.step(worst)  # allocates the optimizer's state, warms up
+        figures[name].peak_bytes = peak_memory(contender, worst, dist.device)
     peaks = []
-    for _ in range(num_steps):
-        micro = next(micros)
-        work = micro.ours.packing.work()
+    for step in zip(*(micros for _, micros in turns.values())):
         peaks.append(peak_flops(dist.device, dtype))
-        for contender in contenders:
+        for micro, (name, (contender, _)) in zip(step, turns.items()):
             seconds = timed(dist.device, lambda contender=contender, micro=micro: contender.step(micro))
-            found = figures[contender.name]
+            found, work = figures[name], micro.ours.packing.work()
             found.step_sec.append(seconds)
             found.tokens_per_sec.append(work[0] / seconds)
             found.audio_sec_per_sec.append(micro.ours.num_frames() / synthetic.FRAME_RATE_HZ / seconds)
             found.utilisation.append(flops.total(*work) / seconds / peaks[-1])
     return figures, statistics.median(peaks)
+
+
+def largest(micro: Micro) -> int:
+    """Sort key: positions, with the reference's padding."""
+    return len(micro.indices) * max(micro.ours.packing.layout.lengths)
+
+
+def ratios(figures: dict[str, Figures]) -> dict[str, float | None]:
+    """Real tokens per second of ours by those of the references; None where one did not run.
+
+    ratio:          the median over steps, each on the same samples
+    ratio_bucketed: over all steps together, whose samples are the same
+    """
+    ours, reference, bucketed = (figures.get(name, Figures()).step_sec for name in ("ours", "reference", "bucketed"))
+    return {
+        "ratio": statistics.median(b / a for a, b in zip(ours, reference)) if reference else None,
+        "ratio_bucketed": sum(bucketed) / sum(ours) if bucketed else None,
+    }
 
 
 def loss_part_memory(config: HiggsAudioConfig, micro: Micro) -> dict[str, int]:
@@ -266,7 +296,7 @@ def loss_part_memory(config: HiggsAudioConfig, micro: Micro) -> dict[str, int]:
     padded = torch.randn(len(lengths), width, D, requires_grad=True)
     labels = torch.full((len(lengths), width), IGNORE_INDEX)
     labels[:, 1] = 0
-    spoken = torch.randn(micro.ours.audio_out_ids.shape[1], D, requires_grad=True)
+    audio_hidden = torch.randn(micro.ours.audio_out_ids.shape[1], D, requires_grad=True)
     stream_eos = config.audio_stream_eos_id
 
     def ours() -> None:
@@ -276,7 +306,7 @@ def loss_part_memory(config: HiggsAudioConfig, micro: Micro) -> dict[str, int]:
         (sums.text.nats.sum() + sums.audio.nats.sum()).backward()
 
     def reference() -> None:
-        audio_logits = audio_head(spoken).view(len(spoken), config.audio_num_codebooks, -1)
+        audio_logits = audio_head(audio_hidden).view(len(audio_hidden), config.audio_num_codebooks, -1)
         dense_loss(text_head(padded), labels, audio_logits, micro.ours.label_audio_ids).backward()
 
     found = {}
@@ -286,7 +316,7 @@ def loss_part_memory(config: HiggsAudioConfig, micro: Micro) -> dict[str, int]:
         with LiveBytes() as live:
             function()
         found[function.__name__] = live.peak
-        hidden.grad = padded.grad = spoken.grad = None
+        hidden.grad = padded.grad = audio_hidden.grad = None
     return found
 
 
@@ -303,32 +333,22 @@ def describe(size: str, dist: Dist, peak: float, argv: Sequence[str]) -> str:
         device = torch.cuda.get_device_name(dist.device)
     unit, scale = ("TFLOP/s", 1e12) if peak > 1e12 else ("GFLOP/s", 1e9)
     return (
-        f"### {size}\n\n`python benchmarks/step.py {' '.join(argv)}`, commit {git.stdout.strip()}{' + changes' * bool(changed)}, "
+        f"### {size}\n\n`bash launch.sh bench step {' '.join(argv)}`, commit {git.stdout.strip()}{' + changes' * bool(changed)}, "
         f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {dist.world_size} rank(s), {device}; "
         f"matrix product {peak / scale:.0f} {unit}\n"
     )
 
 
+HEAD = "| | real tokens/s | audio s/s | step | useful FLOPs of the matrix product's | peak memory |\n" + "| --- " * 6 + "|"
+
+
 def table(figures: dict[str, Figures]) -> str:
-    lines = [
-        "| | real tokens/s | audio s/s | step | useful FLOPs of the matrix product's | peak memory |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [HEAD]
     for name, found in figures.items():
-        tokens, audio, seconds, used = (
-            statistics.median(values)
-            for values in (found.tokens_per_sec, found.audio_sec_per_sec, found.step_sec, found.utilisation)
-        )
-        lines.append(
-            f"| {name} | {tokens:,.0f} | {audio:.1f} | {seconds:.3g} s | {used:.0%} | {found.peak_bytes / 2**30:.2f} GiB |"
-        )
-    if len(figures) > 1:
-        ours, reference = figures["ours"], figures["reference"]
-        faster = statistics.median(b / a for a, b in zip(ours.step_sec, reference.step_sec))
-        lines.append(
-            f"\nOurs takes {1 / faster:.2f} of the reference's time ({faster:.2f}x the tokens per second) and "
-            f"{ours.peak_bytes / reference.peak_bytes:.2f} of its memory; {len(ours.step_sec)} steps each, in turn."
-        )
+        lists = (found.tokens_per_sec, found.audio_sec_per_sec, found.step_sec, found.utilisation)
+        tokens, audio, seconds, used = map(statistics.median, lists)
+        peak = f"{found.peak_bytes / 2**30:.2f} GiB"
+        lines.append(f"| {name} | {tokens:,.0f} | {audio:.1f} | {seconds:.3g} s | {used:.0%} | {peak} |")
     return "\n".join(lines)
 
 
@@ -336,37 +356,51 @@ def compare(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str
     cfg = prepare(folder, args.size, flags, args.samples)
     dist = setup_distributed(cfg.device)
     config = checkpoint.read_base_config(Path(cfg.base_ckpt))
-    kinds = [Ours] if args.no_reference or dist.world_size > 1 else [Ours, Reference]
-    # One after the other where two do not fit, else in turn: noise of the machine then meets both.
+    samples = Samples(cfg, dist, config)
+    shuffled = samples.shuffled(args.steps)
+    alone = args.no_reference or dist.world_size > 1
+    kinds = [Ours] if alone else [Ours, Reference]
+    # All in turn, so that the machine's noise meets all alike; one after the other where two do not fit.
     rounds = [[kind] for kind in kinds] if args.size == "real" else [kinds]
-    figures, flops = {}, None
+    figures = {}
     for group in rounds:
-        contenders = [kind(cfg, dist, config) for kind in group]
-        flops = flops or metrics.Flops.of(contenders[0].model)
-        found, peak = measure(contenders, micro_batches(cfg, dist, config), flops, args.steps, dist)
+        contenders = {kind: kind(cfg, dist, config) for kind in group}
+        turns = {kind.__name__.lower(): (contender, shuffled) for kind, contender in contenders.items()}
+        if Reference in contenders:
+            turns["bucketed"] = contenders[Reference], samples.bucketed(shuffled)
+        flops = metrics.Flops.of(next(iter(contenders.values())).model)
+        found, peak = measure(turns, flops, dist)
         figures |= found
-        del contenders
+        del turns, contenders
         gc.collect()
-    first = next(micro_batches(cfg, dist, config))  # in which peak memory was measured
     torch_dist.destroy_process_group()  # makes room for the planner's fake one
-    planned = plan.estimate(cfg, config, first.ours, dist.world_size, on_gpu=dist.device.type == "cuda").peak
-    report = [describe(args.size, dist, peak, args.argv), table(figures)]
-    report.append(
-        f"\n`tools.plan` says {planned / 2**30:.2f} GiB: {planned / figures['ours'].peak_bytes:.3f} of ours measured."
-    )
-    if args.size == "vocab":
-        ours, reference = loss_part_memory(config, first).values()
+    worst = max(shuffled, key=largest)  # in which peak memory was measured
+    planned = plan.estimate(cfg, config, worst.ours, dist.world_size, on_gpu=dist.device.type == "cuda").peak
+    report = [describe(args.size, dist, peak, args.argv), table(figures), ""]
+    faster = ratios(figures)
+    if not alone:
         report.append(
-            f"\nThe loss part (heads, cross-entropy, backward) has at most {ours / 2**20:,.0f} MiB alive, the reference's "
+            f"Real tokens per second of ours: {faster['ratio']:.2f} times the reference's, "
+            f"{faster['ratio_bucketed']:.2f} times those of the bucketed loop; {args.steps} steps each, in turn."
+        )
+    report.append(f"`plan` predicts {planned / 2**30:.2f} GiB: {planned / figures['ours'].peak_bytes:.3f} of ours measured.")
+    if args.size == "vocab":
+        ours, reference = loss_part_memory(config, worst).values()
+        report.append(
+            f"The loss part (heads, cross-entropy, backward) has at most {ours / 2**20:,.0f} MiB alive, the reference's "
             f"{reference / 2**20:,.0f} MiB: 1/{reference / ours:.0f}."
         )
+    if args.json:
+        found = {name: asdict(values) for name, values in figures.items()}
+        values = {"size": args.size, **faster, "planned_peak_bytes": planned, "matmul_flops_per_sec": peak, "contenders": found}
+        write_whole(args.json, lambda file: file.write(json.dumps(values, indent=2).encode() + b"\n"))
     return "\n".join(report)
 
 
 def scaling(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str:
     """Ours at 1, 2 and 4 times the length, and at 1, 2 and 4 times the batch."""
-    rows, base = [], None
-    for what, stretch, batch in (
+    figures = {}
+    for name, stretch, batch in (
         ("1x", 1, 2),
         ("length 2x", 2, 2),
         ("length 4x", 4, 2),
@@ -377,28 +411,24 @@ def scaling(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str
         dist = setup_distributed(cfg.device)
         config = checkpoint.read_base_config(Path(cfg.base_ckpt))
         ours = Ours(cfg, dist, config)
-        flops = metrics.Flops.of(ours.model)
-        figures, peak = measure([ours], micro_batches(cfg, dist, config), flops, args.steps, dist)
-        found = figures["ours"]
-        rate = statistics.median(found.tokens_per_sec)
-        base = base or rate
-        rows.append(
-            f"| {what} | {rate:,.0f} | {rate / base:.2f} | {statistics.median(found.step_sec):.3g} s | "
-            f"{statistics.median(found.utilisation):.0%} | {found.peak_bytes / 2**30:.2f} GiB |"
-        )
+        micros = Samples(cfg, dist, config).shuffled(args.steps)
+        found, peak = measure({name: (ours, micros)}, metrics.Flops.of(ours.model), dist)
+        figures |= found
         del ours
         gc.collect()
-    head = "| | real tokens/s | of 1x | step | useful FLOPs | peak memory |\n| --- | --- | --- | --- | --- | --- |"
-    return "\n".join([describe(f"{args.size}, scaling", dist, peak, args.argv), head, *rows])
+    return "\n".join([describe(f"{args.size}, scaling", dist, peak, args.argv), table(figures)])
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bash launch.sh bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="mini", choices=synthetic.SIZES)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each")
     parser.add_argument("--samples", type=int, default=64, help="in the data set")
-    parser.add_argument("--no_reference", action="store_true")
-    parser.add_argument("--scaling", action="store_true", help="lengths and batches of 1x, 2x and 4x instead of the reference")
+    parser.add_argument("--no_reference", action="store_true", help="ours alone")
+    parser.add_argument("--scaling", action="store_true", help="ours alone, at 1x, 2x and 4x the length and the batch size")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--folder", type=Path, help="keep checkpoint and data here; default: a temporary folder")
     args, flags = parser.parse_known_args(argv)
     args.argv = argv

@@ -21,7 +21,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 import data
 from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
-from tools import demo
+from tools import toys as demo
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks that tests start
@@ -163,7 +163,7 @@ def open_dataset(manifest: Path, config: HiggsAudioConfig, tokenizer) -> data.Ch
 # Ranks
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train", "tools.demo"])
+_context.set_forkserver_preload(["train", "tools.toys"])
 
 
 def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:

@@ -23,7 +23,7 @@ from torch import Tensor
 import collate
 from export import layouts, merge, read
 from loss import IGNORE_INDEX
-from tools import demo
+from tools import toys as demo
 from tools.synthetic import PUBLISHED_ROPE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,6 +4,7 @@ it says."""
 from __future__ import annotations
 
 import gc
+import json
 import re
 import sys
 
@@ -77,10 +78,8 @@ def test_contenders_take_the_same_step(folder):
     cfg = step.prepare(folder, "tiny", ["--batch_size", "3"], 6, stretch=0.1)
     dist = setup_distributed("cpu")
     config = synthetic.make_config("tiny")
-    micros = step.micro_batches(cfg, dist, config)
     ours, reference = (kind(cfg, dist, config) for kind in (step.Ours, step.Reference))
-    for _ in range(2):
-        micro = next(micros)
+    for micro in step.Samples(cfg, dist, config).shuffled(2):
         assert len(micro.ours) == 3 and micro.padded.input_ids.shape[0] == 3
         assert ours.step(micro) == pytest.approx(reference.step(micro), rel=5e-6)
 
@@ -98,14 +97,47 @@ def test_random_checkpoint_is_whole(folder):
 
 
 def test_command_reports_both(folder, capsys):
-    """The whole command on the tiny size: both contenders, positive figures, ours without padding in less memory."""
-    step.main(["--size", "tiny", "--steps", "1", "--samples", "2", "--folder", str(folder), "--batch_size", "2"])
+    """The whole command on the tiny size: all contenders, positive figures, ours without padding in less memory, and the same
+    figures as JSON."""
+    out_file = folder / "step.json"
+    argv = ["--size", "tiny", "--steps", "1", "--samples", "2", "--folder", str(folder), "--batch_size", "2"]
+    step.main([*argv, "--json", str(out_file)])
     out = capsys.readouterr().out
-    rows = dict(re.findall(r"^\| (ours|reference) \| (.*) \|$", out, re.MULTILINE))
-    assert rows.keys() == {"ours", "reference"} and "commit" in out and "--size tiny" in out
+    rows = dict(re.findall(r"^\| (ours|reference|bucketed) \| (.*) \|$", out, re.MULTILINE))
+    assert rows.keys() == {"ours", "reference", "bucketed"} and "commit" in out and "--size tiny" in out
     figures = [[float(x) for x in re.findall(r"[\d.]+", row.replace(",", ""))] for row in rows.values()]
     assert all(value > 0 for row in figures for value in row)
     assert figures[0][-1] < figures[1][-1]
+    values = json.loads(out_file.read_text())
+    sec = {name: found["step_sec"] for name, found in values["contenders"].items()}
+    assert sec.keys() == rows.keys()
+    assert values["ratio"] == sec["reference"][0] / sec["ours"][0]
+    assert values["ratio_bucketed"] == sec["bucketed"][0] / sec["ours"][0]
+    assert f"{values['ratio']:.2f} times the reference's, {values['ratio_bucketed']:.2f} times" in out
+
+
+def test_ratios():
+    """The median over pairs of steps on the same samples; over all steps where only all samples together are the same."""
+    seconds = {"ours": [1.0, 2.0, 4.0], "reference": [2.0, 6.0, 40.0], "bucketed": [1.0, 3.0, 10.0]}
+    figures = {name: step.Figures(step_sec=values) for name, values in seconds.items()}
+    assert step.ratios(figures) == {"ratio": 3.0, "ratio_bucketed": 2.0}
+    assert step.ratios({"ours": figures["ours"]}) == {"ratio": None, "ratio_bucketed": None}
+
+
+def test_buckets_hold_the_same_samples_sorted(folder):
+    """Less padding than in the shuffled micro-batches, over the same samples."""
+    cfg = step.prepare(folder, "tiny", ["--batch_size", "3"], 6, stretch=0.1)
+    samples = step.Samples(cfg, setup_distributed("cpu"), synthetic.make_config("tiny"))
+    shuffled = samples.shuffled(2)
+    bucketed = samples.bucketed(shuffled)
+    assert [len(micro.indices) for micro in bucketed] == [3, 3]
+    indices, sorted_indices = ([i for micro in micros for i in micro.indices] for micros in (shuffled, bucketed))
+    assert sorted(indices) == sorted(sorted_indices) == list(range(6))
+    lengths = [length for micro in bucketed for length in micro.ours.packing.layout.lengths]
+    assert lengths == sorted(lengths)
+    sizes, sorted_sizes = ([micro.padded.audio_out_ids.shape[1] for micro in micros] for micros in (shuffled, bucketed))
+    assert sum(sizes) == sum(sorted_sizes), "the official collator has the same audio"
+    assert sum(map(step.largest, bucketed)) < sum(map(step.largest, shuffled))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be used")
@@ -118,9 +150,9 @@ def test_loss_part_memory(folder):
     """The reference has dense float32 logits, their log-probabilities and a gradient alive at once; ours has neither."""
     cfg = step.prepare(folder, "tiny", ["--batch_size", "3"], 6, stretch=0.1)
     config = synthetic.make_config("tiny")
-    micro = next(step.micro_batches(cfg, setup_distributed("cpu"), config))
+    (micro,) = step.Samples(cfg, setup_distributed("cpu"), config).shuffled(1)
     found = step.loss_part_memory(config, micro)
-    dense = len(micro.ours) * max(micro.ours.packing.lengths) * config.text_config.vocab_size * 4
+    dense = len(micro.ours) * max(micro.ours.packing.layout.lengths) * config.text_config.vocab_size * 4
     assert 3 * dense < found["reference"] and found["ours"] < found["reference"] / 2
 
 

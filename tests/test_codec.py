@@ -12,7 +12,7 @@ from conftest import write_manifest
 
 import train
 from prepare.audio import AudioStore
-from tools import demo
+from tools import toys as demo
 
 RATE = 24000
 

@@ -15,7 +15,7 @@ from transformers import WhisperFeatureExtractor, WhisperProcessor
 from collate import create_collator
 from common import CollateError
 from generate.speech import official_collator
-from tools import demo
+from tools import toys as demo
 
 TOWER = {
     "model_type": "higgs_audio_encoder",

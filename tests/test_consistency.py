@@ -19,7 +19,7 @@ import train
 from collate import create_collator
 from common import CollateError
 from prepare.manifest import read_manifest
-from tools import demo
+from tools import toys as demo
 
 # ---- whose voice a clip is
 

@@ -17,7 +17,7 @@ import model_patch
 import train
 from collate import create_collator
 from common import ConfigError, DataError
-from tools import demo
+from tools import toys as demo
 
 
 def full(tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from config import Config, parse_config, to_argv
 from export import card, merge, parity, read, write
 from export.__main__ import main as export_main
 from prepare.audio import import_codec
-from tools import demo
+from tools import toys as demo
 
 
 def settings(toys: Path, output_dir: Path, **extra) -> list[str]:

@@ -19,7 +19,7 @@ from generate import __main__ as generate
 from generate.speech import Sampling, Score, join
 from prepare.audio import import_codec, load_codec
 from prepare.manifest import parse_record
-from tools import demo
+from tools import toys as demo
 
 CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
 GREEDY = ["--temperature", "0", "--ras_win_len", "0", "--max_new_tokens", "40"]

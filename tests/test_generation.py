@@ -55,7 +55,7 @@ def overfit(config, samples, unshifted: bool, steps: int = 250):
 
 @pytest.fixture(scope="module")
 def trained(tokenizer):
-    from tools import demo
+    from tools import toys as demo
 
     samples, prompts = clips(tokenizer)
     return overfit(demo.tiny_config(tokenizer), samples, unshifted=False), samples, prompts

@@ -26,7 +26,7 @@ import train
 from common import CheckpointError
 from config import BASE_CKPT, BASE_REVISION
 from export import layouts, merge, read, write
-from tools import demo
+from tools import toys as demo
 
 # The Hub states the published rotary scaling in the newer layout in other numbers than in the original one.
 RESTATED_ROPE = {

@@ -24,7 +24,7 @@ from generate import samples as listen
 from generate import speech
 from generate.samples import Listener, SpeakerSimilarity, Transcriber, word_errors
 from metrics import Monitor
-from tools import demo
+from tools import toys as demo
 
 # ---- teacher-forced and free-running, on any number of ranks
 

@@ -18,7 +18,7 @@ import train
 from collate import create_collator
 from common import PatchError
 from config import CHECKPOINTING_MODES
-from tools.demo import tiny_config
+from tools.toys import tiny_config
 
 
 def run(model, batch, labels):

@@ -7,13 +7,16 @@ import dataclasses
 import pytest
 import torch
 from conftest import run_ranks
+from test_collate import TOWER
 
 import loss
+import metrics
 import model_patch
 import train
 from config import parse_config
 from tools import plan, synthetic
 from tools.memory import LiveBytes, resident_bytes
+from tools.toys import make_checkpoint
 from train import build_optimizer
 
 FLAGS = ["--train_manifest", "-", "--output_dir", "-", "--mixed_precision", "no", "--device", "cpu"]
@@ -113,7 +116,6 @@ def test_command(toys, capsys):
         (["--ranks", "8,x"], "--ranks 8,x: expected numbers of GPUs"),
         (["--ranks", "3", "--replicate", "2"], "--replicate 2 does not divide 3 ranks"),
         (["--mfu", "40"], "--mfu 40.0: must be above 0 and at most 1"),
-        (["--pack", "no"], "neither --pack no nor an audio tower"),
         (["--lora_targets", "nothing"], "LoRA target pattern 'nothing' matches nothing"),
     ],
 )
@@ -121,3 +123,23 @@ def test_mistakes_are_named(flags, complaint, checkpoint_dir, capsys):
     assert plan.main(["--base_ckpt", str(checkpoint_dir), *flags]) == 2
     assert complaint in capsys.readouterr().err
     assert not torch.distributed.is_initialized()
+
+
+def test_an_audio_tower_cannot_be_planned(tmp_path, capsys):
+    folder = make_checkpoint(tmp_path / "tower", audio_encoder_config=dict(TOWER), skip_audio_tower=False)
+    assert plan.main(["--base_ckpt", str(folder)]) == 2
+    assert f"--base_ckpt {folder}: has an audio tower" in capsys.readouterr().err
+
+
+def test_gpus_by_the_name_that_the_driver_reports():
+    names = {
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA GH200 480GB": None,
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA GeForce RTX 4090": "RTX 4090",
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "Tesla T4": None,
+    }
+    found = {name: metrics.find_gpu(name) for name in names}
+    assert {name: gpu and gpu.name for name, gpu in found.items()} == names

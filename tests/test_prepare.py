@@ -21,7 +21,7 @@ from collate import create_collator
 from prepare import pair
 from prepare.__main__ import main as prepare
 from prepare.manifest import read_manifest
-from tools import demo
+from tools import toys as demo
 
 
 def line(text: str, audio: str | dict, **extra) -> dict:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
-import struct
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_codec import write_wav
 from test_train import run_here, settings
 
@@ -47,22 +47,6 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.tags if name == tag]
-
-
-def read_png(content: bytes) -> np.ndarray:
-    """Pixels of an unfiltered RGB PNG, by the format's definition."""
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    place, chunks = 8, {}
-    while place < len(content):
-        size, kind = struct.unpack(">I4s", content[place : place + 8])
-        body = content[place + 8 : place + 8 + size]
-        assert struct.unpack(">I", content[place + 8 + size : place + 12 + size])[0] == zlib.crc32(kind + body)
-        chunks[kind] = body
-        place += 12 + size
-    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + 3 * width)
-    assert not rows[:, 0].any()
-    return rows[:, 1:].reshape(height, width, 3)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +93,7 @@ def test_samples_are_inside_the_page(run_dir):
     pictures = [base64.b64decode(tag["src"].removeprefix("data:image/png;base64,")) for tag in page.all("img")]
     assert len(pictures) == 3 * 2
     newest = metrics.read_results(run_dir / "samples" / "step_3")[0]
-    assert np.array_equal(read_png(pictures[0]), metrics.figure(run_dir / "samples" / "step_3", newest))
+    assert np.array_equal(Image.open(io.BytesIO(pictures[0])), metrics.figure(run_dir / "samples" / "step_3", newest))
 
 
 def test_nothing_comes_from_elsewhere(run_dir):
@@ -122,8 +106,8 @@ def test_nothing_comes_from_elsewhere(run_dir):
     assert "<script>alert('&')</script>" in page.texts
 
 
-def test_other_samples_and_a_choice_of_occasions(run_dir, tmp_path):
-    """What tools.generate wrote into samples/ gets cards of its own; of many occasions the first and last are shown."""
+def test_other_samples_and_a_choice_of_samplings(run_dir, tmp_path):
+    """What generate wrote into samples/ gets cards of its own; of many samplings the first and last are shown."""
     assert report.choose(range(10), 4) == [0, 3, 6, 9] and report.choose([7], 4) == [7] and report.choose([], 4) == []
     said = tmp_path / "samples" / "final"
     said.mkdir(parents=True)
@@ -135,7 +119,7 @@ def test_other_samples_and_a_choice_of_occasions(run_dir, tmp_path):
     page = Page(report.page(report.read_run(tmp_path)))
     assert "0 frames · was cut off" in page.texts and not page.all("img")
     assert len(report.page(report.read_run(run_dir), max_shown=1)) < len(report.page(report.read_run(run_dir)))
-    assert "1 of 3 occasions are shown." in report.page(report.read_run(run_dir), max_shown=1)
+    assert "1 of 3 samplings are shown." in report.page(report.read_run(run_dir), max_shown=1)
 
 
 def test_mistakes(run_dir, tmp_path, capsys):

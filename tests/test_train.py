@@ -28,7 +28,7 @@ from config import to_argv
 from generate.speech import as_prompt, speak
 from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
-from tools import demo
+from tools import toys as demo
 
 
 def run_shell(command: str, timeout_sec: int = 180) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive: counted as they come and go, on any device, real or fake.
+"""Bytes of live tensors, on any device, real or fake.
 
 with LiveBytes() as live:
     train_step(...)
@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators return while it is entered, until they are freed.
+    """Counts the storages that operators return, until they are freed.
 
-    What an operator allocates and frees within itself is not seen. Unlike a device's allocator it also works on the CPU and on
-    fake tensors, and it sees no fragmentation.
+    Unlike a device's allocator it works on the CPU and on fake tensors. It sees neither fragmentation nor what an
+    operator allocates and frees within itself.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[weakref.ref, int] = {}
 
     def __enter__(self) -> LiveBytes:
-        # FSDP frees and fills the parameters it gathers by resizing their storage, which is no operator.
+        # FSDP frees and refills gathered parameters by resizing their storage, which is not an operator.
         self._resize = torch.UntypedStorage.resize_
 
         @functools.wraps(self._resize)
@@ -67,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(values: Iterable[Any]) -> list[torch.UntypedStorage]:
-    """The storages of the tensors among the values; of a sharded tensor, this rank's."""
+    """The storages of all tensors among the values; of a sharded tensor, this rank's part."""
     found, values = [], [value for value in values if isinstance(value, Tensor)]
     for tensor in values:
         if is_traceable_wrapper_subclass(tensor):
@@ -79,10 +79,7 @@ def storages(values: Iterable[Any]) -> list[torch.UntypedStorage]:
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that stay alive between steps on this rank: weights, buffers, optimizer state; not counting a storage twice."""
-    tensors = [
-        *model.parameters(),
-        *model.buffers(),
-        *tree_leaves([list(state.values()) for state in optimizer.state.values()]),
-    ]
+    """Bytes alive between steps on this rank: weights, buffers, optimizer state, each storage once."""
+    state = tree_leaves([list(state.values()) for state in optimizer.state.values()])
+    tensors = [*model.parameters(), *model.buffers(), *state]
     return sum({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())

@@ -1,16 +1,16 @@
-"""What a run will need, before it has a GPU or weights: memory, communication and time of a step, on so many ranks.
+"""What a run will need, before you have a GPU or weights: memory, communication and time of a step.
 
-    python -m tools.plan                                                 # the published checkpoint, clones of 3 to 20 s
-    python -m tools.plan --train_manifest train.jsonl --base_ckpt FOLDER --max_tokens 8192 --epochs 3
-    python -m tools.plan --lora_r 64 --batch_size 16 --ranks 8 --mfu 0.45
+    bash launch.sh plan                                      # the published checkpoint, clones of 3 to 20 s
+    bash launch.sh plan --train_manifest train.jsonl --base_ckpt FOLDER --max_tokens 8192 --epochs 3
+    bash launch.sh plan --lora_r 64 --batch_size 16 --ranks 8 --mfu 0.45
 
-The flags of train.py, of which --train_manifest and --output_dir may be left out, and a few of its own. Every checkpointing mode
-is planned for the given LoRA rank and for a full fine-tune.
+Takes the flags of train.py (--train_manifest and --output_dir may be left out) and a few of its own. Every checkpointing
+mode is planned for the given LoRA rank and for a full fine-tune.
 
-Nothing is estimated by formula: train.py's own `train_step` runs on fake tensors (shapes without data) among fake ranks, in which
-each tensor that comes and goes is counted, and each collective. The micro-batch is the largest of the first epoch, or as
-many clones as --batch_size or --max_tokens say. What is not counted: allocator's fragmentation, kernels' workspaces, CUDA itself and
-NCCL; `fits` leaves room for them (`needed`).
+Memory and communication are not formulas: train.py's own `train_step` runs on fake tensors (shapes without data) among
+fake ranks, and every tensor and collective is counted. The micro-batch is the largest of the first epoch or, without a
+manifest, as many clones as --batch_size or --max_tokens say. Not counted are the allocator's fragmentation, kernel
+workspaces, the CUDA context and NCCL: `Estimate.needed` leaves room for them.
 """
 
 from __future__ import annotations
@@ -45,28 +45,27 @@ from config import BASE_CKPT, CHECKPOINTING_MODES, Config, parse_config
 from distributed import Dist, make_mesh, says_errors
 from prepare.audio import AudioStore, codec_frame_rate_hz
 from prepare.manifest import report_problems
-from tools import demo, synthetic
+from tools import synthetic, toys
 from tools.memory import LiveBytes
 from train import build_optimizer
 
-# nominal GB: (GiB that the driver reports, dense bf16 FLOP/s by the data sheet, an example)
-GPUS = {24: (23.6, 165e12, "RTX 4090"), 48: (44.5, 362e12, "L40S"), 80: (79.1, 989e12, "H100"), 141: (139.8, 989e12, "H200")}
+CARDS = [gpu for gpu in metrics.GPUS if gpu.name in ("RTX 4090", "L40S", "H100", "H200")]
 FRAGMENTATION = 1.05
 RESERVED = 1.5 * 2**30  # bytes: CUDA's context, NCCL's buffers, workspaces
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One step among fake ranks
+# One step on fake ranks
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank needs; bytes, per optimizer step where that matters."""
+    """What one rank needs, in bytes; `sent` and `flops` per optimizer step."""
 
     weights: int
     optimizer: int
-    peak: int  # all of it on the GPU, at the worst moment; with --cpu_offload, weights and optimizer state are not
-    sent: float  # over the network or NVLink, in rings
+    peak: int  # on the GPU at the worst moment, weights and optimizer state included (unless --cpu_offload)
+    sent: float  # to other ranks, by ring algorithms
     flops: float
 
     @property
@@ -76,7 +75,7 @@ class Estimate:
 
 
 class Counter(LiveBytes):
-    """Counts what lives and what is sent; answers 1.0 where a step looks at a number, which fake tensors do not have."""
+    """Counts live bytes and sent bytes; reading a number from a fake tensor gives 1.0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +90,7 @@ class Counter(LiveBytes):
 
 
 def _ring_bytes(func, args: tuple) -> float:
-    """Bytes that each rank sends in a collective, as rings do it."""
+    """Bytes that each rank sends in a collective by a ring algorithm."""
     name = func.name()
     if "allgather_base" in name:
         (whole, _, group, *_), rounds = args, 1
@@ -101,17 +100,15 @@ def _ring_bytes(func, args: tuple) -> float:
         (tensors, group, *_), rounds = args, 2
         (whole,) = tensors
     else:
-        raise NotImplementedError(f"tools.plan does not know how much {name} sends")
+        raise NotImplementedError(f"no rule for the bytes that {name} sends")
     size = torch_dist.ProcessGroup.unbox(group).size()
     return rounds * whole.nbytes * (size - 1) / size
 
 
-def estimate(
-    cfg: Config, config: HiggsAudioConfig, batch: Batch, world_size: int, on_gpu: bool = True
-) -> Estimate:
-    """Take `cfg.grad_accum` micro-batches like `batch` through `train.train_step`, as rank 0 of so many.
+def estimate(cfg: Config, config: HiggsAudioConfig, batch: Batch, world_size: int, on_gpu: bool = True) -> Estimate:
+    """Run `train.train_step` on `cfg.grad_accum` micro-batches like `batch`, as rank 0 of `world_size`.
 
-    on_gpu: attention and prefetching as on a GPU; else as on a CPU
+    on_gpu: with a GPU's attention kernel and prefetching, else a CPU's
     raises: ConfigError, PatchError as train.py would
     """
     torch_dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
@@ -144,14 +141,14 @@ def estimate(
 
 @dataclass(frozen=True)
 class Workload:
-    """What there is to train on."""
+    """The data to plan for."""
 
     batch: Batch  # the largest micro-batch
-    about: str
+    about: str  # printed above the table
     lengths: np.ndarray | None = None  # [records] positions; None without a manifest
 
     def steps(self, cfg: Config, world_size: int) -> int | None:
-        """Optimizer steps of the run, or None if it has no end."""
+        """Optimizer steps of the run; None if unknown."""
         if cfg.max_steps or self.lengths is None:
             return cfg.max_steps or None
         order = np.arange(len(self.lengths))
@@ -164,7 +161,7 @@ def clones_of(config: HiggsAudioConfig, seconds: np.ndarray) -> Batch:
     with tempfile.TemporaryDirectory() as folder:
         manifest = synthetic.write_clones(Path(folder), seconds, config.audio_codebook_size)
         store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, synthetic.FRAME_RATE_HZ, Path(folder))
-        dataset = data.ChatMLDataset(data.read_manifest(manifest), demo.make_tokenizer(), store)
+        dataset = data.ChatMLDataset(data.read_manifest(manifest), toys.make_tokenizer(), store)
         return create_collator(config)([dataset[i] for i in range(len(dataset))])
 
 
@@ -172,7 +169,7 @@ POSITIONS_PER_SEC = synthetic.FRAME_RATE_HZ + synthetic.TOKENS_PER_SEC
 
 
 def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
-    """The manifest's largest micro-batch, imitated by one clip of its length each; or clones without a manifest."""
+    """The manifest's largest micro-batch, with one clip of equal length for each sample; or clones without a manifest."""
     if not cfg.train_manifest:
         seconds = synthetic.clone_durations(4096)
         positions = (seconds.sum(1) * POSITIONS_PER_SEC).cumsum()
@@ -203,15 +200,15 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
 
 
 def plan(cfg: Config, config: HiggsAudioConfig, workload: Workload, ranks: Sequence[int], mfu: float) -> str:
-    """A table of settings; progress goes to stderr, since each takes seconds."""
+    """A table of settings; progress goes to stderr, since each setting takes seconds."""
     packing = workload.batch.packing
     lines = [
         f"{workload.about}: {packing.num_positions:,} positions per micro-batch, {cfg.grad_accum} micro-batch(es) per step",
         "",
         "| training | checkpointing | ranks | weights | optimizer | peak | sent per step | "
-        + " | ".join(f"{size} GB, {example}" for size, (_, _, example) in GPUS.items())
+        + " | ".join(f"{gpu.memory_gb} GB, {gpu.name}" for gpu in CARDS)
         + " |",
-        "| --- " * (7 + len(GPUS)) + "|",
+        "| --- " * (7 + len(CARDS)) + "|",
     ]
     for lora_r in dict.fromkeys((cfg.lora_r, 0)):
         for mode in CHECKPOINTING_MODES:
@@ -224,18 +221,18 @@ def plan(cfg: Config, config: HiggsAudioConfig, workload: Workload, ranks: Seque
                 lines.append(f"| {training} | {mode} | {world_size} | {_row(found, steps, mfu)} |")
     lines += [
         "",
-        f"GB are 2^30 bytes; a setting fits where {FRAGMENTATION} x peak + {RESERVED / 2**30:g} GB do. "
-        f"Times are those of computing at {mfu:.0%} of the GPU's peak; sending comes on top where it takes longer than computing.",
+        f"GB are 2^30 bytes. A setting fits if {FRAGMENTATION} x peak + {RESERVED / 2**30:g} GB fit. "
+        f"Times assume {mfu:.0%} of the GPU's peak, and that communication is hidden behind computation.",
     ]
     return "\n".join(lines)
 
 
 def _row(found: Estimate, steps: int | None, mfu: float) -> str:
     sizes = [f"{size / 2**30:.1f} GB" for size in (found.weights, found.optimizer, found.peak, found.sent)]
-    for gib, flops_per_sec, _ in GPUS.values():
-        seconds = found.flops / (flops_per_sec * mfu)
+    for gpu in CARDS:
+        seconds = found.flops / (gpu.bf16_flops * mfu)
         total = f", {_duration(steps * seconds)} for {steps} steps" if steps else ""
-        sizes.append(f"{_duration(seconds)} a step{total}" if found.needed <= gib * 2**30 else "-")
+        sizes.append(f"{_duration(seconds)} a step{total}" if found.needed <= gpu.memory_gib * 2**30 else "-")
     return " | ".join(sizes)
 
 
@@ -247,13 +244,13 @@ def _duration(seconds: float) -> str:
 
 
 def read_config(cfg: Config) -> HiggsAudioConfig:
-    """The checkpoint's, of the published one without asking the Hub, with the special ids of the demo's tokenizer."""
-    like_demo = synthetic.make_config("real")
+    """The checkpoint's config with the special ids of the toy tokenizer; the published one's without the Hub."""
+    published = synthetic.make_config("real")
     if cfg.base_ckpt == BASE_CKPT:
-        return like_demo
+        return published
     config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):
-        setattr(config, name, getattr(like_demo, name))
+        setattr(config, name, getattr(published, name))
     return config
 
 
@@ -268,7 +265,7 @@ def read_ranks(value: str) -> list[int]:
 @says_errors
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bash launch.sh plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", default="1,8,64", help="numbers of GPUs to plan for (default: 1,8,64)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak to count on for times (default: 0.4)")
@@ -277,9 +274,9 @@ def main(argv: Sequence[str]) -> int:
     cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
     ranks, config = read_ranks(args.ranks), read_config(cfg)
     if not config.skip_audio_tower:
-        raise ConfigError("plan counts packed micro-batches, which a checkpoint with an audio tower does not have")
+        raise ConfigError(f"--base_ckpt {cfg.base_ckpt}: has an audio tower; only models without one can be planned")
     if not 0 < args.mfu <= 1:
-        raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1")
+        raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1, such as 0.4")
     print(plan(cfg, config, read_workload(cfg, config), ranks, args.mfu))
     return 0
 

@@ -1,13 +1,12 @@
-"""Run a kept training step again, on one process, and name the samples that made it go wrong.
+"""Run a recorded training step again in one process, and name the samples that made it go wrong.
 
-    python -m tools.replay runs/voice/spikes/step_812-rank0.safetensors
-    python -m tools.replay FILE --resume runs/voice/checkpoints/step_800 --device cpu
+    bash launch.sh replay runs/voice/spikes/step_812-rank0.safetensors
+    bash launch.sh replay FILE --resume runs/voice/checkpoints/step_800 --device cpu
 
-train.py keeps the micro-batches of steps whose loss jumped or was not finite, one file per rank; naming one of them takes in
-the others of its step. The weights are those of the checkpoint the run had saved last (its very weights, if that was the
-step before), of --resume, or of the base checkpoint with `--resume base`. Printed are each sample's losses, the worst first,
-and the step's loss and gradient norm now and then. Nothing is written. The voice-consistency loss is left out: it compares
-the voices of different ranks.
+train.py records the micro-batches of steps whose loss jumped or was not finite, one file per rank; give any one of them.
+The weights are those of the newest checkpoint at that time, or of --resume; `--resume base` takes the base checkpoint.
+Prints the losses of each sample, the worst first, then the step's loss and gradient norm now and in the run. Writes
+nothing. The voice-consistency loss is left out: it compares the voices of different ranks.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from metrics import read_dump
 
 
 def read_step(path: Path) -> tuple[dict, list[Batch]]:
-    """What the run noted about a step, and its micro-batches of all ranks in the order of their numbers, which seed dropout.
+    """(what the run recorded about a step, its micro-batches of all ranks in the order that seeds dropout).
 
-    raises: ConfigError if a rank's file is missing or is no such file
+    raises: ConfigError if a rank's file is missing or of another kind
     """
     ranks = []
     try:
@@ -43,12 +42,12 @@ def read_step(path: Path) -> tuple[dict, list[Batch]]:
         for rank in range(about["world_size"]):
             ranks.append(read_dump(path.with_name(re.sub(r"rank\d+", f"rank{rank}", path.name)))[1])
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not the micro-batches of a whole step, one file per rank: {error}") from None
+        raise ConfigError(f"{path}: not a recorded step with one file per rank: {error}") from None
     return about, [batch for batches in zip(*ranks) for batch in batches]
 
 
 def only_row(batch: Batch, row: int) -> Batch:
-    """The same batch with the labels of one sample."""
+    """The same batch, labels of one sample only."""
     label_ids = torch.full_like(batch.label_ids, IGNORE_INDEX)
     label_ids[row] = batch.label_ids[row]
     N = batch.label_audio_ids.shape[1]
@@ -59,12 +58,12 @@ def only_row(batch: Batch, row: int) -> Batch:
 
 
 def pack(batch: Batch, labels: LabelSpec) -> Batch:
-    """The same batch with its packing, which the kept files leave out."""
+    """The same batch with its packing, which the recorded files leave out."""
     return dataclasses.replace(batch, packing=Packing.of(batch, labels.audio_in_token, labels.audio_out_token))
 
 
 def losses_by_sample(task: train.Task, batches: list[Batch]) -> list[tuple[dict, str]]:
-    """(losses, source) of every sample without dropout, the highest first, those that are not finite before all."""
+    """(losses, source) of every sample without dropout: not finite first, then from the highest loss down."""
     found = []
     with train.evaluating(task.model):
         for batch in batches:
@@ -103,7 +102,7 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
 
     result = train.train_step(task, batches, step=about["step"] - 1, lr=0.0)
     if cfg.consistency_loss_weight:
-        print("\nnow without the run's voice-consistency loss, which compares the voices of different ranks")
+        print("\nnow without the voice-consistency loss of the run")
     then = {name: float("nan") if about[name] is None else about[name] for name in ("loss", "grad_norm")}
     print(f"\n{'':12}{'now':>12} {'in the run':>12}")
     print(f"{'loss':12}{objective.metrics(result.total.losses)['loss']:12.6f} {then['loss']:12.6f}")
@@ -113,10 +112,10 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
 @says_errors
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="tools.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bash launch.sh replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="OUTPUT/spikes/step_N-rankR.safetensors")
-    parser.add_argument("--resume", help="checkpoint to take the weights from, or 'base'; default: the run's newest then")
+    parser.add_argument("--resume", help="checkpoint with the weights, or 'base'; default: the run's newest at that step")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's")
     args = parser.parse_args(argv)
     replay(args.file, args.resume, args.device)

@@ -1,9 +1,9 @@
-"""One self-contained HTML page about a run: figures, curves, what was said (to hear and to see), data, settings.
+"""One self-contained HTML page about a run: figures, curves, samples to play, data, settings.
 
-    python -m tools.report runs/voice [--out report.html]
+    bash launch.sh report runs/voice [--out report.html]
 
-Everything comes from what train.py leaves in the folder: config.json, metrics.jsonl and samples/ (each folder there with a
-results.jsonl, from --sample_steps or `python -m generate --lines ... --out runs/voice/samples/NAME`).
+Reads what train.py leaves in the folder: config.json, metrics.jsonl and samples/ (each folder there with a results.jsonl,
+from --sample_steps or `bash launch.sh generate --lines ... --out runs/voice/samples/NAME`).
 
 Legend: K codebooks, T frames.
 """
@@ -13,27 +13,28 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import io
 import json
 import math
 import re
-import struct
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from common import DataError, write_whole
-from metrics import figure, read_results, sounds
+from distributed import says_errors
+from metrics import figure, read_results
 from prepare.manifest import Record, read_manifest, split_weights
 
 MAX_POINTS = 400  # of a curve; more are averaged
 MAX_RECORDS_READ = 20_000  # of a manifest, for the data's summary
-SMOOTHING = 0.05  # of a training curve's points are averaged around each; the points stay visible behind
+SMOOTHING = 0.05  # share of a training curve's points averaged around each; the raw curve stays visible behind
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -41,15 +42,15 @@ SMOOTHING = 0.05  # of a training curve's points are averaged around each; the p
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds."""
+    """The contents of a run's folder."""
 
     folder: Path
     settings: dict
     lines: dict[str, list[dict]]  # of metrics.jsonl, by split
-    samples: list[Path]  # folders with a results.jsonl: by step, then others by name
+    samples: list[Path]  # folders with a results.jsonl: by step, then by name
 
     def series(self, split: str, name: str, index: int | None = None) -> tuple[list[float], list[float]]:
-        """(steps, values) of a figure, where it is a number; `index` of a list."""
+        """(steps, values) of a figure, where it is a number; or of item `index` of a list."""
         points = []
         for line in self.lines.get(split, []):
             value = line.get(name)
@@ -73,7 +74,7 @@ def read_run(folder: Path) -> Run:
             line = json.loads(text)
             lines.setdefault(line["split"], []).append(line)
         except (ValueError, KeyError, TypeError):
-            if number < len(texts):  # the last line may be cut off, by a crash or because the run goes on
+            if number < len(texts):  # the last line may be cut off: the run crashed or is still writing
                 raise DataError(f"{folder / 'metrics.jsonl'} line {number}: not an object with `split` and `step`") from None
     samples = [path.parent for path in (folder / "samples").glob("*/results.jsonl")]
     return Run(folder, settings, lines, sorted(samples, key=_step_then_name))
@@ -87,6 +88,30 @@ def _step_then_name(folder: Path) -> tuple:
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves
 
+SPLITS = {"train": "training", "val": "validation", "sample": "samples"}
+# (title, figure, splits it is measured on, kind of axis)
+CHARTS = (
+    ("Loss (nats)", "loss", ("train", "val"), "loss"),
+    ("Text loss", "text_loss", ("train", "val"), "loss"),
+    ("Audio loss", "audio_loss", ("train", "val"), "loss"),
+    ("End-of-speech loss", "eos_loss", ("train", "val"), "loss"),
+    ("Audio loss by codebook", "codebook_losses", (), "loss"),
+    ("Voice-consistency loss", "consistency_loss", ("train", "val"), "loss"),
+    ("Text accuracy", "text_accuracy", ("train", "val"), "share"),
+    ("Audio accuracy", "audio_accuracy", ("train", "val"), "share"),
+    ("Accuracy by codebook", "codebook_accuracies", (), "share"),
+    ("Samples that end by themselves", "stop_rate", ("sample",), "share"),
+    ("Length of samples against their targets", "duration_ratio", ("sample",), ""),
+    ("Codes of samples that match", "code_match", ("sample",), "share"),
+    ("Word error rate of samples", "word_error_rate", ("sample",), ""),
+    ("Speaker similarity of samples", "speaker_similarity", ("sample",), ""),
+    ("Gradient norm", "grad_norm", ("train",), ""),
+    ("Learning rate", "lr", ("train",), ""),
+    ("Tokens per second", "tokens_per_sec", ("train",), ""),
+    ("Copy share", "copy_share", ("val",), "share"),
+)
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 46, 18, 8, 22  # of a chart, in SVG units of about a pixel
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -96,85 +121,85 @@ class Curve:
     smooth: bool = False
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Values to SVG units."""
+
+    low: float  # of a logarithmic scale, its log10
+    high: float
+    start: float  # where `low` is drawn
+    stop: float
+    least: float = 0.0  # above 0: a logarithmic scale, on which smaller values are drawn here
+
+    def __call__(self, value: float) -> float:
+        value = math.log10(max(value, self.least)) if self.least else value
+        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        return _round_numbers(10**self.low, 10**self.high, True) if self.least else _round_numbers(self.low, self.high)
+
+
 def charts(run: Run) -> str:
-    """Every figure that has at least one point, training and evaluation in one chart."""
-
-    def both(title: str, name: str, kind: str = "") -> str:
-        train = Curve("training", *run.series("train", name), smooth=True)
-        return chart(title, [train, Curve("validation", *run.series("val", name))], kind)
-
-    def alone(title: str, name: str, split: str = "train", kind: str = "") -> str:
-        return chart(title, [Curve("", *run.series(split, name), smooth=split == "train")], kind)
-
-    def codebooks(title: str, name: str, kind: str = "") -> str:
-        split = "val" if any(line.get(name) for line in run.lines.get("val", [])) else "train"
-        count = max((len(line.get(name) or ()) for line in run.lines.get(split, [])), default=0)
-        curves = [Curve(str(k), *run.series(split, name, k), smooth=split == "train") for k in range(count)]
-        return chart(f"{title} by codebook, {'validation' if split == 'val' else 'training'}", curves, kind)
-
-    return "".join(
-        [
-            both("Loss (nats)", "loss", "loss"),
-            both("Text loss", "text_loss", "loss"),
-            both("Audio loss", "audio_loss", "loss"),
-            both("End-of-speech loss", "eos_loss", "loss"),
-            codebooks("Audio loss", "codebook_losses", "loss"),
-            both("Voice-consistency loss", "consistency_loss", "loss"),
-            both("Text accuracy", "text_accuracy", "share"),
-            both("Audio accuracy", "audio_accuracy", "share"),
-            codebooks("Accuracy", "codebook_accuracies", "share"),
-            alone("Samples that end by themselves", "stop_rate", "sample", "share"),
-            alone("Length of samples against their targets", "duration_ratio", "sample"),
-            alone("Codes of samples that match", "code_match", "sample", "share"),
-            alone("Word error rate of samples", "word_error_rate", "sample"),
-            alone("Speaker similarity of samples", "speaker_similarity", "sample"),
-            alone("Gradient norm", "grad_norm"),
-            alone("Learning rate", "lr"),
-            alone("Tokens per second", "tokens_per_sec"),
-            alone("Copy share", "copy_share", "val", "share"),
-        ]
-    )
-
-
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 46, 18, 8, 22  # of a chart, in SVG units of about a pixel
+    """Every figure that has at least one point."""
+    found = []
+    for title, name, splits, kind in CHARTS:
+        if splits:
+            labels = [SPLITS[split] if len(splits) > 1 else "" for split in splits]
+            curves = [Curve(label, *run.series(s, name), smooth=s == "train") for label, s in zip(labels, splits)]
+        else:  # a list, a value for each codebook
+            split = "val" if any(line.get(name) for line in run.lines.get("val", [])) else "train"
+            count = max((len(line.get(name) or ()) for line in run.lines.get(split, [])), default=0)
+            curves = [Curve(str(k), *run.series(split, name, k), smooth=split == "train") for k in range(count)]
+            title += f", {SPLITS[split]}"
+        found.append(chart(title, curves, kind))
+    return "".join(found)
 
 
 def chart(title: str, curves: Sequence[Curve], kind: str = "") -> str:
     """Curves over steps as inline SVG; "" if none has a point.
 
-    kind: "share" for values from 0 to 1, all of which is drawn; "loss" for those drawn on a log scale if they span decades
+    kind: "share" has an axis from 0 to 1; "loss" a log scale if its values span decades
     """
     curves = [curve for curve in curves if len(curve.values)]
     if not curves:
         return ""
-    values = [value for curve in curves for value in curve.values]
-    steps = [step for curve in curves for step in curve.steps]
+    x, y = _scales(curves, kind)
+    lines = "".join(_draw(curve, f"c{number % 8}", x, y) for number, curve in enumerate(curves))
+    legend = "".join(f'<span class="c{n % 8}">{escape(c.label)}</span>' for n, c in enumerate(curves) if c.label)
+    now = ", ".join(f"{curve.label} {show(curve.values[-1])}".strip() for curve in curves if len(curves) < 4)
+    scale = " <small>log scale</small>" if y.least else ""
+    axes = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{_axes(x, y)}'
+    head = f"<figcaption><b>{escape(title)}</b>{scale}<span class=now>{escape(now)}</span></figcaption>"
+    return f"<figure class=chart>{head}{axes}{lines}</svg><div class=legend>{legend}</div></figure>"
+
+
+def _scales(curves: Sequence[Curve], kind: str) -> tuple[Scale, Scale]:
+    """Of steps and of values."""
+    steps, values = ([v for curve in curves for v in getattr(curve, name)] for name in ("steps", "values"))
     least = min((value for value in values if value > 0), default=math.inf)
     is_log = kind == "loss" and max(values) > 50 * least
     low, high = (math.log10(least), math.log10(max(values))) if is_log else (min(values), max(values))
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     low, high = (0.0, 1.0) if kind == "share" else (low - margin, high + margin)
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-
-    def x(step: float) -> float:
-        return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        value = math.log10(max(value, least)) if is_log else value  # 0 stands at the bottom
-        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [_grid(low, high, is_log, y), _step_axis(first, last, x)]
-    for number, curve in enumerate(curves):
-        parts.append(_draw(curve, f"c{number % 8}", x, y))
-    legend = "".join(f'<span class="c{n % 8}">{escape(c.label)}</span>' for n, c in enumerate(curves) if c.label)
-    now = ", ".join(f"{curve.label} {show(curve.values[-1])}".strip() for curve in curves if len(curves) < 4)
-    scale = " <small>log scale</small>" if is_log else ""
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    head = f"<figcaption><b>{escape(title)}</b>{scale}<span class=now>{escape(now)}</span></figcaption>"
-    return f"<figure class=chart>{head}{svg}<div class=legend>{legend}</div></figure>"
+    x = Scale(min(steps), max(max(steps), min(steps) + 1), LEFT, WIDTH - RIGHT)
+    return x, Scale(low, high, HEIGHT - BOTTOM, TOP, least if is_log else 0.0)
 
 
-def _draw(curve: Curve, colour: str, x: Callable, y: Callable) -> str:
+def _axes(x: Scale, y: Scale) -> str:
+    """Horizontal lines with their values, and steps below."""
+    rows = [(f"{y(tick):.1f}", f"{y(tick) + 4:.1f}", show(tick)) for tick in y.ticks()]
+    return "".join(
+        f'<line class=grid x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{line}" y2="{line}"/>'
+        f'<text x="{LEFT - 5}" y="{text}" text-anchor="end">{value}</text>'
+        for line, text, value in rows
+    ) + "".join(
+        f'<text x="{x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{int(tick):,}</text>'
+        for tick in x.ticks()
+        if tick == int(tick)
+    )
+
+
+def _draw(curve: Curve, colour: str, x: Scale, y: Scale) -> str:
     points = _thin(curve.steps, curve.values)
     if len(points) == 1:
         (step, value) = points[0]
@@ -182,37 +207,20 @@ def _draw(curve: Curve, colour: str, x: Callable, y: Callable) -> str:
     if not curve.smooth or len(points) < 20:
         return _line(points, colour, x, y)
     reach = math.ceil(SMOOTHING * len(points) / 2)
-    values = [value for _, value in points]
-    means = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-    smoothed = [(step, mean) for (step, _), mean in zip(points, means)]
+    windows = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
+    smoothed = [(step, np.mean([value for _, value in window])) for (step, _), window in zip(points, windows)]
     return _line(points, f"{colour} raw", x, y) + _line(smoothed, colour, x, y)
 
 
-def _line(points: Sequence[tuple[float, float]], classes: str, x: Callable, y: Callable) -> str:
-    places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-    return f'<polyline class="{classes}" points="{places}"/>'
+def _line(points: Sequence[tuple[float, float]], classes: str, x: Scale, y: Scale) -> str:
+    pairs = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+    return f'<polyline class="{classes}" points="{pairs}"/>'
 
 
 def _thin(steps: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
     """At most MAX_POINTS points: means of equally many neighbours."""
-    pieces = np.array_split(np.arange(len(values)), min(MAX_POINTS, len(values)))
-    steps, values = np.asarray(steps, float), np.asarray(values, float)
-    return [(steps[piece].mean(), values[piece].mean()) for piece in pieces]
-
-
-def _grid(low: float, high: float, is_log: bool, y: Callable) -> str:
-    """Horizontal lines with their values."""
-    ticks = _round_numbers(10**low, 10**high, is_log) if is_log else _round_numbers(low, high)
-    return "".join(
-        f'<line class=grid x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        f'<text x="{LEFT - 5}" y="{y(tick) + 4:.1f}" text-anchor="end">{show(tick)}</text>'
-        for tick in ticks
-    )
-
-
-def _step_axis(first: float, last: float, x: Callable) -> str:
-    ticks = [tick for tick in _round_numbers(first, last) if tick == int(tick)]
-    return "".join(f'<text x="{x(t):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{int(t):,}</text>' for t in ticks)
+    pieces = np.array_split(np.array([steps, values], float), min(MAX_POINTS, len(values)), axis=1)
+    return [tuple(piece.mean(axis=1)) for piece in pieces]
 
 
 def _round_numbers(low: float, high: float, is_log: bool = False) -> list[float]:
@@ -232,42 +240,43 @@ def _round_numbers(low: float, high: float, is_log: bool = False) -> list[float]
 
 
 def samples(run: Run, max_shown: int) -> str:
-    """A card for each prompt: its text, reference, target and what was said, newest first."""
+    """A card for each prompt: its text, reference, target and the generated samples, newest first."""
     shown = choose(run.samples, max_shown)
-    note = f"<p>{len(shown)} of {len(run.samples)} occasions are shown.</p>" if len(shown) < len(run.samples) else ""
+    note = f"<p>{len(shown)} of {len(run.samples)} samplings are shown.</p>" if len(shown) < len(run.samples) else ""
     cards: dict[tuple, list[tuple[str, Path, dict]]] = {}
     for folder in reversed(shown):
         for result in read_results(folder):
-            key = (folder.name.startswith("step_") or folder.name, result["name"])  # other folders hold other prompts
+            key = (folder.name.startswith("step_") or folder.name, result["name"])  # named folders have their own prompts
             cards.setdefault(key, []).append((folder.name.replace("_", " "), folder, result))
-    return note + "".join(card(run, occasions) for occasions in cards.values())
+    return note + "".join(card(run, samplings) for samplings in cards.values())
 
 
 def choose(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` of the items, evenly spaced, the first and the last among them."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in sorted(set(places.tolist()))]
+    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[index] for index in sorted(set(chosen.tolist()))]
 
 
-def card(run: Run, occasions: Sequence[tuple[str, Path, dict]]) -> str:
-    """One prompt. occasions: (title, folder, line of results.jsonl), newest first"""
-    _, folder, newest = occasions[0]
-    given = [(kind, name) for kind, name in sounds(newest) if kind != "said"]
+def card(run: Run, samplings: Sequence[tuple[str, Path, dict]]) -> str:
+    """One prompt. samplings: (title, folder, line of results.jsonl), newest first"""
+    _, folder, newest = samplings[0]
+    given = [(kind, newest[f"{kind}_wav"]) for kind in ("reference", "target") if f"{kind}_wav" in newest]
     players = "".join(f"<div><h4>{kind}</h4>{player(run, folder / name)}</div>" for kind, name in given)
-    said = "".join(f"<div><h4>{escape(title)}</h4>{answer(run, folder, result)}</div>" for title, folder, result in occasions)
+    generated = "".join(f"<div><h4>{escape(title)}</h4>{answer(run, *rest)}</div>" for title, *rest in samplings)
     source = f"<footer>{escape(newest.get('source', ''))}</footer>"
-    return f'<article><p class=text>{escape(newest["text"])}</p><div class="given">{players}</div>{said}{source}</article>'
+    text = f"<p class=text>{escape(newest['text'])}</p>"
+    return f'<article>{text}<div class="given">{players}</div>{generated}{source}</article>'
 
 
 def answer(run: Run, folder: Path, result: dict) -> str:
-    """What was said on one occasion: a player, the codes against their target, and the figures."""
+    """One sample: a player, its codes against their target, and the figures."""
     facts = [f"{result['frames']} frames"]
     if "target_frames" in result:
         facts.append(f"target {result['target_frames']}")
         facts.append(f"{result['code_match']:.1%} of codes match")
     facts.append("ended by itself" if result["stopped"] else "was cut off")
     if "heard" in result:
-        facts.append(f"heard as “{result['heard']}”: {result['word_errors']} of {result['words']} words wrong")
+        facts.append(f"recognised as “{result['heard']}”: {result['word_errors']} of {result['words']} words wrong")
     if "speaker_similarity" in result:
         facts.append(f"voice {result['speaker_similarity']:.2f}")
     sound = player(run, folder / result["wav"]) if "wav" in result else ""
@@ -279,20 +288,22 @@ def player(run: Run, path: Path) -> str:
 
 
 def picture(run: Run, folder: Path, result: dict) -> str:
-    """The target's codes, the codes said, and below where they differ."""
+    """The codes of the target and of the sample, and below where they differ."""
     for key in ("codes", "target_codes"):
         if key in result:
             read_inside(run, folder / result[key])
     image = figure(folder, result)
     if not image.shape[1]:
         return ""
-    alt = "codes: target, said, differences" if "target_codes" in result else "codes said"
-    height = image.shape[0] * 5
-    return f'<img class=codes style="height:{height}px" alt="{alt}" src="{data_uri("image/png", png(image))}">'
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG", optimize=True)
+    alt = "codes: target, sample, differences" if "target_codes" in result else "codes of the sample"
+    source = data_uri("image/png", content.getvalue())
+    return f'<img class=codes style="height:{image.shape[0] * 5}px" alt="{alt}" src="{source}">'
 
 
 def read_inside(run: Run, path: Path) -> bytes:
-    """A file of the run; what results.jsonl names elsewhere does not belong on the page."""
+    """A file of the run; raises DataError for one that results.jsonl names outside of the run's folder."""
     if not path.resolve().is_relative_to(run.folder.resolve()):
         raise DataError(f"{path}: a sample's file outside {run.folder}")
     try:
@@ -305,24 +316,12 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def png(image: np.ndarray) -> bytes:
-    """[height, width, 3] uint8 -> a PNG file."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    height, width, _ = image.shape
-    rows = b"".join(b"\0" + row.tobytes() for row in image)  # each row unfiltered
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures, data, settings
 
 
 def headline(run: Run) -> str:
-    """The run's last figures, as tiles."""
+    """The newest figures, as tiles."""
     train, val, sample = (run.lines.get(split, [{}])[-1] for split in ("train", "val", "sample"))
     seconds = sum(line.get("step_time_sec") or 0 for line in run.lines.get("train", []))
     tiles = {
@@ -332,7 +331,7 @@ def headline(run: Run) -> str:
         "validation audio loss": val.get("audio_loss"),
         "validation audio accuracy": _percent(val.get("audio_accuracy")),
         "copy share": _percent(val.get("copy_share")),
-        "samples end by themselves": _percent(sample.get("stop_rate")),
+        "samples that end by themselves": _percent(sample.get("stop_rate")),
         "word error rate": _percent(sample.get("word_error_rate")),
         "speaker similarity": sample.get("speaker_similarity"),
         "tokens per second": train.get("tokens_per_sec"),
@@ -358,7 +357,7 @@ def _duration(seconds: float) -> str:
 
 
 def data_summary(run: Run) -> str:
-    """What the manifests hold, as far as they are still there."""
+    """The contents of the manifests, where they still exist."""
     rows = []
     for flag in ("train_manifest", "val_manifest"):
         spec = run.settings.get(flag)
@@ -455,36 +454,33 @@ def page(run: Run, max_shown: int = 4) -> str:
     commit = f", commit {str(settings['git_commit'])[:10]}" if settings.get("git_commit") else ""
     lead = f"{method} of {settings.get('base_ckpt', '?')}, {device}{commit}"
     title = "/".join(run.folder.resolve().parts[-2:]).lstrip("/")
-    heard = ""
+    generated = ""
     if run.samples:
-        explained = "Pictures show codes, a column for a frame: the target, what was said, and in red where they differ."
-        heard = f"<h2>Samples</h2><p class=lead>{explained}</p><div class=samples>{samples(run, max_shown)}</div>"
+        legend = "Pictures show codes, a column for each frame: the target, the sample, and in red where they differ."
+        generated = f"<h2>Samples</h2><p class=lead>{legend}</p><div class=samples>{samples(run, max_shown)}</div>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>
 <div class=tiles>{headline(run)}</div>
 <h2>Curves</h2><div class=charts>{charts(run)}</div>
-{heard}
+{generated}
 <h2>Data</h2>{data_summary(run)}
 <h2>Settings</h2>{settings_table(run)}
 </body></html>
 """
 
 
+@says_errors
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bash launch.sh report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output_dir", type=Path, help="the folder of a run")
     parser.add_argument("--out", type=Path, help="default: report.html in that folder")
-    parser.add_argument("--occasions", type=int, default=4, help="most sampling occasions to show, the first and last included")
+    parser.add_argument("--occasions", type=int, default=4, help="most samplings to show, the first and last included")
     args = parser.parse_args(argv)
-    try:
-        content = page(read_run(args.output_dir), max(1, args.occasions)).encode()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    content = page(read_run(args.output_dir), max(1, args.occasions)).encode()
     out = args.out or args.output_dir / "report.html"
     write_whole(out, lambda file: file.write(content))
     print(f"{out}: {len(content) / 1e6:.1f} MB")

@@ -1,7 +1,7 @@
-"""Models of any size and voices to train them on, made from nothing: for benchmarks and tools.plan.
+"""Random models of any size, and random clips to train them on: for benchmarks and the planner.
 
-`SIZES` are configurations of the real class. `make_checkpoint` fills one with random weights, file by file, so that even the
-published size needs little memory; `write_clones` writes a manifest of random codes in the phrasing of cloning.
+`SIZES` are configurations of the real class. `make_checkpoint` writes random weights file by file, so that even the
+published size needs little memory. `write_clones` writes a manifest of zero-shot clones with random codes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import model_patch
-from tools import demo
+from tools import toys
 
 FRAME_RATE_HZ = 25
-TOKENS_PER_SEC = 4  # 3 English words per second, which are about 4 tokens of the published tokenizer
+TOKENS_PER_SEC = 4  # 3 English words, about 4 tokens of the published tokenizer
 REFERENCE_SEC = (3.0, 10.0)
 TARGET_SEC = (2.0, 20.0)
 
 _CODEBOOKS = {"audio_codebook_size": 1024, "audio_stream_bos_id": 1024, "audio_stream_eos_id": 1025}
 
-# hidden size, FFN size, layers, attention heads, key and value heads, words; then what differs from the demo's audio side
+# (hidden size, FFN size, layers, attention heads, key and value heads, vocabulary), and changes to the toys' audio settings
 SIZES: dict[str, tuple[tuple[int, ...], dict]] = {
     "tiny": ((128, 256, 3, 4, 2, 288), {}),
-    "mini": ((768, 2048, 8, 6, 2, 9168), {}),  # words and codebooks few, so that heads : body is that of the published size
+    "mini": ((768, 2048, 8, 6, 2, 9168), {}),  # heads : body as in the published size
     "vocab": ((256, 688, 2, 4, 2, 128256), _CODEBOOKS),
     "real": ((3072, 8192, 28, 24, 8, 128256), _CODEBOOKS),  # bosonai/higgs-audio-v2-generation-3B-base
 }
@@ -47,9 +47,10 @@ PUBLISHED_ROPE = {
 
 
 def make_config(size: str) -> HiggsAudioConfig:
-    """The configuration of a size, with the special ids of the demo's tokenizer."""
-    (hidden, ffn, layers, heads, kv_heads, words), audio = SIZES[size]
-    text_config = demo.tiny_config(demo.make_tokenizer()).text_config.to_dict() | PUBLISHED_ROPE
+    """The configuration of a size, with the special ids of the toy tokenizer."""
+    (hidden, ffn, layers, heads, kv_heads, vocab), audio = SIZES[size]
+    tokenizer = toys.make_tokenizer()
+    text_config = toys.tiny_config(tokenizer).text_config.to_dict() | PUBLISHED_ROPE
     text_config |= {
         "max_position_embeddings": 131072,
         "hidden_size": hidden,
@@ -58,20 +59,14 @@ def make_config(size: str) -> HiggsAudioConfig:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": hidden // heads,
-        "vocab_size": words,
+        "vocab_size": vocab,
     }
-    return demo.tiny_config(
-        demo.make_tokenizer(),
-        text_config=text_config,
-        audio_dual_ffn_layers=list(range(layers)),
-        audio_ffn_hidden_size=hidden,
-        audio_ffn_intermediate_size=ffn,
-        **audio,
-    )
+    sizes = {"audio_ffn_hidden_size": hidden, "audio_ffn_intermediate_size": ffn}
+    return toys.tiny_config(tokenizer, text_config=text_config, audio_dual_ffn_layers=list(range(layers)), **sizes, **audio)
 
 
 def make_checkpoint(folder: Path, config: HiggsAudioConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A Hugging Face folder of random weights; one file for each layer and one for the rest, made one after the other."""
+    """A Hugging Face folder of random weights: one file per layer and one for the rest, written one at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     groups: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model_patch.build_on_meta(config).named_parameters():
@@ -87,7 +82,7 @@ def make_checkpoint(folder: Path, config: HiggsAudioConfig, dtype: torch.dtype =
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.torch_dtype = dtype
     config.save_pretrained(folder)
-    demo.make_tokenizer().save_pretrained(folder)
+    toys.make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -106,10 +101,9 @@ def clone_durations(num_records: int, stretch: float = 1.0, seed: int = 0) -> np
 
 
 def write_clones(folder: Path, seconds: np.ndarray, codebook_size: int, seed: int = 0) -> Path:
-    """Write random codes and a manifest of clones, a reference as an earlier exchange; returns the manifest.
+    """Write random codes and a manifest of clones whose reference is an earlier exchange; returns the manifest.
 
-    seconds: [records, 2], reference and target. Texts are random letters, one token each for the demo's tokenizer,
-             TOKENS_PER_SEC of them.
+    seconds: [records, 2], reference and target; texts are TOKENS_PER_SEC random letters, a token each
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
