@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from common import CheckpointError, sha256_of
+from common import CheckpointError, read_json, sha256_of
 from config import base_revision
 from distributed import gather, own_rows
 from export import layouts
@@ -509,9 +509,9 @@ def find_resume(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def read_launchers(output_dir: Path) -> list[str]:
-    """What started the ranks of the run that the folder holds, by its config.json."""
+def read_launch(output_dir: Path) -> str | None:
+    """The id of the launcher that started the run in this folder, by its config.json."""
     try:
-        return json.loads((output_dir / "config.json").read_text()).get("launchers", [])
-    except (OSError, json.JSONDecodeError):
-        return []
+        return read_json(output_dir / "config.json").get("launch")
+    except (OSError, ValueError):
+        return None

@@ -49,6 +49,7 @@ from distributed import (
     Dist,
     Signals,
     bar_interval_sec,
+    launch_id,
     log,
     log_list,
     lost_others,
@@ -516,10 +517,10 @@ def choose_resume(cfg: Config, dist: Dist) -> Path | None:
 
     raises: CheckpointError, on all ranks, for a folder in use without --resume, or a checkpoint that cannot be used
 
-    After a torchrun restart the run resumes automatically, but only if this launcher started it.
+    After a torchrun restart (--max_restarts), resume automatically, but only if this launcher started the run.
     """
     output_dir = Path(cfg.output_dir)
-    is_restart = dist.is_restart_of(checkpoint.read_launchers(output_dir))
+    is_restart = dist.is_restart_of(checkpoint.read_launch(output_dir))
     if cfg.resume == "none" and not is_restart:
         dist.together(lambda: checkpoint.refuse_used(output_dir))
         return None
@@ -550,7 +551,7 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
         "device": dist.device.type,
         "git_commit": git.stdout.strip() or None,
         "versions": {name: version(name) for name in packages},
-        "launchers": dist.launchers(),
+        "launch": launch_id(),
     }
     if dist.is_main:
         content = json.dumps(record, indent=2) + "\n"

@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 
 import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -44,6 +45,7 @@ def describe(rank: int, failure: ProcessFailure) -> str:
 def main() -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restarted run is sent to addresses of the one before
+    os.environ["LAUNCH_ID"] = uuid.uuid4().hex  # by which a restarted run is known; see distributed.launch_id
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, pass_on)
     try:
