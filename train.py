@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import lineage
 import loss
 import metrics
 import model_patch
@@ -460,7 +461,7 @@ class Run:
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
-    held = dist.together(lambda: checkpoint.lock(Path(cfg.output_dir)) if dist.is_main else None)
+    held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
     with Signals() as signals, held or contextlib.nullcontext():
         run = build_run(cfg, dist)
         if cfg.dry_run:
@@ -473,7 +474,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
 
 def build_run(cfg: Config, dist: Dist) -> Run:
     """Data and model, agreed upon by all ranks. Collective."""
-    resumed_from = choose_resume(cfg, dist)
+    resumed_from = lineage.choose_resume(cfg, dist)
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
     base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
@@ -510,26 +511,6 @@ def start(run: Run) -> TrainState:
         torch.cuda.memory._record_memory_history()
     task.model.train()
     return state
-
-
-def choose_resume(cfg: Config, dist: Dist) -> Path | None:
-    """The checkpoint to continue from, if any. Collective.
-
-    raises: CheckpointError, on all ranks, for a folder in use without --resume, or a checkpoint that cannot be used
-
-    After a torchrun restart (--max_restarts), resume automatically, but only if this launcher started the run.
-    """
-    output_dir = Path(cfg.output_dir)
-    is_restart = dist.is_restart_of(checkpoint.read_launch(output_dir))
-    if cfg.resume == "none" and not is_restart:
-        dist.together(lambda: checkpoint.refuse_used(output_dir))
-        return None
-    found, passed_over = checkpoint.find_resume(output_dir, "auto" if is_restart else cfg.resume)
-    for damage in passed_over:
-        log(dist, f"passed over {damage}")
-    if is_restart and not found and cfg.resume not in ("none", "auto"):
-        found, _ = checkpoint.find_resume(output_dir, cfg.resume)
-    return found
 
 
 def same_run(cfg: Config, loader: data.Loader) -> dict:
