@@ -1,30 +1,23 @@
 """Weights in and out: the base checkpoint and the training state. safetensors and JSON only.
 
-base         a Hugging Face folder or Hub repository in either layout (layouts.py), streamed into each rank's own shard
-training     OUTPUT/checkpoints/step_N: every rank writes the rows it owns, beside training, in the safetensors form of DCP;
-             a checkpoint has its final name only when it is whole, and loads on any number of ranks
+base        a Hugging Face folder or Hub repository in either layout, streamed into each rank's own shard
+training    OUTPUT/checkpoints/step_N: each rank writes the rows it owns while training goes on. A checkpoint gets its name
+            only when it is whole, and loads on any number of ranks.
 
-What becomes of them is export.py's subject; its commands are
-
-    python checkpoint.py FOLDER                            # what a folder holds
-    python checkpoint.py export FOLDER OUT                 # a finished or half-finished model, in either layout
-    python checkpoint.py merge ADAPTER BASE OUT            # an adapter's changes added to the base's weights
-    python checkpoint.py average FOLDER FOLDER ... OUT     # the mean of several
-
-`python checkpoint.py COMMAND --help` says more.
+    python checkpoint.py OUTPUT      # the training checkpoints of a run, and whether they are whole
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,15 +29,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from common import CheckpointError, sha256_of
+from common import CheckpointError, read_json, sha256_of
 from config import base_revision
-from distributed import gather, own_rows
+from distributed import gather, own_rows, says_errors
 from export import layouts
 
-T = TypeVar("T")
-
 STATE_FILE = "state.json"
-DCP_PIECES = "DCP_SHARDING_INFO"  # where DCP notes which rows of a tensor a safetensors file holds
+DCP_PIECES = "DCP_SHARDING_INFO"  # the metadata in which DCP notes which rows of a tensor a safetensors file holds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,9 +43,9 @@ DCP_PIECES = "DCP_SHARDING_INFO"  # where DCP notes which rows of a tensor a saf
 
 
 def find_base(name_or_path: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint, downloaded from the Hub where it is not a folder (call on one rank per node first).
+    """The local folder of a checkpoint; a Hub repository is downloaded first (call on one rank per node before the others).
 
-    revision: None stands for the original layout of the published checkpoint, and for the newest of any other
+    revision: None is the original layout of the published checkpoint, and the newest revision of any other
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -74,13 +65,13 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
 
 
 def read_base_config(folder: Path) -> HiggsAudioConfig:
-    """The checkpoint's configuration, in the original layout; CheckpointError if it is not a Higgs Audio v2 checkpoint."""
+    """The configuration in the original layout; CheckpointError if this is not a Higgs Audio v2 checkpoint."""
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {folder}: no config.json, so this is not a checkpoint folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: broken JSON: {error}") from None
     kind = values.get("model_type")
     if kind not in layouts.LAYOUTS:
@@ -89,9 +80,8 @@ def read_base_config(folder: Path) -> HiggsAudioConfig:
         raise CheckpointError(f"checkpoint {folder}: no *.safetensors files")
     if layouts.LAYOUTS[kind] == "boson":
         return HiggsAudioConfig.from_dict(values)
-    tokenizer = load_tokenizer(folder)
     try:
-        return layouts.to_boson(values, tokenizer)
+        return layouts.to_boson(values, load_tokenizer(folder))
     except ValueError as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
 
@@ -99,10 +89,10 @@ def read_base_config(folder: Path) -> HiggsAudioConfig:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; CheckpointError if it has none."""
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        # What transformers >= 5 calls the class that has read tokenizer.json all along.
-        newer = settings.get("tokenizer_class") == "TokenizersBackend"
-        return (PreTrainedTokenizerFast if newer else AutoTokenizer).from_pretrained(folder)
+        # transformers >= 5 calls the class TokenizersBackend that older versions call PreTrainedTokenizerFast.
+        newer = read_json(folder / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend"
+        kind = PreTrainedTokenizerFast if newer else AutoTokenizer
+        return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or the parser's own
         raise CheckpointError(f"checkpoint {folder}: no usable tokenizer beside the weights: {error}") from None
 
@@ -117,13 +107,13 @@ def is_lora(name: str) -> bool:
 
 
 def check_base(model: nn.Module, folder: Path) -> list[str]:
-    """Whether the folder has every tensor of the model, in its shape; opens the files' headers only.
+    """Compare names and shapes of the model's tensors with the folder's; opens only the files' headers.
 
-    returns: names of tensors in the checkpoint that the model has no use for
-    raises:  CheckpointError
+    returns: names of tensors in the checkpoint that the model does not have
+    raises:  CheckpointError if a tensor is missing or has another shape
     """
     targets = _base_tensors(model)
-    stored = {layouts.rename(name, "boson"): shape for name, shape in _stored_shapes(folder).items()}
+    stored = {layouts.rename(name, "boson"): shape for name, shape in Stored(folder).shapes.items()}
     missing = sorted(targets.keys() - stored.keys())
     if missing:
         hint = "; the transformers class keeps its text head only with use_text_head=True" * ("text_lm_head" in missing[0])
@@ -133,8 +123,8 @@ def check_base(model: nn.Module, folder: Path) -> list[str]:
 
 
 def load_base(model: nn.Module, folder: Path) -> None:
-    """Stream the base weights into a sharded model; each rank reads its own rows only. Collective; `check_base` first."""
-    stored_name = {layouts.rename(name, "boson"): name for name in _stored_shapes(folder)}
+    """Stream the base weights into a sharded model; each rank reads only its own rows. Collective; `check_base` first."""
+    stored_name = {layouts.rename(name, "boson"): name for name in Stored(folder).shapes}
     targets = {stored_name[name]: tensor for name, tensor in _base_tensors(model).items()}
     dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
@@ -149,12 +139,8 @@ def _check_shapes(folder: Path, targets: dict[str, Tensor], stored: dict[str, tu
             raise CheckpointError(f"{folder}: {name} has shape {stored[name]}, the model wants {tuple(tensor.shape)}")
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    return Stored(folder).shapes
-
-
 class Stored:
-    """The tensors of a folder's safetensors files, read one at a time; of each, ranks may have written their own rows.
+    """The tensors of a folder's safetensors files, read one at a time. A tensor may be spread over files by rows.
 
     raises: CheckpointError if a file is damaged
     """
@@ -162,7 +148,7 @@ class Stored:
     def __init__(self, folder: Path):
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[tuple[Any, list[int]]]] = {}  # by name: an open file, and where its piece begins
+        self._pieces: dict[str, list[tuple[Any, list[int]]]] = {}  # by name: open file, offset of its rows
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 self._add(safe_open(path, framework="pt"))
@@ -196,9 +182,8 @@ class Stored:
 class Saver:
     """Writes training states while training goes on; keeps the newest ones and the best.
 
-    `start` copies this rank's rows to the host and returns; a thread per rank writes them. `commit` makes the checkpoint
-    appear under its name once every rank has written its part: never a moment before, and not at all if one of them failed.
-    Threads take part in no collective, so nothing they do can cross training's own.
+    `start` copies this rank's rows to the host and returns; one thread per rank writes them. `commit` gives the checkpoint its
+    name once every rank has written its part, or removes it if one of them failed. The threads take part in no collective.
 
     Until it is committed, a checkpoint costs each rank host memory for its rows of what trains: 12 bytes a parameter
     (master weight and two moments), divided by the number of ranks.
@@ -219,15 +204,15 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's part is still on its way to the disk."""
+        """Whether this rank is still writing its part."""
         return self._written is not None and not self._written.done()
 
     def start(self, state: dict) -> None:
-        """Begin a checkpoint of what trains and `state` (JSON), which holds at least its "step". Collective.
+        """Begin a checkpoint of what trains and of `state` (JSON), which has at least a "step". Collective.
 
         An earlier one is committed first. Random numbers need no saving: train.py derives them from (seed, step, micro-batch).
 
-        raises: CheckpointError if the disk is too small, or the earlier one failed; others are untouched then
+        raises: CheckpointError if the disk is too small or the earlier one failed; other checkpoints are untouched then
         """
         self.commit()
         folder = self.folder / f"step_{state['step']}"
@@ -244,44 +229,45 @@ class Saver:
         if self._written is None:
             return
         written, self._written = self._written, None
-        folder, error, own = self.newest, None, {}
+        error, own = None, {}
         try:
             own = written.result()
         except (OSError, SafetensorError) as caught:
             error = str(caught)
         errors, parts = zip(*gather((error, own)))
-        error = next(filter(None, errors), None)
-        if dist.get_rank() == 0:
-            try:
-                if not error:
-                    files = {name: description for part in parts for name, description in part.items()}
-                    _finish_writing(folder, self._state | {"files": files})
-                    self._remove_old()
-            except OSError as caught:
-                error = str(caught)
-            if error:
-                shutil.rmtree(_unfinished(folder), ignore_errors=True)
-        error = gather(error)[0]
+        files = {name: description for part in parts for name, description in part.items()}
+        error = next(filter(None, errors), None) or _on_main(lambda: self._finish(files))
         if error:
-            raise CheckpointError(f"{folder}: cannot be written ({error}); earlier checkpoints are untouched")
+            _on_main(lambda: shutil.rmtree(_unfinished(self.newest), ignore_errors=True))
+            raise CheckpointError(f"{self.newest}: cannot be written ({error}); earlier checkpoints are untouched")
+
+    def _finish(self, files: dict[str, dict]) -> None:
+        """The last file, then the name; then remove what is not to be kept."""
+        temporary = _unfinished(self.newest)
+        (temporary / STATE_FILE).write_text(json.dumps(self._state | {"files": files}, indent=2))
+        _fsync(temporary / STATE_FILE)
+        shutil.rmtree(self.newest, ignore_errors=True)
+        os.replace(temporary, self.newest)
+        _fsync(self.folder)
+        self._remove_old()
 
     def _remove_old(self) -> None:
         best = self._state.get("best") or {}
         for old in list_states(self.folder)[: -self.keep_last] if self.keep_last else []:
             if old.name != f"step_{best.get('step')}":
-                os.replace(old, _unfinished(old))  # it goes as a whole, too
+                os.replace(old, _unfinished(old))  # no half checkpoint, should the run be killed now
                 shutil.rmtree(_unfinished(old))
 
 
 def _unfinished(folder: Path) -> Path:
-    """What a checkpoint is called while it is not whole."""
+    """The name of a checkpoint while it is not whole."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 def _copy_own_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Copies on the host of the rows this rank writes, and where in the whole tensor they begin.
+    """Copies on the host of the rows that this rank writes, and their offsets in the whole tensor.
 
-    What several ranks hold, the first of them writes.
+    Rows that several ranks hold are written by the first of them.
     """
     rows, offsets = {}, {}
     for name, tensor in tensors.items():
@@ -304,8 +290,8 @@ def _copy_own_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 def _write_rows(folder: Path, rows: dict[str, Tensor], offsets: dict[str, list[int]]) -> dict[str, dict]:
     """Write this rank's file, in the form `dcp.HuggingFaceStorageReader` reads; returns its size and hash by its name.
 
-    Not `dcp.HuggingFaceStorageWriter`: that turns all rows into one bytes object first, under Python's lock, during which
-    no step runs (1.2 s per 400 MB), while `save_file` writes them from where they are.
+    Not `dcp.HuggingFaceStorageWriter`: it first copies all rows into one bytes object under Python's lock, and no step runs
+    meanwhile (1.2 s per 400 MB). `save_file` writes them from where they are.
     """
     path = folder / f"shard-{dist.get_rank() + 1:05d}-of-{dist.get_world_size():05d}.safetensors"
     pieces = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
@@ -313,38 +299,37 @@ def _write_rows(folder: Path, rows: dict[str, Tensor], offsets: dict[str, list[i
     return {path.name: _describe(path)}
 
 
-def _finish_writing(folder: Path, state: dict) -> None:
-    """The last file, then the name."""
-    temporary = _unfinished(folder)
-    (temporary / STATE_FILE).write_text(json.dumps(state, indent=2))
-    _fsync(temporary / STATE_FILE)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    _fsync(folder.parent)
+def _on_main(work: Callable[[], object]) -> str | None:
+    """Let rank 0 do something on the disk; returns on every rank what failed, if it did. Collective."""
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (OSError, CheckpointError) as caught:
+            error = str(caught)
+    return gather(error)[0]
 
 
 def _start_writing(temporary: Path, num_bytes: int) -> None:
     """Make an empty folder, if the disk has room for every rank's `num_bytes`. Collective."""
     total = sum(gather(num_bytes))
-    error = None
-    if dist.get_rank() == 0:
-        try:
-            for left in temporary.parent.glob(".step_*.tmp"):  # of runs that were killed
-                shutil.rmtree(left, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            free = shutil.disk_usage(temporary).free
-            if free < total:
-                temporary.rmdir()
-                error = f"{total / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
-        except OSError as caught:
-            error = str(caught)
-    error = gather(error)[0]
+
+    def make() -> None:
+        for left in temporary.parent.glob(".step_*.tmp"):  # of runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(temporary.parent).free
+        if free < total:
+            raise CheckpointError(f"{total / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free")
+        temporary.mkdir()
+
+    error = _on_main(make)
     if error:
         raise CheckpointError(f"{temporary.parent}: no checkpoint can be written: {error}; earlier ones are untouched")
 
 
 def _describe(path: Path) -> dict:
-    """A file's size and sha256, once it is on the disk."""
+    """A file's size and sha256, after it has reached the disk."""
     _fsync(path)
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": sha256_of(file).hex()}
@@ -368,9 +353,9 @@ def find_damage(folder: Path, part: slice = slice(None)) -> str | None:
 
 
 def check_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> dict:
-    """Whether `folder` continues this very run: whole, of the same settings `run`, with the same tensors.
+    """Check that `folder` was saved by a run with the settings `run` and the same tensors.
 
-    returns: the `state` it was saved with
+    returns: the `state` that it was saved with
     raises:  CheckpointError
     """
     state = read_state(folder)
@@ -379,7 +364,7 @@ def check_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     if other:
         found = ", ".join(f"{name} was {value!r} and is {run[name]!r}" for name, value in other.items())
         raise CheckpointError(f"--resume {folder}: this is not the same run: {found}")
-    targets, stored = _training_tensors(model, optimizer), _stored_shapes(folder)
+    targets, stored = _training_tensors(model, optimizer), Stored(folder).shapes
     different = sorted(targets.keys() ^ stored.keys())
     if different:
         raise CheckpointError(f"--resume {folder}: {len(different)} tensors are not the same, first {different[0]}")
@@ -394,8 +379,8 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 def read_state(folder: Path) -> dict:
     try:
-        return json.loads((folder / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return read_json(folder / STATE_FILE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is not a whole training checkpoint: {error}") from None
 
 
@@ -406,7 +391,7 @@ def list_states(folder: Path) -> list[Path]:
 
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Live references to everything that training changes; loading writes into them."""
+    """References to everything that training changes; loading writes into them."""
     create_state(optimizer)
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -435,7 +420,7 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors' `save_file`, which makes files for their owner alone, with the permissions that the umask asks for."""
+    """`save_file` of safetensors, but with the permissions of the umask instead of the owner's alone."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -451,67 +436,19 @@ def _fsync(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run's folder
+# What a run has saved
 
 
-def lock(output_dir: Path) -> IO:
-    """Keep other runs out of the folder while the returned file is open; the lock goes with the process.
-
-    raises: CheckpointError if another run holds it, or it cannot be written
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = open(output_dir / ".lock", "a+")
-    except OSError as error:
-        raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's workers would inherit that
-    except OSError:
-        file.seek(0)
-        raise CheckpointError(f"--output_dir {output_dir}: in use by another run ({file.read() or 'unknown'})") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+@says_errors
+def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in ("export", "merge", "average", "show"):
+        raise CheckpointError(f"python checkpoint.py {argv[0]} is now: bash launch.sh {argv[0]}")
+    if len(argv) != 1:
+        raise CheckpointError("usage: python checkpoint.py OUTPUT; models: bash launch.sh show, export, merge, average")
+    for folder in list_states(Path(argv[0]) / "checkpoints"):
+        print(f"{folder}: {find_damage(folder) or 'whole'}")
+    return 0
 
 
-def refuse_used(output_dir: Path) -> None:
-    """CheckpointError for a folder that holds a run already."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise CheckpointError(f"--output_dir {output_dir}: this is a file")
-    if any((output_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
-        raise CheckpointError(
-            f"--output_dir {output_dir}: holds a run already; choose another folder, or continue it with --resume auto"
-        )
-
-
-def find_resume(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from: the one named, or with "auto" the newest whole one. Collective.
-
-    returns: the checkpoint, if any, and what is wrong with newer ones that were passed over
-    raises:  CheckpointError, on all ranks, if the checkpoint named is damaged or ranks see different folders
-    """
-    named = resume != "auto"
-    candidates = [Path(resume)] if named else list_states(output_dir / "checkpoints")[::-1]
-    if len(set(map(tuple, gather(candidates)))) > 1:
-        raise CheckpointError(
-            f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
-        )
-    passed_over = []
-    share = slice(dist.get_rank(), None, dist.get_world_size())
-    for folder in candidates:
-        damage = next((found for found in gather(find_damage(folder, share)) if found), None)
-        if damage and named:
-            raise CheckpointError(f"--resume {folder}: {damage}")
-        if not damage:
-            return folder, passed_over
-        passed_over.append(f"{folder}: {damage}")
-    return None, passed_over
-
-
-def read_launchers(output_dir: Path) -> list[str]:
-    """What started the ranks of the run that the folder holds, by its config.json."""
-    try:
-        return json.loads((output_dir / "config.json").read_text()).get("launchers", [])
-    except (OSError, json.JSONDecodeError):
-        return []
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

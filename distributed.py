@@ -6,14 +6,12 @@ import datetime
 import functools
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
@@ -142,15 +140,16 @@ class Dist:
         ahead = self.together(lambda: function() if self.local_rank == 0 else None)
         return self.together(lambda: ahead if self.local_rank == 0 else function())
 
-    def launchers(self) -> list[str]:
-        """What started the ranks: with torchrun the agent of each node, which outlives them. Collective."""
-        process = psutil.Process(os.getppid())
-        return sorted(set(self.gather(f"{socket.gethostname()} {process.pid} {process.create_time():.2f}")))
+    def is_restart_of(self, launch: str | None) -> bool:
+        """Whether torchrun restarts, after a failure, the run that this launcher (see `launch_id`) started. Collective."""
+        restarted = self.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)  # nodes count by themselves
+        return self.from_main(restarted and launch is not None and launch == launch_id())
 
-    def is_restart_of(self, launchers: Sequence[str]) -> bool:
-        """Whether torchrun starts, once more after a failure, a run whose first launchers were these. Collective."""
-        is_restart = self.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
-        return self.from_main(is_restart and not set(launchers).isdisjoint(self.launchers()))
+
+def launch_id() -> str | None:
+    """The random id of what started this rank: of tools/launch.py, or of torchrun on one node."""
+    of_torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default between nodes
+    return os.environ.get("LAUNCH_ID") or (None if of_torchrun == "none" else of_torchrun)
 
 
 def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: float = 60.0) -> Dist:

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # One entry to everything. Sets up .venv when needed, then:
 #
-#   bash launch.sh                    the offline demo: train a tiny model on toy voices, then listen to it
-#   bash launch.sh [train] --FLAG...  torchrun train.py --FLAG... on every GPU of this node (or NPROC=2 ... on two CPU ranks)
+#   bash launch.sh                    the offline demo: train a tiny model on toy voices, then generate speech
+#   bash launch.sh [train] --FLAG...  train.py on every GPU of this node, or on NPROC ranks
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
 #   bash launch.sh NAME [ARGS...]     prepare, generate, export, merge, average, show, plan, report, replay or demo
-#   bash launch.sh bench NAME [ARGS...]  python benchmarks/NAME.py
+#   bash launch.sh bench NAME [ARGS...]  benchmarks/NAME.py
 #   bash launch.sh test [ARGS...]     pytest tests/, or pytest ARGS...
 #   bash launch.sh setup              only set up
 #
-# Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set, and a folder they share for the output.
+# `prepare encode` and `generate --lines` also use every GPU of this node.
+# Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set, and an output folder that all of them see.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -18,7 +19,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SETTINGS="train_manifest val_manifest output_dir base_ckpt audio_tokenizer batch_size grad_accum num_workers epochs
     max_steps lr warmup_steps lora_r lora_alpha lora_dropout mixed_precision activation_checkpointing val_steps save_steps
     resume"
-# Values for a node of 8 GPUs; remove the '#' to make them yours.
+# Values for a node of 8 GPUs; remove the '#' to use them.
 #: "${BATCH_SIZE:=4}" "${GRAD_ACCUM:=4}" "${NUM_WORKERS:=16}"
 #: "${LORA_R:=64}" "${LORA_ALPHA:=128}"
 #: "${MIXED_PRECISION:=bf16}" "${ACTIVATION_CHECKPOINTING:=full}"
@@ -29,7 +30,7 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
-MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed goes on by itself, from its newest checkpoint
+MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed is continued from its newest checkpoint
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
 TOOLS="prepare generate export merge average show plan report replay demo"
@@ -84,21 +85,44 @@ num_gpus() {
     fi
 }
 
+GPUS=$(num_gpus)
+NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+for variable in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS; do
+    [[ ${!variable} =~ ^(0|[1-9][0-9]{0,4})$ ]] || fail "$variable=${!variable}: expected a number"
+done
+[ "$NPROC" -gt 0 ] || fail "NPROC=$NPROC: expected at least 1"
+
 setup
 PY="$VENV/bin/python"
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# Files are started by path, and Python is kept from looking for modules in the current folder: code there is the user's data.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-case "$COMMAND" in
-setup) exit 0 ;;
-test) cd "$ROOT" && exec "$PY" -m pytest "${@:-tests/}" ;;
-bench) exec "$PY" "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
-train) ;;
-prepare | generate) exec "$PY" -m "$COMMAND" "$@" ;;
-export | merge | average | show) exec "$PY" -m export "$COMMAND" "$@" ;;
-*) exec "$PY" -m "tools.$COMMAND" "$@" ;;
+on_ranks() { # torchrun's options, file, arguments...
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NPROC > 0 ? CORES / NPROC : 1))}
+    exec "$PY" "$ROOT/tools/launch.py" --nproc_per_node="$NPROC" "$@"
+}
+
+on_every_gpu() { # file, arguments...
+    if [ "$NPROC" -gt 1 ]; then on_ranks --standalone "$@"; else exec "$PY" "$@"; fi
+}
+
+case "$COMMAND ${1:-}" in
+setup*) exit 0 ;;
+test*) cd "$ROOT" && exec "$PY" -m pytest "${@:-tests/}" ;;
+bench*) exec "$PY" "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
+train*) ;;
+"prepare encode") on_every_gpu "$ROOT/prepare/__main__.py" "$@" ;;
+prepare*) exec "$PY" "$ROOT/prepare/__main__.py" "$@" ;;
+generate*) case " $* " in
+    *" --lines"[=\ ]*) on_every_gpu "$ROOT/generate/__main__.py" "$@" ;; # one text needs one rank
+    *) exec "$PY" "$ROOT/generate/__main__.py" "$@" ;;
+    esac ;;
+export* | merge* | average* | show*) exec "$PY" "$ROOT/export/__main__.py" "$COMMAND" "$@" ;;
+*) exec "$PY" "$ROOT/tools/$COMMAND.py" "$@" ;;
 esac
 
-# ---- torchrun ---------------------------------------------------------------------------------------------------------
+# ---- train ------------------------------------------------------------------------------------------------------------
 ARGS=()
 for name in $SETTINGS; do
     variable=$(tr '[:lower:]' '[:upper:]' <<<"$name")
@@ -106,10 +130,6 @@ for name in $SETTINGS; do
 done
 ARGS+=("$@")
 
-GPUS=$(num_gpus)
-NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
-CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NPROC > 0 ? CORES / NPROC : 1))}
 export NCCL_IB_DISABLE=${NCCL_IB_DISABLE:-0} NCCL_P2P_DISABLE=${NCCL_P2P_DISABLE:-0}
 if [ -z "${PYTORCH_ALLOC_CONF:-}" ]; then
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
@@ -121,5 +141,4 @@ else
     RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="higgs-$MASTER_PORT"
         --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
 fi
-exec "$PY" -m tools.launch --nnodes="$NNODES" --nproc_per_node="$NPROC" --max_restarts="$MAX_RESTARTS" \
-    "${RENDEZVOUS[@]}" "$ROOT/train.py" "${ARGS[@]}"
+on_ranks --nnodes="$NNODES" --max_restarts="$MAX_RESTARTS" "${RENDEZVOUS[@]}" "$ROOT/train.py" "${ARGS[@]}"

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import lineage
 import loss
 import metrics
 import model_patch
@@ -49,6 +50,7 @@ from distributed import (
     Dist,
     Signals,
     bar_interval_sec,
+    launch_id,
     log,
     log_list,
     lost_others,
@@ -459,7 +461,7 @@ class Run:
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
-    held = dist.together(lambda: checkpoint.lock(Path(cfg.output_dir)) if dist.is_main else None)
+    held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
     with Signals() as signals, held or contextlib.nullcontext():
         run = build_run(cfg, dist)
         if cfg.dry_run:
@@ -472,7 +474,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
 
 def build_run(cfg: Config, dist: Dist) -> Run:
     """Data and model, agreed upon by all ranks. Collective."""
-    resumed_from = choose_resume(cfg, dist)
+    resumed_from = lineage.choose_resume(cfg, dist)
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
     base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
@@ -511,26 +513,6 @@ def start(run: Run) -> TrainState:
     return state
 
 
-def choose_resume(cfg: Config, dist: Dist) -> Path | None:
-    """The checkpoint to continue from, if any. Collective.
-
-    raises: CheckpointError, on all ranks, for a folder in use without --resume, or a checkpoint that cannot be used
-
-    After a torchrun restart the run resumes automatically, but only if this launcher started it.
-    """
-    output_dir = Path(cfg.output_dir)
-    is_restart = dist.is_restart_of(checkpoint.read_launchers(output_dir))
-    if cfg.resume == "none" and not is_restart:
-        dist.together(lambda: checkpoint.refuse_used(output_dir))
-        return None
-    found, passed_over = checkpoint.find_resume(output_dir, "auto" if is_restart else cfg.resume)
-    for damage in passed_over:
-        log(dist, f"passed over {damage}")
-    if is_restart and not found and cfg.resume not in ("none", "auto"):
-        found, _ = checkpoint.find_resume(output_dir, cfg.resume)
-    return found
-
-
 def same_run(cfg: Config, loader: data.Loader) -> dict:
     """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
     names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens", "ema")
@@ -550,7 +532,7 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
         "device": dist.device.type,
         "git_commit": git.stdout.strip() or None,
         "versions": {name: version(name) for name in packages},
-        "launchers": dist.launchers(),
+        "launch": launch_id(),
     }
     if dist.is_main:
         content = json.dumps(record, indent=2) + "\n"

@@ -1,14 +1,15 @@
-"""Finished models: written at the end of training, converted, merged, averaged, described.
+"""Finished models: written again in either layout, merged, averaged, described.
 
-A finished model is a folder that others load: a full checkpoint in one of the two layouts of layouts.py, or a LoRA adapter
-in PEFT's format. README.md in it says what it was made from and how.
+A finished model is a folder that other programs load: a full checkpoint in the boson or the transformers layout, or a LoRA
+adapter in PEFT's format. Its README.md says what it was made from and how. Where a model is asked for, a run's folder is as
+good: it stands for final/, else its best checkpoint, else its newest.
 
-    python checkpoint.py FOLDER                            # what a folder holds
-    python checkpoint.py export FOLDER OUT [--layout L]    # FOLDER: a full checkpoint, or OUTPUT/checkpoints/step_N
-    python checkpoint.py merge ADAPTER [BASE] OUT [--layout L] [--manifest M]
-    python checkpoint.py average FOLDER FOLDER ... OUT [--layout L]
+    bash launch.sh show FOLDER                                   # what a folder holds
+    bash launch.sh export MODEL_OR_RUN OUT [--layout L]          # also OUTPUT/checkpoints/step_N
+    bash launch.sh merge ADAPTER [BASE] OUT [--layout L] [--manifest M]
+    bash launch.sh average A B ... OUT [--layout L]
 
-Tensors pass through one at a time, so memory holds one output file's worth (MAX_FILE_BYTES), never the whole model.
+Tensors pass through one at a time, so memory holds the tensors of one output file (5 GB), never the whole model.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import torch
 import checkpoint
 from checkpoint import Stored
 from common import CheckpointError
+from config import AUDIO_TOKENIZER
 from distributed import says_errors
-from export import layouts
+from export import layouts, parity
 from export.merge import average, convert, merge
-from export.read import Adapter, Full, open_model
+from export.read import Adapter, Full, find_model, open_model
 
 
 def describe(folder: Path) -> str:
@@ -39,59 +41,60 @@ def describe(folder: Path) -> str:
         return f"{folder}: a run, {finished}; checkpoints: {', '.join(states) or 'none'}"
     stored = Stored(folder)
     count = sum(torch.Size(shape).numel() for shape in stored.shapes.values())
-    lines = [f"{folder}: {len(stored.shapes)} tensors, {count:,} numbers"]
+    title = f"{folder}: {len(stored.shapes)} tensors, {count:,} numbers"
     if (folder / checkpoint.STATE_FILE).is_file():
-        state = checkpoint.read_state(folder)
-        lines += ["a training state", json.dumps({name: value for name, value in state.items() if name != "files"}, indent=2)]
-        return "\n".join(lines)
-    model = open_model(folder)
+        state = {name: value for name, value in checkpoint.read_state(folder).items() if name != "files"}
+        return "\n".join([title, "a training state", json.dumps(state, indent=2)])
+    return "\n".join([title, *_describe_model(open_model(folder))])
+
+
+def _describe_model(model: Full | Adapter) -> list[str]:
     if isinstance(model, Adapter):
         lora = model.lora
-        lines.append(f"a LoRA adapter, r={lora.r}, alpha={lora.lora_alpha}, of {len(model.modules)} layers")
-        lines.append(f"base {lora.base_model_name_or_path}, revision {lora.revision}")
-    else:
-        c = model.config
-        lines.append(f"a full checkpoint in the {layouts.layout_of(folder)} layout, {c.torch_dtype or 'dtype unknown'}")
-        lines.append(f"{c.text_config.num_hidden_layers} layers, {c.audio_num_codebooks} codebooks of {c.audio_codebook_size}")
-    return "\n".join(lines)
+        return [
+            f"a LoRA adapter, r={lora.r}, alpha={lora.lora_alpha}, of {len(model.modules)} layers",
+            f"base {lora.base_model_name_or_path}, revision {lora.revision}",
+        ]
+    c = model.config
+    return [
+        f"a full checkpoint in the {layouts.layout_of(model.folder)} layout, {c.torch_dtype or 'dtype unknown'}",
+        f"{c.text_config.num_hidden_layers} layers, {c.audio_num_codebooks} codebooks of {c.audio_codebook_size}",
+    ]
 
 
-@says_errors
-def main(argv: Sequence[str]) -> int:
-    commands = {"export": _export, "merge": _merge, "average": _average}
-    if not argv or argv[0] not in (*commands, "-h", "--help"):
-        argv = ["show", *argv]
-    args = _parser().parse_args(argv)
-    command = shlex.join(["python", "checkpoint.py", *argv])
-    if args.command == "show":
-        print(describe(args.folder))
-    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise CheckpointError(f"{args.out} exists already; choose another folder")
-    else:
-        commands[args.command](args, command)
-        print(f"written: {args.out}")
-    return 0
+def choose_model(name: str, revision: str | None = None) -> Full | Adapter:
+    """Open the model that was asked for; says which one it is where a run's folder was named."""
+    folder = checkpoint.find_base(name, revision)
+    model = find_model(folder)
+    if model != folder:
+        print(f"{name} is a run; its model is {model}")
+    return open_model(model)
+
+
+def _show(args: argparse.Namespace, command: str) -> None:
+    print(describe(args.folder))
 
 
 def _export(args: argparse.Namespace, command: str) -> None:
-    source = open_model(checkpoint.find_base(args.folder, args.revision))
+    source = choose_model(args.model, args.revision)
     if isinstance(source, Adapter) and args.layout != "boson":
-        raise CheckpointError(f"{args.folder} is an adapter, which has no layout; merge it with --layout {args.layout}")
+        raise CheckpointError(
+            f"{args.model} is an adapter, which has no layout; merge it: "
+            f"bash launch.sh merge {args.model} {args.out} --layout {args.layout}"
+        )
     convert(source, args.out, args.layout, command)
 
 
 def _merge(args: argparse.Namespace, command: str) -> None:
-    adapter = open_model(args.adapter)
+    adapter = choose_model(args.adapter)
     if not isinstance(adapter, Adapter):
         raise CheckpointError(f"{args.adapter} is not an adapter")
-    base = args.base or adapter.lora.base_model_name_or_path
-    if not base:
-        raise CheckpointError(f"{args.adapter} does not name its base; name it: merge ADAPTER BASE OUT")
-    base = Full(checkpoint.find_base(base, adapter.lora.revision if base == adapter.lora.base_model_name_or_path else None))
+    named = adapter.lora.base_model_name_or_path
+    if not (args.base or named):
+        raise CheckpointError(f"{args.adapter} does not name its base: bash launch.sh merge {args.adapter} BASE {args.out}")
+    base = Full(checkpoint.find_base(args.base or named, adapter.lora.revision if args.base in (None, named) else None))
     print(merge(adapter, base, args.out, args.layout, command))
     if args.manifest:
-        from export import parity  # the model in memory, which only this option needs
-
         report = parity.compare(adapter, base, args.manifest, args.records, args.audio_tokenizer)
         print(report)
         with open(args.out / "README.md", "a") as file:
@@ -99,32 +102,48 @@ def _merge(args: argparse.Namespace, command: str) -> None:
 
 
 def _average(args: argparse.Namespace, command: str) -> None:
-    report = average([open_model(folder) for folder in args.folders], args.out, args.layout, command)
+    report = average([choose_model(model) for model in args.models], args.out, args.layout, command)
     if report:
         print(report)
 
 
+COMMANDS = {
+    "show": (_show, "what a folder holds"),
+    "export": (_export, "write a model again, in either layout, or the model of a training state"),
+    "merge": (_merge, "add an adapter's changes to the base's weights"),
+    "average": (_average, "the mean of several models"),
+}
+
+
+@says_errors
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    out = getattr(args, "out", None)
+    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; choose another folder")
+    COMMANDS[args.command][0](args, shlex.join(["bash", "launch.sh", *argv]))
+    if out:
+        print(f"written: {out}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="bash launch.sh", description=__doc__, **plain)
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="what a folder holds")
-    show.add_argument("folder", type=Path)
-    export = commands.add_parser("export", help="write a model again, in either layout, or finish a training state")
-    export.add_argument("folder", help="a full checkpoint here or on the Hub, an adapter, or OUTPUT/checkpoints/step_N")
-    export.add_argument("--revision", help="of a Hub repository; default: the original layout of the published checkpoint")
-    merge = commands.add_parser("merge", help="add an adapter's changes to the base's weights")
-    merge.add_argument("adapter", type=Path, help="a PEFT adapter, or OUTPUT/checkpoints/step_N of a LoRA run")
-    merge.add_argument("base", nargs="?", help="a folder or a Hub repository; default: the one that the adapter names")
-    merge.add_argument("--manifest", type=Path, help="compare adapter and merged models on these records")
-    merge.add_argument("--records", type=int, default=4, help="how many of them (default: 4)")
-    merge.add_argument("--audio_tokenizer", default="bosonai/higgs-audio-v2-tokenizer", help="codec, where they name waveforms")
-    average = commands.add_parser("average", help="the mean of several checkpoints")
-    average.add_argument("folders", type=Path, nargs="+", help="full checkpoints, adapters or training states, all of a kind")
-    for command in (export, merge, average):
-        command.add_argument("out", type=Path, help="a folder that does not exist yet")
-        command.add_argument("--layout", choices=layouts.LAYOUTS.values(), default="boson")
+    made = {name: commands.add_parser(name, help=text, description=text, **plain) for name, (_, text) in COMMANDS.items()}
+    made["show"].add_argument("folder", type=Path)
+    made["export"].add_argument("model", help="a model here or on the Hub, a run, or OUTPUT/checkpoints/step_N")
+    made["export"].add_argument("--revision", help="of a Hub repository; default: the original layout of the published model")
+    made["merge"].add_argument("adapter", help="a PEFT adapter, a LoRA run, or OUTPUT/checkpoints/step_N of one")
+    made["merge"].add_argument("base", nargs="?", help="a folder or a Hub repository; default: the one that the adapter names")
+    made["merge"].add_argument("--manifest", type=Path, help="compare adapter and merged model on these records")
+    made["merge"].add_argument("--records", type=int, default=4, help="how many of them (default: 4)")
+    made["merge"].add_argument("--audio_tokenizer", default=AUDIO_TOKENIZER, help="codec, if the records name waveforms")
+    made["average"].add_argument("models", nargs="+", help="full checkpoints, adapters, runs or training states, all of a kind")
+    for name in ("export", "merge", "average"):
+        made[name].add_argument("out", type=Path, help="a folder that does not exist yet")
+        made[name].add_argument("--layout", choices=layouts.LAYOUTS.values(), default="boson", help="(default: boson)")
     return parser
 
 

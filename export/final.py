@@ -17,7 +17,7 @@ from common import CheckpointError
 from distributed import gather, whole
 from export import card
 from export.merge import merge
-from export.read import Full, _adapter_name, open_model
+from export.read import Full, adapter_name, open_model
 from export.write import write_adapter, write_full
 
 
@@ -30,29 +30,29 @@ def write_final(
     base: Path,
     merge_lora: bool = False,
 ) -> str | None:
-    """OUTPUT/final from the sharded model: a full checkpoint in the base's dtype, or an adapter in float32. Collective.
+    """Write OUTPUT/final: a full checkpoint in the base's dtype, or an adapter in float32. Collective.
 
     base:       folder of the base checkpoint
     merge_lora: also write OUTPUT/final/merged, the adapter merged into the base
-    returns:    on rank 0, what merging did
+    returns:    on rank 0, the report on merging
     raises:     CheckpointError on all ranks if the disk fails
 
-    Tensors are gathered one at a time, so rank 0 holds one output file's worth, never the whole model.
+    Tensors are gathered one at a time, so rank 0 holds the tensors of one output file, never the whole model.
     """
     folder, report, error = output_dir / "final", None, None
     named = _gathered(model, adapter=lora is not None, dtype=None if lora else config.torch_dtype or torch.float32)
     try:
         if dist.get_rank() == 0:
-            readme = card.of_run(output_dir)
             if lora is None:
-                write_full(folder, named, config, tokenizer, "boson", base, readme)
+                write_full(folder, named, config, tokenizer, "boson", base)
             else:
-                write_adapter(folder, named, lora, tokenizer, readme)
-                if merge_lora:
-                    report = str(merge(open_model(folder), Full(base), folder / "merged"))
+                write_adapter(folder, named, lora, tokenizer)
+            card.write(folder, lambda: card.of_run(output_dir))
+            if merge_lora:
+                report = str(merge(open_model(folder), Full(base), folder / "merged"))
     except CheckpointError as caught:
         error = caught
-    for _ in named:  # the other ranks, and rank 0 after an error, go through the same collectives
+    for _ in named:  # the other ranks, and rank 0 after an error, take part in the same collectives
         pass
     if error := gather(error)[0]:
         raise error
@@ -60,11 +60,11 @@ def write_final(
 
 
 def _gathered(model: nn.Module, adapter: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors, or its adapter's, whole on rank 0's CPU and by the names in files. Collective."""
+    """(name in files, tensor) of the model or its adapter, whole on rank 0's CPU. Collective."""
     for name, parameter in model.named_parameters():
         if adapter and not is_lora(name):
             continue
         full = whole(parameter.data)
         if dist.get_rank() == 0:
             full = full.to("cpu", dtype or full.dtype)
-        yield _adapter_name(name) if adapter else name, full
+        yield adapter_name(name) if adapter else name, full

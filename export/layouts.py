@@ -1,5 +1,5 @@
-"""Two layouts of the same weights: the original one, and the one of transformers >= 5.3. Names and configurations of one
-become those of the other here; tensors have the same values and shapes in both.
+"""Two layouts of the same weights: the original one, and the one of transformers >= 5.3. This file translates names and
+configurations; tensors have the same values and shapes in both.
 
              boson (`HiggsAudioModel`)               transformers (`HiggsAudioV2ForConditionalGeneration`)
   names      audio_codebook_embeddings.*             model.embed_audio_tokens.embed_audio_tokens.*
@@ -8,25 +8,23 @@ become those of the other here; tensors have the same values and shapes in both.
   config     nested: text_config, audio_*            flat
              audio_codebook_size 1024                codebook_size 1026: it counts the two stream ids
              rope_theta, rope_scaling                rope_parameters
-             <|AUDIO|> holds what the model hears    has one audio token: the place of <|AUDIO_OUT|>
+             <|AUDIO|> stands for input audio        one audio token for both, that of <|AUDIO_OUT|>
              <|end_of_text|> or <|eot_id|> stop      <|eot_id|> stops, a delay token marks the tail of a clip
 
 The newer class has nothing but dual-FFN layers and codes: a checkpoint with an audio tower stays in the original layout.
 It drops its text head when it saves, unless it was made with `use_text_head=True`; training needs that head.
-
-    python layouts.py FOLDER      # the configuration of a checkpoint in the other layout
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Literal
 
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from common import read_json
 
 Layout = Literal["boson", "transformers"]
 
@@ -44,7 +42,7 @@ _TO_BOSON = (
     (r"^(text|audio)_lm_head\.", r"audio_decoder_proj.\1_lm_head."),
 )
 
-# What both configurations say about the Llama inside, by the same name.
+# Settings of the Llama inside that have the same name in both configurations.
 _LLAMA = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_bias", "mlp_bias"),
@@ -53,7 +51,7 @@ _LLAMA = (
 
 def layout_of(folder: Path) -> Layout | None:
     """The layout of a checkpoint folder, or None if its config.json names neither; OSError or ValueError if unreadable."""
-    return LAYOUTS.get(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    return LAYOUTS.get(read_json(folder / "config.json").get("model_type"))
 
 
 def rename(name: str, layout: Layout) -> str:
@@ -67,7 +65,7 @@ def to_boson(values: dict, tokenizer: PreTrainedTokenizerBase) -> HiggsAudioConf
     """The original configuration of a checkpoint in the newer layout.
 
     values:    its config.json
-    tokenizer: knows the ids that the newer configuration does not hold
+    tokenizer: has the ids that the newer configuration lacks
     raises:    ValueError, naming the setting or token that is missing
     """
     missing = [name for name in (*_LLAMA, "rope_parameters", "num_codebooks", "codebook_size") if name not in values]
@@ -117,7 +115,7 @@ def to_transformers(config: HiggsAudioConfig, tokenizer: PreTrainedTokenizerBase
     obstacles = [what for what, found in _obstacles(config).items() if found]
     if obstacles:
         raise ValueError(f"the transformers layout cannot hold {', '.join(obstacles)}; keep the boson layout")
-    # A tokenizer without the delay token lends it <|AUDIO|>: the newer class takes both for audio.
+    # Without a delay token in the tokenizer, <|AUDIO|> serves as one: the newer class treats both as audio.
     delay = tokenizer.get_vocab().get(DELAY_TOKEN, config.audio_in_token_idx)
     return {name: getattr(text, name) for name in _LLAMA} | {
         "architectures": ["HiggsAudioV2ForConditionalGeneration"],
@@ -139,7 +137,7 @@ def to_transformers(config: HiggsAudioConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def generation_config(layout: Layout, config: HiggsAudioConfig, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """generation_config.json where the base has none of this layout; sampling as the official examples do."""
+    """generation_config.json for a base that has none of this layout; sampling as in the official examples."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": config.pad_token_id}
     if layout == "boson":
         return ids | {"eos_token_id": tokenizer.eos_token_id}
@@ -149,7 +147,7 @@ def generation_config(layout: Layout, config: HiggsAudioConfig, tokenizer: PreTr
 
 
 def _obstacles(config: HiggsAudioConfig) -> dict[str, bool]:
-    """Each thing that the newer class has no place for, and whether this checkpoint has it."""
+    """What the newer class does not support, and whether this checkpoint has it."""
     text = config.text_config
     return {
         "an audio tower": not config.skip_audio_tower,
@@ -172,16 +170,3 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 def _dtype(values: dict) -> str | None:
     return values.get("dtype") or values.get("torch_dtype")
-
-
-def main(folder: Path) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if layout_of(folder) == "boson":
-        print(json.dumps(to_transformers(HiggsAudioConfig.from_dict(values), tokenizer), indent=2))
-    else:
-        print(to_boson(values, tokenizer).to_json_string())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What an adapter changes, and models made from others: converted, merged, averaged."""
+"""How much an adapter changes, and models made from others: converted, merged, averaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common import CheckpointError
 from distributed import whole
 from export import card, layouts
 from export.read import Adapter, Full, open_model
-from export.write import write_adapter, write_full
+from export.write import Named, write_adapter, write_full
 
 NO_EFFECT = 1e-7  # a change of this share of a weight's norm is lost in float32 rounding
 TINY = torch.finfo(torch.float32).tiny
@@ -24,7 +24,7 @@ TINY = torch.finfo(torch.float32).tiny
 def relative_changes(model: nn.Module) -> dict[str, float]:
     """How much each adapter of a sharded model changes its layer: |scale * B @ A| / |W|, Frobenius norms. Collective.
 
-    The norm of B @ A comes from two r x r products, (B^T B) and (A A^T), so that no change is ever built.
+    The norm of B @ A comes from the r x r products B^T B and A A^T, so that B @ A is never built.
     """
     changes = {}
     for name, layer in model.named_modules():
@@ -42,7 +42,8 @@ def describe_changes(changes: dict[str, float]) -> str:
     if len(unchanged) == len(changes):
         return f"warning: the adapter has no effect: it changes none of its {len(changes)} layers. Was it trained?"
     values = sorted(changes.values())
-    line = f"the adapter changes its layers by {statistics.median(values):.2%} of their weights' norm (median; largest {values[-1]:.2%})"
+    line = f"the adapter changes its layers by {statistics.median(values):.2%} of their weights' norm"
+    line += f" (median; largest {values[-1]:.2%})"
     if unchanged:
         line += f"; {len(unchanged)} of {len(changes)} not at all, first {unchanged[0]}"
     return line
@@ -55,17 +56,21 @@ def describe_changes(changes: dict[str, float]) -> str:
 def convert(source: Full | Adapter, out: Path, layout: layouts.Layout = "boson", command: str = "") -> None:
     """Write a model again: in the other layout, or finished from a training state."""
     tensors = ((name, source.read(name)) for name in source.shapes)
-    named = ((name, tensor.to(source.dtype or tensor.dtype)) for name, tensor in tensors)
-    readme = card.of_model(f"Written from `{source.folder}`.", command, source.folder, source.base)
-    if isinstance(source, Full):
-        write_full(out, named, source.config, source.tokenizer, layout, source.config_folder, readme)
+    _write(source, ((name, tensor.to(source.dtype or tensor.dtype)) for name, tensor in tensors), out, layout)
+    card.write(out, lambda: card.of_model(f"Written from `{source.folder}`.", command, source.folder, source.base))
+
+
+def _write(like: Full | Adapter, named: Named, out: Path, layout: layouts.Layout) -> None:
+    """Tensors as a model of the same kind as `like`, with its configuration and tokenizer."""
+    if isinstance(like, Full):
+        write_full(out, named, like.config, like.tokenizer, layout, like.config_folder)
     else:
-        write_adapter(out, named, source.lora, source.tokenizer, readme)
+        write_adapter(out, named, like.lora, like.tokenizer)
 
 
 @dataclass
 class MergeReport:
-    """What merging did to each layer, as shares of Frobenius norms."""
+    """How merging changed each layer, as shares of Frobenius norms."""
 
     dtype: torch.dtype
     changes: dict[str, float]  # |change| / |W|
@@ -95,15 +100,15 @@ def merge(adapter: Adapter, base: Full, out: Path, layout: layouts.Layout = "bos
     raises: CheckpointError if the adapter is not one of this base
     """
     report = MergeReport(torch.float32, {}, {})
-    readme = card.of_model(f"`{adapter.folder}` merged into `{base.folder}`.", command, adapter.folder, adapter.base)
-    write_full(out, merged(adapter, base, report), base.config, base.tokenizer, layout, base.config_folder, readme)
-    with open(out / "README.md", "a") as file:
-        file.write(f"\n## Merging\n\n{report}\n")
+    _write(base, merged(adapter, base, report), out, layout)
+    what = f"`{adapter.folder}` merged into `{base.folder}`."
+    below = f"## Merging\n\n{report}"
+    card.write(out, lambda: card.of_model(what, command, adapter.folder, adapter.base, below))
     return report
 
 
 def merged(adapter: Adapter, base: Full, report: MergeReport | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The merged tensors: in the base's dtypes, described in `report`; without one, changed layers stay in float32."""
+    """The merged tensors. With a `report`, which describes them, in the base's dtypes; without, changed layers in float32."""
     for module in adapter.modules:
         if base.shapes.get(f"{module}.weight") != adapter.shape(module):
             raise CheckpointError(
@@ -123,18 +128,12 @@ def merged(adapter: Adapter, base: Full, report: MergeReport | None = None) -> I
 def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout = "boson", command: str = "") -> str:
     """The mean of each tensor, accumulated in float32.
 
-    returns: for adapters, how far the mean of the factors is from the mean of what they add
+    returns: for adapters, how far the mean of the factors is from the mean of their products
     raises:  CheckpointError if the sources are not alike
     """
     first, *others = sources
     for other in others:
-        different = sorted(
-            name for name in first.shapes.keys() | other.shapes.keys() if first.shapes.get(name) != other.shapes.get(name)
-        )
-        if type(other) is not type(first) or different:
-            raise CheckpointError(f"{other.folder} and {first.folder} are not alike: {(different or ['another kind'])[0]}")
-        if isinstance(first, Adapter) and other.scale != first.scale:
-            raise CheckpointError(f"{other.folder} scales by {other.scale}, {first.folder} by {first.scale}")
+        _check_alike(first, other)
 
     def mean(name: str) -> Tensor:
         start = first.read(name)
@@ -143,14 +142,11 @@ def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout
             total += other.read(name)
         return total.div_(len(sources)).to(first.dtype or start.dtype)
 
-    named = ((name, mean(name)) for name in first.shapes)
-    readme = card.of_model(
-        f"The mean of {', '.join(f'`{source.folder}`' for source in sources)}.", command, first.folder, first.base
-    )
+    _write(first, ((name, mean(name)) for name in first.shapes), out, layout)
+    what = f"The mean of {', '.join(f'`{source.folder}`' for source in sources)}."
+    card.write(out, lambda: card.of_model(what, command, first.folder, first.base))
     if isinstance(first, Full):
-        write_full(out, named, first.config, first.tokenizer, layout, first.config_folder, readme)
         return ""
-    write_adapter(out, named, first.lora, first.tokenizer, readme)
     result = open_model(out)
     apart = [_distance(sources, result, module) for module in first.modules]
     return (
@@ -159,7 +155,16 @@ def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout
     )
 
 
+def _check_alike(first: Full | Adapter, other: Full | Adapter) -> None:
+    names = sorted(first.shapes.keys() | other.shapes.keys())
+    different = [name for name in names if first.shapes.get(name) != other.shapes.get(name)]
+    if type(other) is not type(first) or different:
+        raise CheckpointError(f"{other.folder} and {first.folder} are not alike: {(different or ['another kind'])[0]}")
+    if isinstance(first, Adapter) and other.scale != first.scale:
+        raise CheckpointError(f"{other.folder} scales by {other.scale}, {first.folder} by {first.scale}")
+
+
 def _distance(sources: Sequence[Adapter], result: Adapter, module: str) -> float:
-    """|mean(B) @ mean(A) - mean(B @ A)| / |mean(B @ A)|: averaging factors is not averaging products."""
+    """|mean(B) @ mean(A) - mean(B @ A)| / |mean(B @ A)|, Frobenius norms."""
     mean = sum(source.change(module) for source in sources) / len(sources)
     return ((result.change(module) - mean).norm() / mean.norm().clamp(min=TINY)).item()

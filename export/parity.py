@@ -1,6 +1,4 @@
-"""How far merging changes what an adapter says: logits and greedy codes on real records.
-
-    python checkpoint.py merge ADAPTER BASE OUT --manifest val.jsonl [--records 4]
+"""How merging changes what a model predicts, on real records: `bash launch.sh merge ADAPTER BASE OUT --manifest val.jsonl`.
 
 The reference is the adapter beside its base in float32, computed by PEFT. Compared with it: the base alone, which shows how
 large the adapter's effect is; the merged weights in float32; and, in bfloat16, the adapter unmerged and merged. Merging is
@@ -33,9 +31,7 @@ from prepare.manifest import Record
 
 
 @dataclass
-class Said:
-    """What a model makes of the records."""
-
+class Predictions:
     text: Tensor  # [P, V] float32 logits
     audio: Tensor  # [N * K, C] float32 logits
     codes: list[Tensor]  # one [K, T] per prompt, greedy
@@ -53,11 +49,11 @@ class Row:
     same_codes: float  # share of greedily generated codes
 
     @classmethod
-    def of(cls, name: str, said: Said, reference: Said) -> Row:
-        pairs = [(said.text, reference.text), (said.audio, reference.audio)]
-        apart = torch.cat([(mine - theirs).abs().flatten() for mine, theirs in pairs])
-        same = [_share(mine.argmax(-1) == theirs.argmax(-1)) for mine, theirs in pairs]
-        codes = [_share(_overlap(mine, theirs)) for mine, theirs in zip(said.codes, reference.codes)]
+    def of(cls, name: str, mine: Predictions, reference: Predictions) -> Row:
+        pairs = [(mine.text, reference.text), (mine.audio, reference.audio)]
+        apart = torch.cat([(a - b).abs().flatten() for a, b in pairs])
+        same = [_share(a.argmax(-1) == b.argmax(-1)) for a, b in pairs]
+        codes = [_share(_overlap(a, b)) for a, b in zip(mine.codes, reference.codes)]
         return cls(name, apart.max().item(), apart.mean().item(), *same, sum(codes) / max(1, len(codes)))
 
     def __str__(self) -> str:
@@ -72,43 +68,43 @@ class Report:
     num_prompts: int
 
     def __str__(self) -> str:
-        lines = [f"against the adapter in float32, on {self.num_records} records ({self.num_prompts} prompts):"]
-        lines += [f"{'':24}{'largest':>12}{'mean':>12}{'same text':>12}{'same audio':>12}{'same codes':>12}"]
-        return "\n".join([*lines, *map(str, self.rows)])
+        title = f"against the adapter in float32, on {self.num_records} records ({self.num_prompts} prompts):"
+        columns = ("largest", "mean", "same text", "same audio", "same codes")
+        return "\n".join([title, " " * 24 + "".join(f"{column:>12}" for column in columns), *map(str, self.rows)])
 
 
 def compare(adapter: Adapter, base: Full, manifest: Path, num_records: int, audio_tokenizer: str) -> Report:
-    """The report for the manifest's first records; DataError if they cannot be read."""
-    records = list(itertools.islice(open_manifest(manifest)[0], num_records))
+    """The report on the manifest's first records; DataError if they cannot be read."""
     config = base.config
-    store = AudioStore(
-        config.audio_num_codebooks,
-        config.audio_codebook_size,
-        codec_frame_rate_hz(audio_tokenizer),
-        cache_dir=manifest.parent / "codes",
-        codec=audio_tokenizer,
-    )
+    rate = codec_frame_rate_hz(audio_tokenizer)
+    shape = config.audio_num_codebooks, config.audio_codebook_size
+    store = AudioStore(*shape, rate, cache_dir=manifest.parent / "codes", codec=audio_tokenizer)
+    records = list(itertools.islice(open_manifest(manifest)[0], num_records))
     clips = store.missing(records)
-    problems = list(filter(None, store.encode(lambda: load_codec(audio_tokenizer, "cpu"), clips))) if clips else []
-    if problems:
-        raise DataError(problems[0])
-    batches = _batches(records, base, store)
+    for problem in store.encode(lambda: load_codec(audio_tokenizer, "cpu"), clips) if clips else ():
+        if problem:
+            raise DataError(problem)
+    dataset = data.ChatMLDataset(records, base.tokenizer, store)
+    collator = collate.create_collator(config)
+    batches = [collator([dataset[index]]) for index in range(len(records))]
     prompts = [prompt for record in records if (prompt := _prompt(record, base, store))]
 
-    def say(model: HiggsAudioModel) -> Said:
-        return _say(model, base.tokenizer, batches, prompts)
+    def predict(model: HiggsAudioModel) -> Predictions:
+        return _predict(model, base.tokenizer, batches, prompts)
 
     model = load_full(base, ((name, base.read(name)) for name in base.shapes), torch.float32)
-    alone = say(model)
+    alone = predict(model)
     insert_adapter(adapter, model)
-    reference = say(model)
-    rows = [Row.of("base alone", alone, reference)]
-    unmerged = say(_to_bf16(model))
+    reference = predict(model)
+    unmerged = predict(_to_bf16(model))
     del model
     model = load_full(base, merged(adapter, base), torch.float32)
-    rows.append(Row.of("merged, float32", say(model), reference))
-    rows.append(Row.of("adapter, bfloat16", unmerged, reference))
-    rows.append(Row.of("merged, bfloat16", say(_to_bf16(model)), reference))
+    rows = [
+        Row.of("base alone", alone, reference),
+        Row.of("merged, float32", predict(model), reference),
+        Row.of("adapter, bfloat16", unmerged, reference),
+        Row.of("merged, bfloat16", predict(_to_bf16(model)), reference),
+    ]
     return Report(rows, len(records), len(prompts))
 
 
@@ -119,14 +115,8 @@ def _to_bf16(model: HiggsAudioModel) -> HiggsAudioModel:
     return model
 
 
-def _batches(records: list[Record], base: Full, store: AudioStore) -> list[collate.Batch]:
-    collator = collate.create_collator(base.config)
-    dataset = data.ChatMLDataset(records, base.tokenizer, store)
-    return [collator([dataset[index]]) for index in range(len(records))]
-
-
 def _prompt(record: Record, base: Full, store: AudioStore):
-    """The record up to its last turn and the longest answer to wait for; None if the last turn is not speech."""
+    """The record up to its last turn, and the most frames to generate; None if that turn has no audio."""
     *_, last = record.chatml.messages
     if last.role != "assistant" or not record.audio or not record.audio[-1].is_output:
         return None
@@ -137,20 +127,18 @@ def _prompt(record: Record, base: Full, store: AudioStore):
 
 
 @torch.no_grad()
-def _say(model: HiggsAudioModel, tokenizer, batches: list, prompts: list) -> Said:
+def _predict(model: HiggsAudioModel, tokenizer, batches: list, prompts: list) -> Predictions:
     text, audio = [], []
     for batch in batches:
         output = model(**batch.model_inputs())
-        supervised = output.expanded_labels[:, 1:] != IGNORE_INDEX
-        text.append(output.logits[:, :-1][supervised].float())
-        supervised = batch.label_audio_ids.T[1:] != IGNORE_INDEX
-        audio.append(output.audio_logits[:-1][supervised].float())
-    said = [speak(model, tokenizer, prompt, longest) for prompt, longest in prompts]
-    return Said(torch.cat(text), torch.cat(audio), [speech.codes[0] for speech in said])
+        text.append(output.logits[:, :-1][output.expanded_labels[:, 1:] != IGNORE_INDEX].float())
+        audio.append(output.audio_logits[:-1][batch.label_audio_ids.T[1:] != IGNORE_INDEX].float())
+    answers = [speak(model, tokenizer, prompt, longest) for prompt, longest in prompts]
+    return Predictions(torch.cat(text), torch.cat(audio), [answer.codes[0] for answer in answers])
 
 
 def _overlap(mine: Tensor, theirs: Tensor) -> Tensor:
-    """[K, longer T] bool: where two clips are equal; nowhere beyond the end of the shorter one."""
+    """[K, longer T] bool: where two clips are equal; False beyond the end of the shorter one."""
     T = min(mine.shape[1], theirs.shape[1])
     equal = torch.zeros(mine.shape[0], max(mine.shape[1], theirs.shape[1]), dtype=torch.bool)
     equal[:, :T] = mine[:, :T] == theirs[:, :T]
@@ -158,5 +146,5 @@ def _overlap(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _share(equal: Tensor) -> float:
-    """The share of True; 1 where there is nothing to differ."""
+    """The share of True; 1 where there is nothing to compare."""
     return equal.float().mean().item() if equal.numel() else 1.0

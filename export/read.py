@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 import checkpoint
 import model_patch
 from checkpoint import Stored
-from common import CheckpointError
+from common import CheckpointError, read_json
 from config import Config
 from export import layouts
 
@@ -25,9 +24,9 @@ ADAPTER_PREFIX = "base_model.model."  # PEFT's, before the name of a module
 class Full:
     """A full checkpoint in either layout, read one tensor at a time by the names of the original layout.
 
-    trained: a training state, whose tensors take the place of the folder's
-    base:    what the folder is called where that is more than its path: the name of a Hub repository
-    raises:  CheckpointError if the folder is none
+    trained: a training state whose tensors replace the folder's
+    base:    the folder's name where that is more than its path: a repository on the Hub
+    raises:  CheckpointError if this is not a checkpoint
     """
 
     def __init__(self, folder: Path, trained: Stored | None = None, base: str = ""):
@@ -38,7 +37,7 @@ class Full:
         self._stored, self._trained = Stored(folder), trained
         self._names = {layouts.rename(name, "boson"): name for name in self._stored.shapes}
         self.shapes = {name: self._stored.shapes[stored] for name, stored in self._names.items()}
-        # Master weights are written as the end of training writes them, anything else as it is.
+        # Float32 master weights are written in the base's dtype, as at the end of training; other tensors keep theirs.
         self.dtype = (self.config.torch_dtype or torch.float32) if trained else None
 
     def read(self, name: str) -> Tensor:
@@ -52,10 +51,10 @@ class Adapter:
     """A LoRA adapter, read one tensor at a time by PEFT's names.
 
     names:  PEFT's name of each tensor -> its name in `stored`
-    raises: CheckpointError if it is not plain LoRA, whose change of a layer is scale * B @ A
+    raises: CheckpointError if it is not plain LoRA, which adds scale * B @ A to a layer's weight
     """
 
-    dtype = None  # what it is written as: as it is
+    dtype = None  # tensors keep theirs
 
     def __init__(self, lora: LoraConfig, names: dict[str, str], stored: Stored, tokenizer: PreTrainedTokenizerBase | None):
         self.lora, self.tokenizer, self.folder = lora, tokenizer, stored.folder
@@ -75,23 +74,40 @@ class Adapter:
         return self._stored.read(self._names[name])
 
     def change(self, module: str) -> Tensor:
-        """What the adapter adds to a layer's weight: [out, in] float32."""
+        """scale * B @ A, which the adapter adds to a layer's weight: [out, in] float32."""
         A, B = (self.read(_factor(module, factor)).float() for factor in "AB")
         return self.scale * (B @ A)
 
     def shape(self, module: str) -> tuple[int, int]:
-        """[out, in] of the layer it belongs to."""
+        """[out, in] of the layer."""
         return self.shapes[_factor(module, "B")][0], self.shapes[_factor(module, "A")][1]
 
 
+def find_model(folder: Path) -> Path:
+    """The model that a run's folder stands for: final/, else the best checkpoint, else the newest; other folders as they are.
+
+    raises: CheckpointError if the run has saved nothing
+    """
+    states = checkpoint.list_states(folder / "checkpoints")
+    if not states and not (folder / "metrics.jsonl").is_file():
+        return folder
+    if (folder / "final").is_dir():
+        return folder / "final"
+    if not states:
+        raise CheckpointError(f"{folder}: this run has neither final/ nor a checkpoint")
+    best = checkpoint.read_state(states[-1]).get("best") or {}
+    return next((state for state in states if state.name == f"step_{best.get('step')}"), states[-1])
+
+
 def open_model(folder: Path) -> Full | Adapter:
-    """Whatever model the folder holds; CheckpointError if it holds none."""
+    """The model in a folder, or in the folder of a run; CheckpointError if there is none."""
+    folder = find_model(folder)
     if (folder / checkpoint.STATE_FILE).is_file():
         return _open_state(folder)
     if not (folder / "adapter_config.json").is_file():
         return Full(folder)
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+        kind = read_json(folder / "adapter_config.json")["peft_type"]
         lora = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder}: adapter_config.json is not a LoRA adapter's: {error!r}") from None
@@ -103,13 +119,13 @@ def open_model(folder: Path) -> Full | Adapter:
 
 
 def _open_state(folder: Path) -> Full | Adapter:
-    """The model that OUTPUT/checkpoints/step_N would have become, had the run ended there."""
+    """OUTPUT/checkpoints/step_N as the model that the run would have written, had it ended there."""
     damage = checkpoint.find_damage(folder)
     if damage:
         raise CheckpointError(f"{folder}: {damage}")
     path = folder.resolve().parent.parent / "config.json"
     try:
-        run = json.loads(path.read_text())
+        run = read_json(path)
         cfg = Config(**{f.name: run[f.name] for f in dataclasses.fields(Config) if f.name in run})
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: the run's settings cannot be read: {path}: {error}") from None
@@ -120,12 +136,12 @@ def _open_state(folder: Path) -> Full | Adapter:
     lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
     lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     parameters = [name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")]
-    names = {_adapter_name(name): _state_name(name, stored) for name in parameters}
+    names = {adapter_name(name): _state_name(name, stored) for name in parameters}
     return Adapter(lora, names, stored, checkpoint.load_tokenizer(base))
 
 
 def _state_name(name: str, state: Stored) -> str | None:
-    """Where a training state holds what a finished model has of a parameter: its average, itself, or nowhere."""
+    """The name in a training state of what a finished model has of a parameter: its moving average, else itself."""
     return next((found for found in (f"optimizer.{name}.ema", f"model.{name}") if found in state.shapes), None)
 
 
@@ -133,6 +149,6 @@ def _factor(module: str, factor: str) -> str:
     return f"{ADAPTER_PREFIX}{module}.lora_{factor}.weight"
 
 
-def _adapter_name(name: str) -> str:
-    """PEFT's name of an adapter weight in its files."""
+def adapter_name(name: str) -> str:
+    """The name that PEFT's files give to an adapter weight."""
     return ADAPTER_PREFIX + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)

@@ -24,7 +24,7 @@ from common import CheckpointError
 from export import layouts
 
 MAX_FILE_BYTES = 5_000_000_000
-# Files beside the weights that belong to a layout; a model written in the layout it came in keeps them.
+# Files beside the weights that are written for one layout.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -38,9 +38,9 @@ Named = Iterable[tuple[str, Tensor]]
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when everything has been written.
+    """A temporary folder that is renamed to `folder` when everything has been written.
 
-    raises: CheckpointError if the disk fails; what was at `folder` is untouched then
+    raises: CheckpointError if the disk fails; an earlier `folder` is untouched then
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -62,11 +62,10 @@ def write_full(
     tokenizer: PreTrainedTokenizerBase,
     layout: layouts.Layout,
     base: Path,
-    readme: str,
 ) -> None:
     """A full checkpoint in `layout`, from tensors by the names of the original layout.
 
-    base: the checkpoint it came from, whose companion files a model of the same layout keeps
+    base: the checkpoint it was made from; its companion files are copied where it has the same layout
     """
     try:
         values = json.loads(config.to_json_string()) if layout == "boson" else layouts.to_transformers(config, tokenizer)
@@ -82,21 +81,19 @@ def write_full(
                 shutil.copy(base / name, temporary)
             elif name in made:
                 (temporary / name).write_text(json.dumps(made[name], indent=2) + "\n")
-        (temporary / "README.md").write_text(readme)
 
 
-def write_adapter(folder: Path, named: Named, lora: LoraConfig, tokenizer: PreTrainedTokenizerBase | None, readme: str) -> None:
+def write_adapter(folder: Path, named: Named, lora: LoraConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """A PEFT adapter, from tensors by PEFT's names."""
     with whole_folder(folder) as temporary:
         _write_weights(temporary, named, "adapter_model", index=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         dataclasses.replace(lora, inference_mode=True).save_pretrained(temporary)
-        (temporary / "README.md").write_text(readme)
 
 
 def _write_weights(folder: Path, named: Named, stem: str, index: bool) -> None:
-    """Tensors in files of at most MAX_FILE_BYTES, with the index that Hugging Face reads where there are several."""
+    """Tensors in files of at most MAX_FILE_BYTES; several files get the index that Hugging Face reads."""
     pending: dict[str, Tensor] = {}
     pending_bytes = total_bytes = num_files = 0
     file_of: dict[str, int] = {}

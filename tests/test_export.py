@@ -22,6 +22,7 @@ from common import CheckpointError
 from config import Config, parse_config, to_argv
 from export import card, merge, parity, read, write
 from export.__main__ import main as export_main
+from export.final import write_final
 from prepare.audio import import_codec
 from tools import toys as demo
 
@@ -84,8 +85,8 @@ def untrained(toys, tmp_path_factory) -> Path:
     model = make_model(base.config)
     lora = model_patch.add_lora(model, 4, 8.0, 0.0)
     model_patch.init_lora(model, seed=0)
-    named = ((read._adapter_name(n), p.data) for n, p in model.named_parameters() if checkpoint.is_lora(n))
-    write.write_adapter(folder, named, lora, base.tokenizer, "")
+    named = ((read.adapter_name(n), p.data) for n, p in model.named_parameters() if checkpoint.is_lora(n))
+    write.write_adapter(folder, named, lora, base.tokenizer)
     return folder
 
 
@@ -100,7 +101,7 @@ def same(mine: dict, theirs: dict) -> bool:
 
 
 def command(capsys, *argv) -> str:
-    """A command of checkpoint.py; returns what it printed."""
+    """A command of launch.sh; returns what it printed."""
     assert export_main([*map(str, argv)]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
@@ -124,7 +125,7 @@ def test_merging_is_exact_and_reported(lora_run, toys, tmp_path, capsys):
     assert merged_rounded.largest < min(2 * rounded.largest, 0.1 * alone.largest)
     assert same(weights(tmp_path / "m"), weights(lora_run / "final" / "merged"))
     readme = (tmp_path / "m" / "README.md").read_text()
-    assert "same codes" in readme and "checkpoint.py merge" in readme and "validation loss" in readme
+    assert "same codes" in readme and "bash launch.sh merge" in readme and "validation loss" in readme
 
     loaded = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(toys / "checkpoint"), lora_run / "final")
     theirs = loaded.merge_and_unload().state_dict()
@@ -173,9 +174,9 @@ def _two_ranks(dist, argv: list[str], blocked: str):
             torch.manual_seed(len(name))
             parameter.data.copy_(parameter.data + 0.01)
     changes = merge.relative_changes(model)
-    write.write_final(Path(cfg.output_dir), model, base.config, base.tokenizer, lora, base.folder, merge_lora=True)
+    write_final(Path(cfg.output_dir), model, base.config, base.tokenizer, lora, base.folder, merge_lora=True)
     try:
-        write.write_final(Path(blocked), model, base.config, base.tokenizer, lora, base.folder)
+        write_final(Path(blocked), model, base.config, base.tokenizer, lora, base.folder)
         return changes, None
     except CheckpointError as caught:
         return changes, str(caught)
@@ -217,6 +218,43 @@ def test_a_training_state_becomes_a_model(kind, request, tmp_path, capsys):
         }
 
 
+def test_a_run_stands_for_its_model(full_run, tmp_path, capsys):
+    """final/, else the best checkpoint, else the newest; which one is said."""
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    out = command(capsys, "export", run, tmp_path / "final")
+    assert f"{run} is a run; its model is {run / 'final'}" in out
+    assert same(weights(tmp_path / "final"), weights(full_run / "final"))
+    shutil.rmtree(run / "final")
+    assert f"its model is {run / 'checkpoints' / 'step_4'}" in command(capsys, "export", run, tmp_path / "newest")
+    assert same(weights(tmp_path / "newest"), weights(full_run / "final"))
+    path = run / "checkpoints" / "step_4" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"best": {"metric": "loss", "value": 1.0, "step": 2}}))
+    assert f"its model is {run / 'checkpoints' / 'step_2'}" in command(capsys, "export", run, tmp_path / "best")
+    command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
+    assert same(weights(tmp_path / "best"), weights(tmp_path / "2"))
+    shutil.rmtree(run / "checkpoints")
+    assert "has neither final/ nor a checkpoint" in error(capsys, "export", run, tmp_path / "m")
+
+
+def test_a_card_that_fails_costs_nothing(lora_run, toys, tmp_path, capsys):
+    """Figures of another version in metrics.jsonl: the weights are there, and a warning."""
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
+    assert export_main(["export", str(run / "checkpoints" / "step_4"), str(tmp_path / "m")]) == 0
+    assert "warning" in capsys.readouterr().err
+    assert same(weights(tmp_path / "m"), weights(lora_run / "final"))
+
+
+def test_old_spellings_name_the_new_ones(lora_run, capsys):
+    for words in ("merge a b c", "export a b", "average a b", "show a"):
+        assert checkpoint.main(words.split()) == 2
+        assert f"is now: bash launch.sh {words.split()[0]}" in capsys.readouterr().err
+    assert checkpoint.main([str(lora_run)]) == 0
+    assert f"{lora_run / 'checkpoints' / 'step_4'}: whole" in capsys.readouterr().out
+
+
 def test_average_is_the_mean(full_run, lora_run, toys, tmp_path, capsys):
     """Of full models, in float32 however they are stored; of training states, in float32 before rounding; of adapters."""
     folders = [full_run / "final", toys / "checkpoint"]
@@ -253,9 +291,9 @@ def test_an_average_of_strangers_is_noticed(lora_run, toys, tmp_path):
 
 def test_the_card_says_how_to_make_it_again(lora_run):
     text = (lora_run / "final" / "README.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("train.py "))
+    line = next(line for line in text.splitlines() if line.startswith("bash launch.sh train "))
     run = json.loads((lora_run / "config.json").read_text())
-    again = parse_config(shlex.split(line)[1:])
+    again = parse_config(shlex.split(line)[3:])
     assert all(run[name] == value for name, value in vars(again).items())
     values = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
     val = [line for line in values if line["split"] == "val"][-1]
@@ -303,12 +341,12 @@ def test_mistakes(lora_run, full_run, untrained, toys, tmp_path, capsys):
     base = toys / "checkpoint"
     assert "exists already" in error(capsys, "merge", untrained, base, lora_run)
     assert "is not an adapter" in error(capsys, "merge", base, base, tmp_path / "m")
-    assert "merge it with --layout transformers" in error(
+    assert "which has no layout; merge it: bash launch.sh merge " in error(
         capsys, "export", untrained, tmp_path / "m", "--layout", "transformers"
     )
     assert "does not name its base" in error(capsys, "merge", untrained, tmp_path / "m")
     assert "are not alike" in error(capsys, "average", base, untrained, tmp_path / "m")
-    assert "no config.json" in error(capsys, tmp_path)
+    assert "no config.json" in error(capsys, "show", tmp_path)
     assert "neither a folder nor" in error(capsys, "merge", untrained, tmp_path / "no" / "such" / "base", tmp_path / "m")
 
     text = {**demo.tiny_config(demo.make_tokenizer()).text_config.to_dict(), "intermediate_size": 64}
@@ -329,7 +367,7 @@ def test_mistakes(lora_run, full_run, untrained, toys, tmp_path, capsys):
 
 
 def test_what_a_folder_holds(lora_run, toys, capsys):
-    assert "a run, finished: final; checkpoints: step_2, step_4" in command(capsys, lora_run)
-    assert "a LoRA adapter, r=4" in command(capsys, lora_run / "final")
-    assert '"step": 4' in command(capsys, lora_run / "checkpoints" / "step_4")
-    assert "boson layout" in command(capsys, toys / "checkpoint")
+    assert "a run, finished: final; checkpoints: step_2, step_4" in command(capsys, "show", lora_run)
+    assert "a LoRA adapter, r=4" in command(capsys, "show", lora_run / "final")
+    assert '"step": 4' in command(capsys, "show", lora_run / "checkpoints" / "step_4")
+    assert "boson layout" in command(capsys, "show", toys / "checkpoint")

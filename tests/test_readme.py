@@ -127,13 +127,18 @@ def program(command: str, ask) -> tuple[str, list[str]]:
         words = ask(words[1:], variables)
     if starter == "torchrun":
         words = ["-m", "torch.distributed.run", *words]
+    if words[0] == f"{ROOT}/tools/launch.py":
+        words = ["-m", "tools.launch", *words[1:]]
     if words[:2] in (["-m", "torch.distributed.run"], ["-m", "tools.launch"]):
         args = parse_args(words[2:])
         words = ["-m"] * args.module + [args.training_script, *args.training_script_args]
     if words[0] == "-m":
         return words[1], words[2:]
-    assert (ROOT / words[0]).is_file(), f"{words[0]}: no such file"
-    return Path(words[0]).stem, words[1:]
+    path = ROOT / words[0]
+    assert path.is_file(), f"{words[0]}: no such file"
+    if path.stem == "__main__":
+        return path.parent.name, words[1:]
+    return f"tools.{path.stem}" if path.parent.name == "tools" else path.stem, words[1:]
 
 
 def main_of(name: str, argv: list[str], monkeypatch) -> int:
@@ -278,25 +283,58 @@ def test_two_nodes_for_real(desk, this_environment):
 
 
 def test_what_launch_sh_starts(asked_of_python):
+    """Files by their path: `python -m` would look for modules in the current folder first."""
     for words, started in {
-        "": "-m tools.demo",
-        "demo --steps 3": "-m tools.demo --steps 3",
-        "prepare check x": "-m prepare check x",
-        "generate --text x": "-m generate --text x",
-        "merge a b": "-m export merge a b",
-        "show a": "-m export show a",
-        "plan": "-m tools.plan",
-        "report runs/voice": "-m tools.report runs/voice",
-        "replay file": "-m tools.replay file",
-        "bench step --size mini": f"{ROOT}/benchmarks/step.py --size mini",
+        "": "ROOT/tools/demo.py",
+        "demo --steps 3": "ROOT/tools/demo.py --steps 3",
+        "prepare check x": "ROOT/prepare/__main__.py check x",
+        "prepare encode x": "ROOT/prepare/__main__.py encode x",
+        "generate --text x": "ROOT/generate/__main__.py --text x",
+        "generate --lines x": "ROOT/generate/__main__.py --lines x",
+        "merge a b": "ROOT/export/__main__.py merge a b",
+        "show a": "ROOT/export/__main__.py show a",
+        "plan": "ROOT/tools/plan.py",
+        "report runs/voice": "ROOT/tools/report.py runs/voice",
+        "replay file": "ROOT/tools/replay.py file",
+        "bench step --size mini": "ROOT/benchmarks/step.py --size mini",
         "test": "-m pytest tests/",
         "test tests/test_loss.py -k x": "-m pytest tests/test_loss.py -k x",
         "setup": "-m setup",
     }.items():
-        assert asked_of_python(words.split(), {}) == started.split(), words
+        assert asked_of_python(words.split(), {}) == started.replace("ROOT", str(ROOT)).split(), words
     flags = asked_of_python(["--lr", "1"], {"NPROC": "2", "LORA_R": "4"})
-    assert flags[:2] == ["-m", "tools.launch"] and flags[-5:] == [f"{ROOT}/train.py", "--lora_r", "4", "--lr", "1"]
+    assert flags[0] == f"{ROOT}/tools/launch.py" and flags[-5:] == [f"{ROOT}/train.py", "--lora_r", "4", "--lr", "1"]
     assert "--nproc_per_node=2" in flags and flags == asked_of_python(["train", "--lr", "1"], {"NPROC": "2", "LORA_R": "4"})
+
+
+@pytest.mark.parametrize("variables", [{"NPROC": "2"}, {"CUDA_VISIBLE_DEVICES": "0,1"}])
+def test_every_gpu_of_the_node_works(variables, asked_of_python):
+    """Where ranks share the work; what one process does is left to one."""
+    ranks = [f"{ROOT}/tools/launch.py", "--nproc_per_node=2", "--standalone"]
+    for words, file in {
+        "prepare encode x --out y": "prepare/__main__.py encode x --out y",
+        "generate --ckpt a --lines x": "generate/__main__.py --ckpt a --lines x",
+        "generate --lines=x": "generate/__main__.py --lines=x",
+    }.items():
+        assert asked_of_python(words.split(), variables) == [*ranks, *f"{ROOT}/{file}".split()]
+    for words in ("prepare check x", "generate --text x", "export a b"):
+        assert asked_of_python(words.split(), variables)[0] == f"{ROOT}/{words.split()[0]}/__main__.py"
+
+
+def test_code_in_the_current_folder_does_not_run(at_desk, tmp_path, monkeypatch):
+    """A data set may hold a config.py, or a folder called tools: nothing of it is imported, by no process of a run either."""
+    for name in ("config", "data", "common", "tools/launch", "tools/__init__", "prepare/__init__", "sitecustomize", "random"):
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + chr(10))")
+    monkeypatch.chdir(tmp_path)
+    venv = make_environment(tmp_path / "venv", f'exec "{sys.executable}" "$@"')
+    train = f"--train_manifest {at_desk}/train.jsonl --output_dir {tmp_path}/o --base_ckpt {at_desk}/checkpoint --max_steps 1"
+    train += " --audio_tokenizer none --device cpu --batch_size 1 --num_workers 1"
+    for words in (train, f"prepare check {at_desk}/val.jsonl", f"show {at_desk}/checkpoint", "plan --help"):
+        done = launch_sh(words.split(), {"VENV": str(venv), "NPROC": "1"})
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
 
 
 def test_launch_sh_refuses_what_it_does_not_know(tmp_path):
@@ -309,6 +347,9 @@ def test_launch_sh_refuses_what_it_does_not_know(tmp_path):
     }.items():
         done = launch_sh(words.split(), {"VENV": str(tmp_path / "venv")})
         assert done.returncode == 2 and done.stderr.startswith(message) and not done.stdout, words
+    for variable, value in {"NPROC": f"a[$(touch {tmp_path}/ran)]", "NNODES": "two", "MAX_RESTARTS": "-1"}.items():
+        done = launch_sh(["--lr", "1"], {"VENV": str(tmp_path / "venv"), variable: value})
+        assert done.returncode == 2 and done.stderr == f"error: {variable}={value}: expected a number\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -108,13 +108,14 @@ def test_only_its_own_launcher_restarts_a_run(toys, tmp_path, monkeypatch, capsy
     """Under --max_restarts a second attempt continues what the first began, but nobody else's run in the same folder."""
     output = tmp_path / "o"
     argv = settings(toys, output, 4, save_steps=1, val_steps=0)
+    monkeypatch.setenv("LAUNCH_ID", "this one")
     assert train.main([*argv, "--max_steps", "1"]) == 0
     assert train.main([*argv, "--max_steps", "2"]) == 2, "no restart"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train.main([*argv, "--max_steps", "2"]) == 0
     assert steps(output) == [1, 2]
-    config = json.loads((output / "config.json").read_text())
-    (output / "config.json").write_text(json.dumps(config | {"launchers": ["elsewhere 1 0.00"]}))
     capsys.readouterr()
-    assert train.main([*argv, "--max_steps", "3"]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    for variable, value in (("LAUNCH_ID", "another one"), ("LAUNCH_ID", ""), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.setenv(variable, value)
+        assert train.main([*argv, "--max_steps", "3"]) == 2
+        assert "holds a run already" in capsys.readouterr().err
