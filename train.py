@@ -58,7 +58,7 @@ from distributed import (
 )
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
-from generate.samples import Listener
+from generate.samples import Sampler, describe
 from loss import Objective
 from metrics import Monitor
 from prepare.audio import codec_frame_rate_hz
@@ -346,13 +346,13 @@ def improves(values: dict, name: str, best: dict) -> bool:
     return best.get("metric") != name or value < best["value"]
 
 
-def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Listener:
-    """What speaks a few prompts every --sample_steps. Collective."""
+def build_sampler(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Sampler:
+    """What answers a few prompts every --sample_steps. Collective."""
     if config.encode_whisper_embed:
-        raise ConfigError("--sample_steps: this checkpoint hears references through Whisper, which sampling lacks")
-    listener = dist.together(lambda: Listener.build(cfg, dataset, dist))
-    log(dist, f"{len(listener.prompts)} prompts are spoken every {cfg.sample_steps} steps, into {listener.folder}")
-    return listener
+        raise ConfigError("--sample_steps: this checkpoint reads reference audio through Whisper, which sampling lacks")
+    sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
+    log(dist, f"{len(sampler.prompts)} prompts are answered every {cfg.sample_steps} steps, into {sampler.folder}")
+    return sampler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,7 +529,7 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
         log(dist, f"resumed from {resume_from}: {at.step} steps done")
     settings = write_run_config(output_dir, cfg, dist, training_samples=loader.num_samples)
     monitor = dist.together(lambda: Monitor(output_dir, settings, at.step, cfg.wandb, dist.is_main))
-    listener = build_listener(cfg, dist, config, (val_loader or loader).dataset) if cfg.sample_steps else None
+    sampler = build_sampler(cfg, dist, config, (val_loader or loader).dataset) if cfg.sample_steps else None
     saver = checkpoint.Saver(output_dir / "checkpoints", model, optimizer, cfg.keep_last)
     flops = metrics.Flops.of(model)
     frame_rate_hz = codec_frame_rate_hz(cfg.audio_tokenizer)
@@ -570,14 +570,14 @@ def run(cfg: Config, dist: Dist, signals: Signals) -> model_patch.TrainableHiggs
                 f"audio {values['audio_loss']:.4f}){', the best so far' * is_best}",
             )
 
-        if listener and at.step != sampled and (done or at.step % cfg.sample_steps == 0):
+        if sampler and at.step != sampled and (done or at.step % cfg.sample_steps == 0):
             with averaged(optimizer), evaluating(model):
-                values = listener.listen(model, at.step, dist)
+                values = sampler.sample(model, at.step, dist)
             sampled = at.step
             monitor.write(split="sample", step=at.step, epoch=at.position.epoch, **values)
             if dist.is_main:
-                monitor.write_samples(at.step, listener.folder / f"step_{at.step}")
-            log(dist, f"step {at.step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
+                monitor.write_samples(at.step, sampler.folder / f"step_{at.step}")
+            log(dist, f"step {at.step}: {describe(values)}")
 
         stop, is_writing = dist.each(signals.received is not None, saver.is_writing)  # either may be so on one rank alone
         if not is_writing:

@@ -24,8 +24,8 @@ import data
 from common import DataError
 from export.merge import merged
 from export.read import Adapter, Full
-from generate.__main__ import insert_adapter, load_full
-from generate.speech import as_prompt, speak
+from generate.models import insert_adapter, load_full
+from generate.official import as_prompt, generate_one
 from loss import IGNORE_INDEX
 from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
 from prepare.forms import open_manifest
@@ -145,7 +145,7 @@ def _say(model: HiggsAudioModel, tokenizer, batches: list, prompts: list) -> Sai
         text.append(output.logits[:, :-1][supervised].float())
         supervised = batch.label_audio_ids.T[1:] != IGNORE_INDEX
         audio.append(output.audio_logits[:-1][supervised].float())
-    said = [speak(model, tokenizer, prompt, longest) for prompt, longest in prompts]
+    said = [generate_one(model, tokenizer, prompt, longest) for prompt, longest in prompts]
     return Said(torch.cat(text), torch.cat(audio), [speech.codes[0] for speech in said])
 
 

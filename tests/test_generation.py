@@ -13,7 +13,7 @@ import loss
 import model_patch
 from collate import create_collator
 from common import CopyCollapseError
-from generate.speech import as_prompt, speak
+from generate.official import as_prompt, generate_one
 
 TURNS = [[("user", "first"), ("assistant", 11)], [("user", "second one"), ("assistant", 7)]]
 
@@ -56,7 +56,7 @@ def test_our_loss_regenerates_the_clips(trained, tokenizer):
     (model, value, scored), samples, prompts = trained
     assert value < 0.05
     for sample, prompt in zip(samples, prompts):
-        said = speak(model, tokenizer, prompt, max_new_tokens=60)
+        said = generate_one(model, tokenizer, prompt, max_new_tokens=60)
         assert said.stopped and len(said.codes) == 1
         assert torch.equal(said.codes[0], sample.audio_ids_concat)
     assert loss.copy_share(loss.copy_counts(scored)) < 0.1
@@ -70,7 +70,7 @@ def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):
     for sample, turns in zip(samples, TURNS):
         # Such a model does not even begin to speak; give it the first token, as the serve engine can.
         prompt = as_prompt(make_sample(tokenizer, turns[0]), tokenizer, force_audio=True)
-        said = speak(model, tokenizer, prompt, max_new_tokens=60)
+        said = generate_one(model, tokenizer, prompt, max_new_tokens=60)
         T = min(said.codes[0].shape[1], sample.audio_ids_concat.shape[1]) if said.codes else 0
         matching += (said.codes[0][:, :T] == sample.audio_ids_concat[:, :T]).sum().item() if T else 0
         compared += sample.audio_ids_concat.numel()
@@ -84,7 +84,7 @@ def test_teacher_forced_argmax_is_what_generate_says(trained, config, tokenizer)
     (model, _, scored), _, prompts = trained
     supervised = scored.audio_labels.T != loss.IGNORE_INDEX  # [K, N - 1]
     argmax = scored.audio_logits.argmax(-1).T
-    generated = torch.cat([speak(model, tokenizer, prompt, max_new_tokens=60).delayed[0] for prompt in prompts], dim=1)
+    generated = torch.cat([generate_one(model, tokenizer, prompt, max_new_tokens=60).delayed[0] for prompt in prompts], dim=1)
     assert generated.shape[1] == supervised.shape[1] + 1
     assert torch.equal(generated[:, 1:][supervised], argmax[supervised])
 
@@ -110,7 +110,7 @@ def test_supervised_pairs_are_the_sampled_ones(trained, tokenizer, monkeypatch):
     monkeypatch.setattr(HiggsAudioModel, "_sample_audio_tokens", spy)
     for sample, prompt in zip(samples, prompts):
         kept.clear()
-        speak(model, tokenizer, prompt, max_new_tokens=60)
+        generate_one(model, tokenizer, prompt, max_new_tokens=60)
         sampled = torch.stack(kept, dim=1)  # [K, columns 1 to the last]
         supervised = create_collator(model.config)([sample]).label_audio_ids[:, 1:] != loss.IGNORE_INDEX
         assert torch.equal(sampled, supervised)

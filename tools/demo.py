@@ -34,7 +34,7 @@ from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast
 
 from config import to_argv
 from generate import __main__ as generate
-from generate.speech import Score
+from generate.scores import Score, table
 from prepare.audio import import_codec
 from tools import report
 
@@ -372,7 +372,7 @@ def listen(checkpoint: Path, manifest: Path, out: Path, force_audio: bool = Fals
 def print_scores(title: str, scores: dict[str, Score]) -> Score:
     """Print a table and return the score of the zero-shot clones."""
     clones = sum((score for kind, score in scores.items() if kind.startswith("clone")), Score())
-    print(f"{title}\n{generate.table(scores)}\n{generate.table({'zero-shot clones, together': clones})}", flush=True)
+    print(f"{title}\n{table(scores)}\n{table({'zero-shot clones, together': clones})}", flush=True)
     return clones
 
 
