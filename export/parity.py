@@ -22,8 +22,8 @@ import data
 from common import DataError
 from export.merge import merged
 from export.read import Adapter, Full
-from generate.__main__ import insert_adapter, load_full
-from generate.speech import as_prompt, speak
+from generate.models import insert_adapter, load_full
+from generate.official import as_prompt, generate_one
 from loss import IGNORE_INDEX
 from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
 from prepare.forms import open_manifest

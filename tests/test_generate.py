@@ -1,4 +1,4 @@
-"""tools/generate.py: what it says is what the official engine says; every kind of checkpoint, prompt and mistake."""
+"""generate: its codes are the official engine's; every kind of checkpoint, prompt and mistake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from test_train import run_here, settings
 
 from export import merge, read
 from generate import __main__ as generate
-from generate.speech import Sampling, Score, join
+from generate.lines import INSTRUCTION, Chunking, context, split_text
+from generate.official import Sampling, join
+from generate.scores import Score
 from prepare.audio import import_codec, load_codec
 from prepare.manifest import parse_record
 from tools import toys as demo
@@ -45,7 +47,7 @@ def test_codes_equal_the_official_engines(loud_dir, codec_dir, tmp_path):
         str(loud_dir), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[128, 256]
     )
     argv = f"--ckpt {loud_dir} --device cpu --seed 3 --max_new_tokens 30 --force_audio --text hello --temperature"
-    prompt = ChatMLSample([Message("system", generate.INSTRUCTION), Message("user", "hello")])
+    prompt = ChatMLSample([Message("system", INSTRUCTION), Message("user", "hello")])
     for temperature in (0.0, 1.0):
         expected = engine.generate(prompt, 30, temperature, top_k=50, force_audio_gen=True, seed=3)
         delayed = expected.generated_audio_tokens
@@ -87,7 +89,7 @@ def test_context_is_the_official_phrasing(tmp_path):
     """The turns before the text, for the cases of upstream's examples/generation.py."""
 
     def prompt(*args, **kwargs) -> list[tuple]:
-        turns = generate.context(*args, **kwargs)
+        turns = context(*args, **kwargs)
         for clip in ("a.npy", "b.npy"):
             np.save(tmp_path / clip, np.zeros((8, 2), np.int64))
         messages = [*turns, {"role": "user", "content": "text"}]
@@ -111,8 +113,8 @@ def test_context_is_the_official_phrasing(tmp_path):
 
 def test_split_text():
     text = "One two three. Four five! Is that so? A very long sentence of just ten words goes here now."
-    assert generate.split_text(text) == [text]
-    assert generate.split_text(text, 5) == [
+    assert split_text(text) == [text]
+    assert split_text(text, Chunking(5)) == [
         "One two three. Four five!",
         "Is that so?",
         "A very long sentence of",
@@ -120,20 +122,20 @@ def test_split_text():
         "now.",
     ]
     script = "[SPEAKER0] Hello there.\n[SPEAKER1] Hi. How are you?\n[SPEAKER0] Fine."
-    assert generate.split_text(script) == [script]
-    assert generate.split_text(script, max_turns=2) == [
+    assert split_text(script) == [script]
+    assert split_text(script, Chunking(turns=2)) == [
         "[SPEAKER0] Hello there.\n[SPEAKER1] Hi. How are you?",
         "[SPEAKER0] Fine.",
     ]
-    assert generate.split_text(script, 3) == [
+    assert split_text(script, Chunking(3)) == [
         "[SPEAKER0] Hello there.\n[SPEAKER1] Hi.",
         "[SPEAKER1] How are you?",
         "[SPEAKER0] Fine.",
     ]
-    assert generate.split_text("今天天气很好。我们去公园吧。", 7) == ["今天天气很好。", "我们去公园吧。"]
+    assert split_text("今天天气很好。我们去公园吧。", Chunking(7)) == ["今天天气很好。", "我们去公园吧。"]
     every = "a b  c\n\nd. e? f"
     for size in range(1, 8):
-        assert "".join("".join(generate.split_text(every, size)).split()) == "".join(every.split())
+        assert "".join("".join(split_text(every, Chunking(size))).split()) == "".join(every.split())
 
 
 def test_chunks_carry_their_context(loud_dir, tmp_path, monkeypatch):
@@ -141,14 +143,14 @@ def test_chunks_carry_their_context(loud_dir, tmp_path, monkeypatch):
     reference = np.random.default_rng(0).integers(0, 64, (8, 5))
     np.save(tmp_path / "ref.npy", reference)
     prompts, answers = [], []
-    original = generate.speak
+    original = generate.generate_one
 
     def spy(model, tokenizer, prompt, **sampling):
         prompts.append(prompt)
         answers.append(original(model, tokenizer, prompt, **sampling))
         return answers[-1]
 
-    monkeypatch.setattr(generate, "speak", spy)
+    monkeypatch.setattr(generate, "generate_one", spy)
     argv = ["--ckpt", loud_dir, "--ref_audio", tmp_path / "ref.npy", "--ref_text", "me", *CODES, "--max_new_tokens", "25"]
     said = say(tmp_path, *argv, "--text", "One. Two. Three. Four.", "--chunk_words", 1)
     clips = [join(answer.codes, 8) for answer in answers]
@@ -245,6 +247,12 @@ def test_mistakes(toys, tmp_path, capsys):
     assert "--out a.mp3: expected a .wav or .npy file" in error("--text", "x", "--out", "a.mp3")
     assert "--lines: references, scene" in error("--lines", "l", "--scene", "s")
     assert "2 ref_audio but 1 ref_text" in error("--text", "x", "--ref_audio", "a", "b", "--ref_text", "t", *CODES)
+    assert "text: nothing follows [SPEAKER0]" in error("--text", "[SPEAKER0]", *CODES)
+    assert "text: nothing follows [SPEAKER1]" in error("--text", "[SPEAKER0] hi\n[SPEAKER1] ", *CODES)
+    one = ("--text", "x", "--ref_audio", "a.npy", *CODES)
+    assert "ref_audio without ref_text would be; give ref_text" in error(*one, "--system", "s")
+    assert "ref_audio without ref_text would be; give ref_text" in error(*one, "--system", "")
+    assert "where the scene would be; write the scene into it" in error("--text", "x", "--system", "s", "--scene", "r", *CODES)
     assert "no.npy does not exist" in error("--text", "x", "--ref_audio", "no.npy", *CODES)
     write_wav(tmp_path / "a.wav", 0.1)
     assert "no codec was given" in error("--text", "x", "--ref_audio", tmp_path / "a.wav", *CODES)
@@ -272,4 +280,25 @@ def test_a_silent_model_is_reported(toys, tmp_path, capsys):
     """An untrained model that writes text instead: no file, and an exit status that says so."""
     argv = ["--ckpt", str(toys / "checkpoint"), "--text", "x", *CODES, "--temperature", "0", "--max_new_tokens", "3"]
     assert generate.main([*argv, "--out", str(tmp_path / "a.npy")]) == 1
-    assert "nothing was said" in capsys.readouterr().err and not (tmp_path / "a.npy").exists()
+    assert "nothing was generated" in capsys.readouterr().err and not (tmp_path / "a.npy").exists()
+
+
+def test_what_was_written_is_said(loud_dir, tmp_path, capsys):
+    """The file, seconds of speech at 25 frames per second, and which lines were cut off."""
+    argv = ["--ckpt", str(loud_dir), *CODES, *GREEDY, "--force_audio"]
+    out = tmp_path / "a.npy"
+    assert generate.main([*argv, "--text", "hello", "--out", str(out)]) == 0
+    seconds = np.load(out).shape[1] / 25
+    assert f"wrote {out}: {seconds:.1f} s of speech in " in capsys.readouterr().out
+    lines = write_manifest(tmp_path / "l.jsonl", [{"text": "hello"}, {"text": "x", "id": "x"}])
+    assert generate.main([*argv, "--max_new_tokens", "12", "--lines", str(lines), "--out", str(tmp_path / "o")]) == 0
+    output = capsys.readouterr().out
+    frames = [np.load(tmp_path / "o" / name).shape[1] for name in ("00000.npy", "x.npy")]
+    assert f"wrote 2 clips to {tmp_path / 'o'}: {sum(frames) / 25:.1f} s of speech" in output
+    assert "2 of 2 did not end by themselves: 00000, x; see --max_new_tokens" in output
+
+
+def test_models_with_whisper_are_refused(toys, tmp_path, capsys):
+    demo.make_checkpoint(tmp_path / "w", encode_whisper_embed=True)
+    assert generate.main(["--ckpt", str(tmp_path / "w"), "--text", "x", *CODES]) == 2
+    assert "reads reference audio through Whisper (encode_whisper_embed)" in capsys.readouterr().err

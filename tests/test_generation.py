@@ -15,7 +15,7 @@ import loss
 import model_patch
 from collate import create_collator
 from common import CopyCollapseError
-from generate.speech import as_prompt, speak
+from generate.official import as_prompt, generate_one
 
 TURNS = [[("user", "first"), ("assistant", 11)], [("user", "second one"), ("assistant", 7)]]
 
@@ -65,7 +65,7 @@ def test_our_loss_regenerates_the_clips(trained, tokenizer):
     (model, value, scored), samples, prompts = trained
     assert value < 0.05
     for sample, prompt in zip(samples, prompts):
-        said = speak(model, tokenizer, prompt, max_new_tokens=60)
+        said = generate_one(model, tokenizer, prompt, max_new_tokens=60)
         assert said.stopped and len(said.codes) == 1
         assert torch.equal(said.codes[0], sample.audio_ids_concat)
     assert scored.sums.copy_share() < 0.1
@@ -79,7 +79,7 @@ def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):
     for sample, turns in zip(samples, TURNS):
         # Such a model does not even begin to speak; give it the first token, as the serve engine can.
         prompt = as_prompt(make_sample(tokenizer, turns[0]), tokenizer, force_audio=True)
-        said = speak(model, tokenizer, prompt, max_new_tokens=60)
+        said = generate_one(model, tokenizer, prompt, max_new_tokens=60)
         T = min(said.codes[0].shape[1], sample.audio_ids_concat.shape[1]) if said.codes else 0
         matching += (said.codes[0][:, :T] == sample.audio_ids_concat[:, :T]).sum().item() if T else 0
         compared += sample.audio_ids_concat.numel()
@@ -119,7 +119,7 @@ def test_supervised_pairs_are_the_sampled_ones(trained, tokenizer, monkeypatch):
     monkeypatch.setattr(HiggsAudioModel, "_sample_audio_tokens", spy)
     for sample, prompt in zip(samples, prompts):
         kept.clear()
-        speak(model, tokenizer, prompt, max_new_tokens=60)
+        generate_one(model, tokenizer, prompt, max_new_tokens=60)
         sampled = torch.stack(kept, dim=1)  # [K, columns 1 to the last]
         supervised = create_collator(model.config)([sample]).label_audio_ids[:, 1:] != loss.IGNORE_INDEX
         assert torch.equal(sampled, supervised)

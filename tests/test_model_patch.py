@@ -88,13 +88,13 @@ def test_activation_checkpointing_changes_nothing_but_the_work(config, tokenizer
 
 def test_generation_is_upstreams(config, tokenizer):
     """With a cache the patched model runs upstream's layers: generated codes are equal."""
-    from generate.speech import as_prompt, speak
+    from generate.official import as_prompt, generate_one
 
     model = make_model(config)
     prompt = case_samples("reference and target", tokenizer)[0]
     prompt.input_ids = prompt.input_ids[: (prompt.input_ids == config.audio_out_token_idx).nonzero()[0, 0]]
-    expected = speak(model, tokenizer, as_prompt_of(prompt), max_new_tokens=20)
-    spoken = speak(model_patch.patch_for_training(model), tokenizer, as_prompt_of(prompt), max_new_tokens=20)
+    expected = generate_one(model, tokenizer, as_prompt_of(prompt), max_new_tokens=20)
+    spoken = generate_one(model_patch.patch_for_training(model), tokenizer, as_prompt_of(prompt), max_new_tokens=20)
     assert expected.delayed and torch.equal(spoken.delayed[0], expected.delayed[0])
     assert as_prompt(prompt, tokenizer).label_ids is None
 

@@ -25,7 +25,7 @@ import model_patch
 import train
 from common import ConfigError
 from config import to_argv
-from generate.speech import as_prompt, speak
+from generate.official import as_prompt, generate_one
 from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
 from tools import toys as demo
@@ -121,20 +121,20 @@ def test_final_generates_what_the_trained_model_generates(lora_r, precision, toy
     prompt = first_prompt(toys, tokenizer)
     # FSDP cannot gather in inference mode, which generate() is decorated with; without gradients is all it needs.
     with torch.no_grad():
-        expected = speak(
+        expected = generate_one(
             trained, tokenizer, prompt, 30, generate=lambda **kw: HiggsAudioModel.generate.__wrapped__(trained, **kw)
         )
     if lora_r:
         base = HiggsAudioModel.from_pretrained(toys / "checkpoint").eval()
-        untrained = speak(base, tokenizer, prompt, 30)
+        untrained = generate_one(base, tokenizer, prompt, 30)
         loaded = PeftModel.from_pretrained(base, tmp_path / "o" / "final").eval()
-        said = speak(base, tokenizer, prompt, 30, generate=loaded.generate)
+        said = generate_one(base, tokenizer, prompt, 30, generate=loaded.generate)
         assert not torch.equal(said.delayed[0], untrained.delayed[0]), "the adapter has no effect"
     else:
         loaded = HiggsAudioModel.from_pretrained(tmp_path / "o" / "final").eval()
         if precision == "bf16":
             loaded = loaded.bfloat16()
-        said = speak(loaded, tokenizer, prompt, 30)
+        said = generate_one(loaded, tokenizer, prompt, 30)
     assert expected.delayed[0].shape[1] > 8
     assert torch.equal(said.delayed[0], expected.delayed[0]) and said.token_ids == expected.token_ids
 

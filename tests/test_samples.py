@@ -29,10 +29,10 @@ from tools import toys as demo
 # ---- teacher-forced and free-running, on any number of ranks
 
 
-def evaluate_and_listen(dist, argv: list[str]) -> tuple[list[dict], dict]:
-    """Two evaluations and a round of samples, as in the loop of train.py; also the codes that were said."""
-    # An untrained model would not speak by itself.
-    listen.as_prompt = functools.partial(speech.as_prompt, force_audio=True)
+def evaluate_and_sample(dist, argv: list[str]) -> tuple[list[dict], dict]:
+    """Two evaluations and a round of samples, as in the loop of train.py; also the samples' codes."""
+    # An untrained model would not answer with audio.
+    samples.as_prompt = functools.partial(official.as_prompt, force_audio=True)
     cfg = train.parse_config([*argv, "--output_dir", f"{argv[-1]}/{dist.world_size}"])
     records, val_records = train.read_records(cfg, dist)
     folder = Path(cfg.base_ckpt)
@@ -43,9 +43,9 @@ def evaluate_and_listen(dist, argv: list[str]) -> tuple[list[dict], dict]:
     figures = [train.evaluate(task, loader) for _ in range(2)]
     listener = train.build_listener(cfg, dist, config, loader.dataset)
     with train.evaluating(model):
-        figures.append(listener.listen(model, 7, dist))
-    said = listener.folder / "step_7"
-    return figures, {path.name: np.load(path) for path in said.glob("*.npy")}
+        figures.append(sampler.sample(model, 7, dist))
+    written = sampler.folder / "step_7"
+    return figures, {path.name: np.load(path) for path in written.glob("*.npy")}
 
 
 @pytest.mark.parametrize("num_records", [1, 5])
@@ -61,8 +61,8 @@ def test_figures_do_not_depend_on_ranks_or_repetition(num_records, toys, loud_di
     values = {"train_manifest": val, "val_manifest": val, "base_ckpt": loud_dir, "audio_tokenizer": "none", "lora_r": 0}
     values |= {"device": "cpu", "num_workers": 0, "sample_steps": 1, "num_samples": 3, "mixed_precision": "no"}
     argv = to_argv(values) + ["--codes_dir", str(tmp_path)]
-    ((one, codes),) = run_ranks(evaluate_and_listen, 1, argv)
-    two, again = run_ranks(evaluate_and_listen, 2, argv)
+    ((one, codes),) = run_ranks(evaluate_and_sample, 1, argv)
+    two, again = run_ranks(evaluate_and_sample, 2, argv)
     assert two[0] == again[0], "every rank knows the same figures"
     assert one[0] == one[1] and two[0][0] == two[0][1], "the same set each time"
     assert one[0].keys() >= {"text_accuracy", "codebook_accuracies", "eos_loss", "eos_accuracy", "copy_share"}
@@ -83,7 +83,7 @@ def test_sampling_in_a_run(toys, tmp_path):
     assert [line["step"] for line in lines] == [2, 3]
     assert lines[0].keys() >= {"stop_rate", "duration_ratio", "code_match", "num_samples"}
     for step in (2, 3):
-        results = metrics.read_results(tmp_path / "b" / "samples" / f"step_{step}")
+        results = read_results(tmp_path / "b" / "samples" / f"step_{step}")
         assert [r["name"] for r in results] == ["0", "1"] and "wav" not in results[0]
         target = np.load(tmp_path / "b" / "samples" / f"step_{step}" / results[0]["target_codes"])
         assert target.shape == (8, results[0]["target_frames"])
@@ -98,7 +98,7 @@ def test_mistakes(toys, tmp_path, capsys):
     assert "--audio_tokenizer" in error(audio_tokenizer=tmp_path)
     silent = tmp_path / "silent.jsonl"
     silent.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
-    assert "no record looked at ends with a spoken answer" in error(train_manifest=silent, audio_tokenizer="none")
+    assert "no record looked at ends with an audio answer" in error(train_manifest=silent, audio_tokenizer="none")
     if not importlib.util.find_spec("wandb"):
         assert "--wandb: No module named 'wandb'; pip install wandb" in error(wandb="project", audio_tokenizer="none")
 
@@ -107,9 +107,9 @@ def test_mistakes(toys, tmp_path, capsys):
 
 
 def test_word_errors():
-    assert word_errors([], ["a", "b"]) == 2 and word_errors(["a", "b"], []) == 2
-    assert word_errors(["the", "cat", "sat"], ["the", "cat", "sat"]) == 0
-    assert word_errors(["a", "cat", "sat", "down"], ["the", "cat", "sat"]) == 2
+    assert word_errors("", "a b") == (2, 2) and word_errors("a b", "") == (2, 0) and word_errors("", "") == (0, 0)
+    assert word_errors("The cat sat.", "the cat -- sat!") == (0, 3)
+    assert word_errors("a cat sat down", "the cat sat") == (2, 3)
     draw = random.Random(0)
 
     @functools.cache
@@ -120,8 +120,8 @@ def test_word_errors():
 
     for _ in range(50):
         a, b = ("".join(draw.choices("xyz", k=draw.randrange(7))) for _ in range(2))
-        assert word_errors(a, b) == slow(a, b)
-    assert speech.spoken_words("[SPEAKER0] Don't stop -- it's “good”!\n[SPEAKER1] 今天。") == [
+        assert word_errors(" ".join(a), " ".join(b)) == (slow(a, b), len(b))
+    assert words_of("[SPEAKER0] Don't stop -- it's “good”!\n[SPEAKER1] 今天。") == [
         "dont",
         "stop",
         "its",
@@ -191,17 +191,17 @@ def test_sounds_judgements_and_tensorboard(judges, codec_dir, toys, tmp_path):
     tokenizer = demo.make_tokenizer()
     config = demo.tiny_config(tokenizer)
     loader, _ = train.build_loaders(cfg, dist, config, tokenizer, *train.read_records(cfg, dist))
-    listener = Listener.build(cfg, loader.dataset, dist)
-    first, second = listener.prompts
+    sampler = Sampler.build(cfg, loader.dataset, dist)
+    first, second = sampler.prompts
     silence = torch.zeros((8, 0), dtype=torch.long)
-    figures = listener._keep(5, [(0, [first.target[:, :-1]], True, 0.1), (1, [silence], False, 0.1)])
+    figures = sampler._keep(5, [(0, [first.target[:, :-1]], True, 0.1), (1, [silence], False, 0.1)])
     assert figures["stop_rate"] == 0.5 and figures["exact_clips"] == 0
     assert -1 <= figures["speaker_similarity"] <= 1 and figures["word_error_rate"] > 0
     folder = tmp_path / "samples" / "step_5"
-    said, silent = metrics.read_results(folder)
+    said, silent = read_results(folder)
     samples, rate = soundfile.read(folder / said["wav"])
     assert rate == 24000 and len(samples) == pytest.approx((first.target.shape[1] - 1) * 960, abs=960)
-    assert "wav" not in silent and silent["word_errors"] == silent["words"] == len(speech.spoken_words(second.text))
+    assert "wav" not in silent and silent["word_errors"] == silent["words"] == len(words_of(second.text))
 
     kept = Monitor(tmp_path, {"lr": 1.0})
     kept.write(split="val", step=5, epoch=0, loss=0.5, codebook_losses=[0.25, None], eos_loss=None)
@@ -219,6 +219,15 @@ def test_sounds_judgements_and_tensorboard(judges, codec_dir, toys, tmp_path):
     assert events.Tags()["tensors"]  # the texts
 
 
+def test_samples_are_described_in_plain_words():
+    target = torch.zeros((2, 7), dtype=torch.long)
+    one = Score.of(target[:, :2], False, target)
+    assert describe(one.metrics()) == "1 sample: 0 ended by itself, 29 % of the target's length, 28.6 % of the codes right"
+    two = (one + Score.of(target, True, target)).metrics() | {"word_error_rate": 0.5, "speaker_similarity": 0.25}
+    assert describe(two).startswith("2 samples: 1 ended by themselves, 64 % of the target's length")
+    assert describe(two).endswith("50.0 % of the words wrong, speaker similarity 0.25")
+
+
 # ---- the figure
 
 
@@ -226,14 +235,14 @@ def test_codes_figure():
     target = np.arange(16).reshape(2, 8)
     said = target[:, :7].copy()
     said[1, 3] = 0
-    image = metrics.codes_figure(said, target)
+    image = codes_figure(said, target)
     wanted, spoken, differs = image[:2], image[3:5], image[6:]
     assert image.shape == (8, 8, 3)
     assert np.array_equal(wanted[:, :7][said == target[:, :7]], spoken[:, :7][said == target[:, :7]])
     assert len(np.unique(wanted.reshape(16, 3), axis=0)) == 16, "different codes, different colours"
-    red = (differs == metrics.DIFFERS).all(-1)
+    red = (differs == DIFFERS).all(-1)
     assert red.sum() == 3 and red[1, 3] and red[:, 7].all()
     assert (spoken[:, 7] == 255).all()
-    assert metrics.codes_figure(said[:, :0]).shape == (2, 0, 3)
-    assert metrics.codes_figure(said[:, :0], target).shape == (8, 8, 3)
-    assert np.array_equal(metrics.enlarge(image)[::6, :: 640 // 8], image)
+    assert codes_figure(said[:, :0]).shape == (2, 0, 3)
+    assert codes_figure(said[:, :0], target).shape == (8, 8, 3)
+    assert np.array_equal(enlarge(image)[::6, :: 640 // 8], image)

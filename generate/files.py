@@ -1,0 +1,60 @@
+"""What generation writes: clips as codes (.npy) and as sound, and results.jsonl.
+
+Legend: K codebooks, T frames.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+RESULTS_FILE = "results.jsonl"
+
+
+def decode(codec, codes: Tensor) -> np.ndarray:
+    """Codes [K, T] -> mono float32 samples at `codec.sampling_rate`."""
+    with torch.no_grad():
+        return codec.decode(codes[None])[0, 0]
+
+
+def write_clip(path: Path, codes: Tensor, codec=None) -> None:
+    """Codes [K, T] as .npy, or decoded in the format that the suffix names to libsndfile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, codes.numpy().astype(np.int16))
+    else:
+        soundfile.write(path, decode(codec, codes), codec.sampling_rate)
+
+
+def write_only(path: Path, codes: Tensor, codec=None) -> dict[str, str]:
+    """`path` itself, unless T is 0; returns its name."""
+    if codes.shape[1]:
+        write_clip(path, codes, codec)
+    return {"file": path.name} if codes.shape[1] else {}
+
+
+def write_both(path: Path, codes: Tensor, codec=None) -> dict[str, str]:
+    """`path`.npy, and with a codec `path`.wav; returns the names of the files, by kind."""
+    kinds = {"codes": ".npy"} | ({"wav": ".wav"} if codec is not None and codes.shape[1] else {})
+    files = {kind: path.name + suffix for kind, suffix in kinds.items()}
+    for name in files.values():
+        write_clip(path.parent / name, codes, codec)
+    return files
+
+
+def write_results(folder: Path, results: Sequence[dict]) -> None:
+    """FOLDER/results.jsonl: one object per clip; files are named relative to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS_FILE).write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+
+
+def file_name(name: str) -> str:
+    """A name that is safe as a file's."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80] or "clip"

@@ -1,0 +1,203 @@
+"""What to generate: lines of a file or of the command line, records of a manifest; long texts in chunks.
+
+A line is {"text": ..., "ref_audio": path or list, "ref_text": text or list, "scene": ...,
+"system": ..., "id": ..., "seed": ...}, of which only the text is needed, or a ChatML record.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import DataError
+from generate.files import file_name
+from generate.scores import WORD
+from prepare.manifest import AudioPart, Record, parse_record, read_manifest
+
+INSTRUCTION = "Generate audio following instruction."
+LINE_KEYS = ("text", "ref_audio", "ref_text", "scene", "system", "id", "seed")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One text to generate."""
+
+    name: str  # of its files
+    turns: list[dict]  # ChatML before the text
+    chunks: list[Any]  # contents of user turns, each answered after the one before
+    folder: Path  # what relative audio paths start from
+    source: str  # for messages
+    seed: int | None = None
+    target: list[AudioPart] = field(default_factory=list)  # the right answer, where that is known
+    kind: str = "records"  # by which scores are grouped
+
+    def record(self, history: Sequence[dict], chunk: Any) -> Record:
+        """The prompt of a chunk; raises DataError naming the problem."""
+        turns = [*self.turns, *history, {"role": "user", "content": chunk}]
+        return parse_record({"messages": turns}, self.folder, self.source, to_train=False)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(last_text(self.record([], chunk)) for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How long texts are cut; 0 for any number."""
+
+    words: int = 0
+    turns: int = 0
+
+
+def read_lines(path: Path, chunking: Chunking) -> list[Line]:
+    """The lines of a JSON or JSONL file; raises DataError."""
+    manifest = read_manifest(path)
+    lines = []
+    for index in range(len(manifest)):
+        source, value = manifest.value(index)
+        name = f"{index:05d}"
+        if isinstance(value, dict) and "messages" in value:
+            lines.append(line_of_record(value, name, manifest.folder, source))
+        else:
+            lines.append(line_of_request(value, name, manifest.folder, source, chunking))
+    names = [line.name for line in lines]
+    twice = next((line for line in lines if names.count(line.name) > 1), None)
+    if twice:
+        raise DataError(f"{twice.source}: id: several lines are called {twice.name}; give each its own")
+    return lines
+
+
+def line_of_record(value: dict, name: str, folder: Path, source: str) -> Line:
+    """A ChatML record; its last answer, if it has one, is the target."""
+    record = parse_record(value, folder, source, to_train=False)
+    prompt, target = split_answer(record)
+    turns = value["messages"][: len(prompt.chatml.messages)]
+    if not turns or turns[-1]["role"] != "user":
+        raise DataError(f"{source}: messages: the answer has to follow a user turn, the text to generate")
+    kind = str((record.chatml.misc or {}).get("kind", Line.kind))
+    return Line(name, turns[:-1], [turns[-1]["content"]], folder, source, target=target, kind=kind)
+
+
+def line_of_request(value: Any, name: str, folder: Path, source: str, chunking: Chunking) -> Line:
+    """A text with its references; see this file's docstring."""
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
+        raise DataError(f'{source}: expected {{"text": ...}} or a ChatML record with `messages`')
+    unknown = set(value) - set(LINE_KEYS)
+    if unknown:
+        raise DataError(f"{source}: unknown keys {sorted(unknown)}; a line has {', '.join(LINE_KEYS)}")
+    seed = value.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise DataError(f"{source}: seed: expected a whole number, 0 or more, found {seed!r}")
+    clips, texts = (_as_list(value.get(key), f"{source}: {key}") for key in ("ref_audio", "ref_text"))
+    scene, system = value.get("scene") or "", value.get("system")
+    if problem := _contradiction(clips, texts, scene, system):
+        raise DataError(f"{source}: {problem}")
+    try:
+        chunks = split_text(value["text"], chunking)
+    except ValueError as error:
+        raise DataError(f"{source}: text: {error}") from None
+    turns = context(clips, texts, scene, system)
+    return Line(file_name(str(value.get("id", name))), turns, chunks, folder, source, seed)
+
+
+def _as_list(value: Any, what: str) -> list[str]:
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+        raise DataError(f"{what}: expected text, or a list with one for each speaker")
+    return values
+
+
+def _contradiction(clips: Sequence[str], texts: Sequence[str], scene: str, system: str | None) -> str:
+    """What of these would be ignored, "" for nothing."""
+    if texts and len(texts) != len(clips):
+        return f"{len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none"
+    if system is not None and scene:
+        return "system replaces the system turn, where the scene would be; write the scene into it"
+    if system is not None and clips and not texts:
+        return "system replaces the system turn, where ref_audio without ref_text would be; give ref_text as well"
+    return ""
+
+
+def context(clips: Sequence[str], texts: Sequence[str], scene: str = "", system: str | None = None) -> list[dict]:
+    """The turns before the text, phrased as the official inference phrases them.
+
+    clips, texts: a reference clip for each speaker, and their transcripts; or no transcripts
+    system:       the system turn's text instead of the official one; "" for no such turn
+    """
+    parts = [{"type": "audio", "audio_url": path} for path in clips]
+    exchanges = []
+    for number, (clip, text) in enumerate(zip(parts, texts)):
+        tag = f"[SPEAKER{number}] " if len(parts) > 1 else ""
+        exchanges += [{"role": "user", "content": tag + text}, {"role": "assistant", "content": clip}]
+    if system is not None:
+        content: Any = system
+    elif parts and not texts:
+        content = [f"{INSTRUCTION}\n\n<|scene_desc_start|>\n" + (f"{scene}\n\n" if scene else "")]
+        for number, clip in enumerate(parts):
+            content += [f"SPEAKER{number}: ", clip, "\n"]
+        content[-1] += "<|scene_desc_end|>"
+    elif scene:
+        content = f"{INSTRUCTION}\n\n<|scene_desc_start|>\n{scene}\n<|scene_desc_end|>"
+    else:
+        content = "" if parts else INSTRUCTION
+    return [{"role": "system", "content": content}, *exchanges] if content else exchanges
+
+
+def split_answer(record: Record) -> tuple[Record, list[AudioPart]]:
+    """The record without the assistant's last turn, and that turn's clips; all of it if the user's turn is last."""
+    turns = record.chatml.messages
+    if turns[-1].role != "assistant":
+        return record, []
+    prompt = record.cropped(len(turns) - 1)
+    return prompt, record.audio[len(prompt.audio) :]
+
+
+def last_text(record: Record) -> str:
+    """The text of the last turn."""
+    content = record.chatml.messages[-1].content
+    parts = content if isinstance(content, list) else [content]
+    return "".join(part if isinstance(part, str) else getattr(part, "text", "") for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long texts
+
+SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?:\s+|$)|[。！？]+\s*|\n\s*\n|$)", re.DOTALL)
+TURN = re.compile(r"^(?=[ \t]*\[SPEAKER\d+\])", re.MULTILINE)
+TAG = re.compile(r"\s*(\[SPEAKER\d+\]\s*)?")
+
+
+def split_text(text: str, chunking: Chunking = Chunking()) -> list[str]:
+    """Chunks of at most so many words and speaker turns, cut between turns, else between sentences, else between words.
+
+    A chunk that begins inside a turn begins with its `[SPEAKERn]` again.
+    raises: ValueError for a speaker tag without a text
+    """
+    chunks: list[str] = []
+    words = turns = 0
+    for turn in filter(str.strip, TURN.split(text)):
+        tag = TAG.match(turn)
+        if not turn[tag.end() :]:
+            raise ValueError(f"nothing follows {turn.strip()}")
+        for index, piece in enumerate(_pieces(turn[tag.end() :], chunking.words)):
+            opens, size = index == 0, len(WORD.findall(piece))
+            if chunks and words + size <= (chunking.words or math.inf) and not (opens and turns == chunking.turns > 0):
+                chunks[-1] += (tag[1] or "") + piece if opens else piece
+                words, turns = words + size, turns + opens
+            else:
+                chunks.append((tag[1] or "") + piece)
+                words, turns = size, 1
+    return [chunk.strip() for chunk in chunks]
+
+
+def _pieces(text: str, max_words: int) -> Iterator[str]:
+    """Sentences with the space after them, and sentences of more than `max_words` in parts."""
+    for sentence in SENTENCE.findall(text):
+        starts = [match.start() for match in WORD.finditer(sentence)]
+        bounds = [0, *starts[max_words::max_words], len(sentence)] if max_words else [0, len(sentence)]
+        yield from (sentence[start:stop] for start, stop in itertools.pairwise(bounds) if start < stop)

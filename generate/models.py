@@ -1,0 +1,72 @@
+"""A model to generate with: a full checkpoint, an adapter beside its base or merged, a training checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from peft import inject_adapter_in_model, set_peft_model_state_dict
+from torch import Tensor
+from transformers import GenerationConfig
+
+import checkpoint
+import model_patch
+from common import CheckpointError
+from export import layouts
+from export.merge import merged
+from export.read import ADAPTER_PREFIX, Adapter, Full, open_model
+
+
+def load_model(
+    ckpt: str, base_ckpt: str, revision: str | None, dtype: torch.dtype | None, device: torch.device, merge_lora: bool = False
+) -> tuple[HiggsAudioModel, Any]:
+    """(model, tokenizer) of a full checkpoint in either layout, of an adapter and its base, or of a training checkpoint.
+
+    base_ckpt, revision: an adapter's base, where that is not what the adapter names
+    dtype:               None for the checkpoint's
+    raises: CheckpointError
+    """
+    source = open_model(checkpoint.find_base(ckpt, revision))
+    if isinstance(source, Full):
+        return load_full(source, ((name, source.read(name)) for name in source.shapes), dtype, device), source.tokenizer
+    base = open_model(checkpoint.find_base(base_ckpt or source.base, revision or source.lora.revision))
+    if not isinstance(base, Full):
+        raise CheckpointError(f"{base.folder}: an adapter cannot be the base of another; give --base_ckpt")
+    if merge_lora:
+        return load_full(base, merged(source, base), dtype, device), base.tokenizer
+    model = load_full(base, ((name, base.read(name)) for name in base.shapes), dtype, device)
+    insert_adapter(source, model)
+    return model, base.tokenizer
+
+
+def load_full(
+    base: Full, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> HiggsAudioModel:
+    """The official model with these weights, which go to the device one tensor at a time; dtype None is the checkpoint's."""
+    if base.config.encode_whisper_embed:
+        raise CheckpointError(
+            f"{base.folder}: reads reference audio through Whisper (encode_whisper_embed), which can be trained but not "
+            "generated with here; upstream's examples/generation.py can"
+        )
+    model = model_patch.build_on_meta(base.config)
+    checkpoint.check_base(model, base.config_folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or base.config.torch_dtype or torch.float32)
+    model_patch.materialize(model, torch.device(device))
+    targets = dict(model.named_parameters())
+    for name, tensor in named:
+        if name in targets:  # a checkpoint may hold more than the model
+            targets[name].data.copy_(tensor)
+    if layouts.layout_of(base.config_folder) == "boson" and (base.config_folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base.config_folder)
+    return model.eval()
+
+
+def insert_adapter(adapter: Adapter, model: HiggsAudioModel) -> None:
+    """PEFT's own adapter layers, with the adapter's weights."""
+    inject_adapter_in_model(adapter.lora, model)
+    weights = {name.removeprefix(ADAPTER_PREFIX): adapter.read(name) for name in adapter.shapes}
+    set_peft_model_state_dict(model, weights)
+    model.eval()
