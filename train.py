@@ -61,7 +61,7 @@ from distributed import (
 )
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
-from generate.samples import Listener
+from generate.samples import Sampler, describe
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
@@ -451,7 +451,7 @@ class Run:
     total_steps: int
     resumed_from: Path | None = None
     monitor: Monitor | None = None
-    sampler: Listener | None = None
+    sampler: Sampler | None = None
     saver: checkpoint.Saver | None = None
 
     @property
@@ -505,7 +505,7 @@ def start(run: Run) -> TrainState:
     settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples)
     run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main))
     if cfg.sample_steps:
-        run.sampler = build_listener(cfg, dist, run.config, (run.val_loader or run.loader).dataset)
+        run.sampler = build_sampler(cfg, dist, run.config, (run.val_loader or run.loader).dataset)
     run.saver = checkpoint.Saver(run.output_dir / "checkpoints", task.model, task.optimizer, cfg.keep_last)
     if cfg.memory_snapshot:
         torch.cuda.memory._record_memory_history()
@@ -540,11 +540,11 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
     return record
 
 
-def build_listener(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Listener:
+def build_sampler(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Sampler:
     """What generates a few samples every --sample_steps. Collective."""
     if config.encode_whisper_embed:
         raise ConfigError("--sample_steps: this checkpoint reads references through Whisper, which sampling lacks")
-    sampler = dist.together(lambda: Listener.build(cfg, dataset, dist))
+    sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
     log(dist, f"{len(sampler.prompts)} prompts are sampled every {cfg.sample_steps} steps, into {sampler.folder}")
     return sampler
 
@@ -670,12 +670,12 @@ def sample(run: Run, state: TrainState) -> None:
     """Generate the samples, log and keep them. Collective."""
     dist = run.task.dist
     with averaged(run.task.optimizer), evaluating(run.task.model):
-        values = run.sampler.listen(run.task.model, state.step, dist)
+        values = run.sampler.sample(run.task.model, state.step, dist)
     state.sampled = state.step
     run.monitor.write(split="sample", step=state.step, epoch=state.position.epoch, **values)
     if dist.is_main:
         run.monitor.write_samples(state.step, run.sampler.folder / f"step_{state.step}")
-    log(dist, f"step {state.step}: samples {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
+    log(dist, f"step {state.step}: {describe(values)}")
 
 
 def check_readable(batches: Sequence[Batch], max_bad_samples: int, dist: Dist) -> None:

@@ -133,7 +133,7 @@ def _predict(model: HiggsAudioModel, tokenizer, batches: list, prompts: list) ->
         output = model(**batch.model_inputs())
         text.append(output.logits[:, :-1][output.expanded_labels[:, 1:] != IGNORE_INDEX].float())
         audio.append(output.audio_logits[:-1][batch.label_audio_ids.T[1:] != IGNORE_INDEX].float())
-    answers = [speak(model, tokenizer, prompt, longest) for prompt, longest in prompts]
+    answers = [generate_one(model, tokenizer, prompt, longest) for prompt, longest in prompts]
     return Predictions(torch.cat(text), torch.cat(audio), [answer.codes[0] for answer in answers])
 
 

@@ -14,7 +14,7 @@ from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 from collate import create_collator
 from common import CollateError
-from generate.speech import official_collator
+from generate.official import official_collator
 from tools import toys as demo
 
 TOWER = {

@@ -93,7 +93,7 @@ def test_teacher_forced_argmax_is_what_generate_says(trained, config, tokenizer)
     (model, _, scored), _, prompts = trained
     supervised = scored.audio.labels[:-1].T != loss.IGNORE_INDEX  # [K, N - 1]
     argmax = scored.audio_logits[:-1].argmax(-1).T
-    generated = torch.cat([speak(model, tokenizer, prompt, max_new_tokens=60).delayed[0] for prompt in prompts], dim=1)
+    generated = torch.cat([generate_one(model, tokenizer, prompt, max_new_tokens=60).delayed[0] for prompt in prompts], dim=1)
     assert generated.shape[1] == supervised.shape[1] + 1
     assert torch.equal(generated[:, 1:][supervised], argmax[supervised])
 

@@ -20,10 +20,11 @@ import checkpoint
 import train
 from common import ConfigError
 from config import to_argv
-from generate import samples as listen
-from generate import speech
-from generate.samples import Listener, SpeakerSimilarity, Transcriber, word_errors
-from metrics import Monitor
+from generate import official, samples
+from generate.judges import SpeakerSimilarity, Transcriber
+from generate.samples import Sampler, describe
+from generate.scores import Score, word_errors, words_of
+from metrics import DIFFERS, Monitor, codes_figure, enlarge, read_results
 from tools import toys as demo
 
 # ---- teacher-forced and free-running, on any number of ranks
@@ -41,7 +42,7 @@ def evaluate_and_sample(dist, argv: list[str]) -> tuple[list[dict], dict]:
     model, _ = train.build_model(cfg, dist, config, folder)
     task = train.Task(model, None, train.build_objective(cfg, config), train.LabelSpec.of(config), dist)
     figures = [train.evaluate(task, loader) for _ in range(2)]
-    listener = train.build_listener(cfg, dist, config, loader.dataset)
+    sampler = train.build_sampler(cfg, dist, config, loader.dataset)
     with train.evaluating(model):
         figures.append(sampler.sample(model, 7, dist))
     written = sampler.folder / "step_7"

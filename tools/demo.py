@@ -21,7 +21,7 @@ from common import write_whole
 from config import to_argv
 from distributed import says_errors
 from generate import __main__ as generate
-from generate.speech import Score
+from generate.scores import Score, table
 from tools import report, toys
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +77,7 @@ def clones(scores: dict[str, Score]) -> Score:
 
 
 def print_scores(title: str, scores: dict[str, Score]) -> None:
-    print(f"{title}\n{generate.table(scores | {'zero-shot clones, together': clones(scores)})}", flush=True)
+    print(f"{title}\n{table(scores | {'zero-shot clones, together': clones(scores)})}", flush=True)
 
 
 def figures(scores: dict[str, Score]) -> dict[str, dict]:
