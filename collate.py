@@ -406,12 +406,13 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
                 "that no text contains these tokens literally"
             )
         clamped.append(f"{problem}; it does not train")
-        return dataclasses.replace(
-            sample,
-            **_repeat_last_codes(sample, extra_codes, self.audio_num_codebooks),
-            **_repeat_last_waveform(sample, extra_waveforms),
-            label_ids=None if sample.label_ids is None else torch.full_like(sample.label_ids, IGNORE_INDEX),
-        )
+        labels = None if sample.label_ids is None else torch.full_like(sample.label_ids, IGNORE_INDEX)
+        repaired = dataclasses.replace(sample, label_ids=labels, audio_label_ids_concat=None)
+        _repeat_last(repaired, "ids", extra_codes, nothing=torch.zeros((self.audio_num_codebooks, 1), dtype=torch.long))
+        _repeat_last(repaired, "waveforms", extra_waveforms, nothing=torch.zeros(1))
+        rates = [*sample.audio_sample_rate.tolist(), *[16000.0] * extra_waveforms]  # nothing trains: any rate will do
+        repaired.audio_sample_rate = torch.tensor(rates[: len(repaired.audio_waveforms_start)])
+        return repaired
 
     def _cut_long_audio(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
         """Give each chunk of a long audio-in clip its own `<|audio_bos|><|AUDIO|><|audio_eos|>`, codes and waveform.
@@ -505,35 +506,15 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
             batch.audio_feature_attention_mask = torch.zeros((0, frames), dtype=torch.int32)
 
 
-def _repeat_last_codes(sample: ChatMLDatasetSample, count: int, num_codebooks: int) -> dict[str, Tensor]:
-    """The sample's codes and their starts with `count` more clips; a frame of zeros where there is none to repeat."""
+def _repeat_last(sample: ChatMLDatasetSample, kind: str, count: int, nothing: Tensor) -> None:
+    """Add `count` clips ("ids" or "waveforms") to a sample: its last one again, `nothing` where it has none."""
     if not count:
-        return {}
-    num_clips = len(sample.audio_ids_start)
-    last = sample.get_audio_codes(num_clips - 1) if num_clips else torch.zeros((num_codebooks, 1), dtype=torch.long)
-    ends = sample.audio_ids_concat.shape[1] + last.shape[1] * torch.arange(count)
-    changes = {
-        "audio_ids_concat": torch.cat([sample.audio_ids_concat, *[last] * count], dim=1),
-        "audio_ids_start": torch.cat([sample.audio_ids_start, ends]),
-    }
-    if sample.audio_label_ids_concat is not None:
-        changes["audio_label_ids_concat"] = torch.cat([sample.audio_label_ids_concat, *[last] * count], dim=1)
-    return changes
-
-
-def _repeat_last_waveform(sample: ChatMLDatasetSample, count: int) -> dict[str, Tensor]:
-    """The sample's waveforms with `count` more; a sample of silence where there is none to repeat."""
-    if not count:
-        return {}
-    last, rate = torch.zeros(1), torch.tensor(16000.0)
-    if len(sample.audio_waveforms_start):
-        last, rate = sample.get_wv(len(sample.audio_waveforms_start) - 1)
-    ends = len(sample.audio_waveforms_concat) + len(last) * torch.arange(count)
-    return {
-        "audio_waveforms_concat": torch.cat([sample.audio_waveforms_concat, *[last] * count]),
-        "audio_waveforms_start": torch.cat([sample.audio_waveforms_start, ends]),
-        "audio_sample_rate": torch.cat([sample.audio_sample_rate, rate.expand(count)]),
-    }
+        return
+    whole, begins = (getattr(sample, f"audio_{kind}_{name}") for name in ("concat", "start"))
+    pieces = list(torch.tensor_split(whole, begins[1:], dim=-1)) if len(begins) else []
+    pieces += [pieces[-1] if pieces else nothing] * count
+    setattr(sample, f"audio_{kind}_concat", torch.cat(pieces, dim=-1))
+    setattr(sample, f"audio_{kind}_start", starts(pieces))
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:
@@ -596,26 +577,17 @@ def _feature_extractor(config: HiggsAudioConfig) -> WhisperFeatureExtractor:
 
 
 def main() -> None:
-    """A text of three tokens and a clip of four frames: what goes in, what is predicted, what is fed."""
+    """A text of three tokens and a clip of four frames: what is fed, and its labels."""
     config = HiggsAudioConfig(skip_audio_tower=True, encode_audio_in_tokens=True, use_delay_pattern=True)
-    text, clip = [11, 12, 13], config.audio_out_token_idx
-    empty = torch.zeros(0, dtype=torch.long)
-    sample = ChatMLDatasetSample(
-        input_ids=torch.tensor([*text, clip, 14]),
-        label_ids=torch.tensor([IGNORE_INDEX] * len(text) + [clip, 14]),
-        audio_ids_concat=torch.arange(4).expand(config.audio_num_codebooks, 4),
-        audio_ids_start=torch.tensor([0]),
-        audio_waveforms_concat=torch.zeros(0),
-        audio_waveforms_start=empty,
-        audio_sample_rate=torch.zeros(0),
-        audio_speaker_indices=empty,
-    )
+    clip, K = config.audio_out_token_idx, config.audio_num_codebooks
+    ids, labels = torch.tensor([11, 12, 13, clip, 14]), torch.tensor([-100, -100, -100, clip, 14])
+    sample = ChatMLDatasetSample(ids, labels, torch.arange(4).expand(K, 4), torch.tensor([0]), *[None] * 4)
     batch = create_collator(config)([sample])
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
             print(f"{name:30} {tuple(value.shape)} {value.dtype}")
-    text_targets, audio_targets = batch.num_targets()
-    print(f"\ntext targets {text_targets.item()}, audio targets per codebook {audio_targets.tolist()}")
+    text, audio = batch.num_targets()
+    print(f"\ntext targets {text.item()}, audio targets per codebook {audio.tolist()}")
     print(f"fed, a row per codebook:\n{batch.audio_out_ids}\nlabels:\n{batch.label_audio_ids}")
 
 

@@ -8,7 +8,6 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
-import colorsys
 import importlib.util
 import json
 import math
@@ -18,9 +17,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import soundfile
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
@@ -33,7 +31,8 @@ from common import ConfigError, json_safe, write_whole
 from distributed import Dist
 from loss import LossSums, Objective, Summable
 
-AGREES, DIFFERS, NOTHING = (214, 224, 214), (200, 60, 50), (255, 255, 255)
+if TYPE_CHECKING:
+    from generate.pictures import Medium
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A step's figures
@@ -191,16 +190,21 @@ def read_dump(path: Path) -> tuple[dict[str, Any], list[Batch]]:
 
 
 class Monitor:
-    """One run's figures and samples.
+    """One run's figures: OUTPUT/metrics.jsonl, one JSON object a line, and the same in TensorBoard and Weights & Biases.
 
     settings:   the run's, for the record
     steps_done: what a resumed run repeats after that is dropped
     project:    of Weights & Biases; "" for none
+    is_main:    other ranks write nothing
     """
 
     def __init__(self, output_dir: Path, settings: dict, steps_done: int = 0, project: str = "", is_main: bool = True):
-        self.metrics = MetricsFile(output_dir / "metrics.jsonl", steps_done, is_main)
+        self.path = output_dir / "metrics.jsonl"
+        self.is_main = is_main
         self.sinks: list[TensorBoard | WeightsAndBiases] = []
+        if is_main and self.path.exists():  # a resumed run repeats the steps after its checkpoint
+            kept = "".join(f"{line}\n" for line in self.path.read_text().splitlines() if _step_of(line) <= steps_done)
+            write_whole(self.path, lambda file: file.write(kept.encode()))
         if is_main and importlib.util.find_spec("tensorboard"):
             self.sinks.append(TensorBoard(output_dir / "tensorboard", settings, steps_done))
         if is_main and project:
@@ -208,15 +212,24 @@ class Monitor:
 
     def write(self, *, split: str, step: int, **values: Any) -> None:
         """One line of metrics.jsonl; numbers and lists of numbers are curves elsewhere."""
-        self.metrics.write(split=split, step=step, **values)
+        if not self.is_main:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(json_safe({"split": split, "step": step, **values}), allow_nan=False) + "\n")
         curves = {f"{split}/{name}": value for name, value in flatten(values)}
         for sink in self.sinks:
             sink.write(step, curves)
 
-    def write_samples(self, step: int, folder: Path) -> None:
-        """What the results.jsonl in `folder` describes, to be seen and heard."""
+    def write_samples(self, step: int, media: Sequence[Medium]) -> None:
         for sink in self.sinks:
-            sink.write_samples(step, folder, read_results(folder))
+            sink.write_samples(step, media)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:  # the last line of a run that was cut off
+        return math.inf
 
 
 def flatten(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -227,13 +240,8 @@ def flatten(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
                 yield name + suffix, item
 
 
-def read_results(folder: Path) -> list[dict]:
-    """The lines of a folder's results.jsonl."""
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 class TensorBoard:
-    """Scalars; the settings and each prompt's text; what was said beside its target and reference, as a figure and a sound."""
+    """Curves and the settings; of each sample its text, its codes as a picture, and its sounds."""
 
     def __init__(self, folder: Path, settings: dict, steps_done: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -245,14 +253,13 @@ class TensorBoard:
         for name, value in curves.items():
             self.writer.add_scalar(name, value, step)
 
-    def write_samples(self, step: int, folder: Path, results: Sequence[dict]) -> None:
-        for result in results:
-            tag = f"samples/{result['name']}"
-            self.writer.add_text(f"{tag}/text", result["text"], step)
-            self.writer.add_image(f"{tag}/codes", enlarge(figure(folder, result)), step, dataformats="HWC")
-            for kind, name in sounds(result):
-                samples, rate = soundfile.read(folder / name, dtype="float32")
-                self.writer.add_audio(f"{tag}/{kind}", samples[None], step, sample_rate=rate)
+    def write_samples(self, step: int, media: Sequence[Medium]) -> None:
+        for medium in media:
+            self.writer.add_text(f"{medium.tag}/text", medium.text, step)
+            self.writer.add_image(f"{medium.tag}/codes", medium.picture, step, dataformats="HWC")
+            for kind, path in medium.sounds.items():
+                samples, rate = soundfile.read(path, dtype="float32")
+                self.writer.add_audio(f"{medium.tag}/{kind}", samples[None], step, sample_rate=rate)
         self.writer.flush()
 
 
@@ -260,103 +267,26 @@ class WeightsAndBiases:
     """The same at wandb.ai, or in OUTPUT/wandb with WANDB_MODE=offline."""
 
     def __init__(self, output_dir: Path, settings: dict, project: str):
-        self.wandb = import_wandb()
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(f"--wandb: {error}; pip install wandb, or leave the flag out") from None
+        self.wandb = wandb
         kept = output_dir / ".wandb-id"  # a resumed run goes on in the same place
         if not kept.is_file():
             kept.write_text(uuid.uuid4().hex[:12])
         where = {"project": project, "name": output_dir.name, "dir": str(output_dir)}
         try:
-            self.run = self.wandb.init(**where, config=settings, id=kept.read_text(), resume="allow")
-        except self.wandb.Error as error:  # not logged in, no network
+            self.run = wandb.init(**where, config=settings, id=kept.read_text(), resume="allow")
+        except wandb.Error as error:  # not logged in, no network
             raise ConfigError(f"--wandb {project}: {error}; or keep it here with WANDB_MODE=offline") from None
 
     def write(self, step: int, curves: dict[str, float]) -> None:
         self.run.log(curves, step=step)
 
-    def write_samples(self, step: int, folder: Path, results: Sequence[dict]) -> None:
-        media = {}
-        for result in results:
-            tag = f"samples/{result['name']}"
-            media[f"{tag}/codes"] = self.wandb.Image(enlarge(figure(folder, result)), caption=result["text"])
-            for kind, name in sounds(result):
-                media[f"{tag}/{kind}"] = self.wandb.Audio(str(folder / name), caption=result["text"])
-        self.run.log(media, step=step)
-
-
-def import_wandb() -> Any:
-    """raises: ConfigError where it cannot be imported"""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(f"--wandb: {error}; pip install wandb, or leave the flag out") from None
-    return wandb
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object per optimizer step and per evaluation, written by rank 0."""
-
-    def __init__(self, path: Path, steps_done: int, is_main: bool):
-        self.path = path
-        self.is_main = is_main
-        if is_main and path.exists():  # a resumed run repeats the steps after its checkpoint
-            kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if _step_of(line) <= steps_done)
-            write_whole(path, lambda file: file.write(kept.encode()))
-
-    def write(self, **values: Any) -> None:
-        if self.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(json_safe(values), allow_nan=False) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:  # the last line of a run that was cut off
-        return math.inf
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples
-
-
-def sounds(result: dict) -> list[tuple[str, str]]:
-    """(what, file) of the wavs of a line of results.jsonl."""
-    kinds = (("said", "wav"), ("target", "target_wav"), ("reference", "reference_wav"))
-    return [(kind, result[key]) for kind, key in kinds if key in result]
-
-
-def figure(folder: Path, result: dict) -> np.ndarray:
-    """`codes_figure` of a line of results.jsonl."""
-    codes = np.load(folder / result["codes"], allow_pickle=False)
-    target = np.load(folder / result["target_codes"], allow_pickle=False) if "target_codes" in result else None
-    return codes_figure(codes, target)
-
-
-def codes_figure(codes: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
-    """What was said against its target: the target's codes, the codes said, and below where they differ (red).
-
-    codes, target: [K, T], of different T perhaps
-    returns: [rows, T, 3] uint8, a pixel for a code, equal codes in equal colours; without a target the codes alone
-    """
-    if target is None:
-        return paint(codes)
-    T = max(codes.shape[1], target.shape[1])
-    said, wanted = (np.pad(c.astype(np.int64), ((0, 0), (0, T - c.shape[1])), constant_values=-1) for c in (codes, target))
-    agreement = np.where((said == wanted)[..., None], np.uint8(AGREES), np.uint8(DIFFERS))
-    gap = np.full((1, T, 3), NOTHING, np.uint8)
-    return np.concatenate([paint(wanted), gap, paint(said), gap, agreement])
-
-
-def paint(codes: np.ndarray) -> np.ndarray:
-    """[K, T] -> [K, T, 3] uint8: neighbouring codes get distant hues, and a missing code (-1) is white."""
-    palette = [
-        colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.35 + 0.4 * (code % 3) / 2, 0.92)
-        for code in range(np.max(codes, initial=0) + 1)
-    ]
-    colours = np.array([*(tuple(round(255 * part) for part in colour) for colour in palette), NOTHING], np.uint8)
-    return colours[codes]
-
-
-def enlarge(image: np.ndarray) -> np.ndarray:
-    """Every pixel as a block of pixels, so that a figure of few frames is wide as well."""
-    return image.repeat(6, axis=0).repeat(max(4, 640 // max(1, image.shape[1])), axis=1)
+    def write_samples(self, step: int, media: Sequence[Medium]) -> None:
+        found = {f"{medium.tag}/codes": self.wandb.Image(medium.picture, caption=medium.text) for medium in media}
+        for medium in media:
+            for kind, path in medium.sounds.items():
+                found[f"{medium.tag}/{kind}"] = self.wandb.Audio(str(path), caption=medium.text)
+        self.run.log(found, step=step)

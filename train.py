@@ -61,6 +61,7 @@ from distributed import (
 )
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
+from generate.pictures import media
 from generate.samples import Sampler, describe
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
@@ -674,7 +675,7 @@ def sample(run: Run, state: TrainState) -> None:
     state.sampled = state.step
     run.monitor.write(split="sample", step=state.step, epoch=state.position.epoch, **values)
     if dist.is_main:
-        run.monitor.write_samples(state.step, run.sampler.folder / f"step_{state.step}")
+        run.monitor.write_samples(state.step, media(run.sampler.folder / f"step_{state.step}"))
     log(dist, f"step {state.step}: {describe(values)}")
 
 

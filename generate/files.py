@@ -55,6 +55,11 @@ def write_results(folder: Path, results: Sequence[dict]) -> None:
     (folder / RESULTS_FILE).write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
 
 
+def read_results(folder: Path) -> list[dict]:
+    """The lines of FOLDER/results.jsonl."""
+    return [json.loads(line) for line in (folder / RESULTS_FILE).read_text(encoding="utf-8").splitlines()]
+
+
 def file_name(name: str) -> str:
     """A name that is safe as a file's."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80] or "clip"

@@ -15,8 +15,9 @@ from PIL import Image
 from test_codec import write_wav
 from test_train import run_here, settings
 
-import metrics
 from common import DataError
+from generate.files import read_results
+from generate.pictures import figure
 from tools import report
 
 VOID = {"meta", "img", "circle", "polyline", "line", "br"}
@@ -57,7 +58,7 @@ def run_dir(toys, tmp_path_factory) -> Path:
     extra["mixed_precision"] = "no"
     run_here(settings(toys, folder, max_steps=3, **extra))
     last = folder / "samples" / "step_3"
-    results = metrics.read_results(last)
+    results = read_results(last)
     results[0] |= {"wav": "0.wav", "target_wav": "../prompts/0.target.wav", "text": "<script>alert('&')</script>"}
     write_wav(last / "0.wav", 0.2)
     write_wav(folder / "samples" / "prompts" / "0.target.wav", 0.3)
@@ -92,8 +93,8 @@ def test_samples_are_inside_the_page(run_dir):
     assert sounds == [path.read_bytes() for path in files]
     pictures = [base64.b64decode(tag["src"].removeprefix("data:image/png;base64,")) for tag in page.all("img")]
     assert len(pictures) == 3 * 2
-    newest = metrics.read_results(run_dir / "samples" / "step_3")[0]
-    assert np.array_equal(Image.open(io.BytesIO(pictures[0])), metrics.figure(run_dir / "samples" / "step_3", newest))
+    newest = read_results(run_dir / "samples" / "step_3")[0]
+    assert np.array_equal(Image.open(io.BytesIO(pictures[0])), figure(run_dir / "samples" / "step_3", newest))
 
 
 def test_nothing_comes_from_elsewhere(run_dir):

@@ -21,10 +21,12 @@ import train
 from common import ConfigError
 from config import to_argv
 from generate import official, samples
+from generate.files import read_results
 from generate.judges import SpeakerSimilarity, Transcriber
+from generate.pictures import DIFFERS, codes_figure, enlarge
 from generate.samples import Sampler, describe
 from generate.scores import Score, word_errors, words_of
-from metrics import DIFFERS, Monitor, codes_figure, enlarge, read_results
+from metrics import Monitor
 from tools import toys as demo
 
 # ---- teacher-forced and free-running, on any number of ranks
@@ -206,7 +208,7 @@ def test_sounds_judgements_and_tensorboard(judges, codec_dir, toys, tmp_path):
 
     kept = Monitor(tmp_path, {"lr": 1.0})
     kept.write(split="val", step=5, epoch=0, loss=0.5, codebook_losses=[0.25, None], eos_loss=None)
-    kept.write_samples(5, folder)
+    kept.write_samples(5, media(folder))
     Monitor(tmp_path, {"lr": 1.0}, steps_done=5).write(split="val", step=6, loss=0.125)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(5, 0.5), (6, 0.125)]

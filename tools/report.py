@@ -29,7 +29,8 @@ from PIL import Image
 
 from common import DataError, write_whole
 from distributed import says_errors
-from metrics import figure, read_results
+from generate.files import read_results
+from generate.pictures import figure
 from prepare.manifest import Record, read_manifest, split_weights
 
 MAX_POINTS = 400  # of a curve; more are averaged
