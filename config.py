@@ -226,7 +226,7 @@ def _find_problems(cfg: Config) -> list[str]:
         ),
         "--merge_lora: there is no adapter to merge with --lora_r 0": cfg.merge_lora and not cfg.lora_r,
         "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
-        "--asr_model and --sv_model hear waveforms, which need a codec: --audio_tokenizer none": (
+        "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": (
             not cfg.codec and (cfg.asr_model or cfg.sv_model)
         ),
         "--num_samples 0: at least 1 with --sample_steps": cfg.sample_steps and cfg.num_samples < 1,

@@ -1,7 +1,7 @@
 """What training needs changed in the upstream model, applied from outside.
 
 `patch_for_training(model)` turns a `HiggsAudioModel` into the trainable subclass below by assigning `__class__`, so
-the weights, the state-dict names and `isinstance` stay as they were, a deep copy works, and `unpatch` undoes it.
+the weights, the state-dict names and `isinstance` stay as they were, and a deep copy works.
 
   upstream method (boson_multimodal/model/higgs_audio/modeling_higgs_audio.py)        why training differs
   -----------------------------------------------------------------------------------------------------------------
@@ -20,8 +20,8 @@ the weights, the state-dict names and `isinstance` stay as they were, a deep cop
                                           before audio, which are looked up once per forward or come with the batch
                                           (`collate.Packing`). The result takes the residual's dtype, and the layer can
                                           recompute its activations in the backward pass, which upstream ignores.
-  HiggsAudioDecoderProjector.forward      computes logits of every position. Here also: lets a loss read the heads, whose
-  (audio_head.py)                         sharded weights are whole only during this call.
+  HiggsAudioDecoderProjector.forward      computes logits of every position. Here also: scores supervised positions only,
+  (audio_head.py)                         during this call, in which the sharded weights are whole.
 
 Inference with a cache runs the upstream layers untouched.
 
@@ -334,19 +334,6 @@ def patch_for_training(model: HiggsAudioModel) -> HiggsAudioModel:
         if type(layer) is HiggsAudioDualFFNDecoderLayer and not layer.fast_forward and not layer.use_audio_attention:
             layer.__class__ = TrainableDualFFNDecoderLayer
     model.audio_decoder_proj.__class__ = TrainableDecoderProjector
-    return model
-
-
-def unpatch(model: HiggsAudioModel) -> HiggsAudioModel:
-    """Undo `patch_for_training` in place (before sharding) and return the model."""
-    if type(model) is TrainableHiggsAudioModel:
-        model.__class__ = HiggsAudioModel
-        model.audio_decoder_proj.__class__ = HiggsAudioDecoderProjector
-    for layer in model.layers:
-        if type(layer) is TrainableDualFFNDecoderLayer:
-            layer.__class__ = HiggsAudioDualFFNDecoderLayer
-            for name in ("checkpointing", "compiled"):
-                layer.__dict__.pop(name, None)
     return model
 
 

@@ -96,7 +96,7 @@ def test_mistakes(toys, tmp_path, capsys):
     def error(**changes) -> str:
         return main_error(settings(toys, tmp_path / "o", **({"sample_steps": 1} | changes)), capsys)
 
-    assert "--asr_model and --sv_model hear waveforms" in error(audio_tokenizer="none", asr_model="x")
+    assert "--asr_model and --sv_model judge waveforms" in error(audio_tokenizer="none", asr_model="x")
     assert "--num_samples 0: at least 1" in error(num_samples=0)
     assert "--audio_tokenizer" in error(audio_tokenizer=tmp_path)
     silent = tmp_path / "silent.jsonl"
