@@ -28,7 +28,6 @@ from distributed import Dist, bar_interval_sec, log, setup_distributed
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Record, check
-from train import report
 
 Clip = tuple[AudioPart, str]
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.3f}/{total:.3f} h [{elapsed}<{remaining}{postfix}]"
@@ -44,14 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     dist = setup_distributed("cpu", timeout_min=60_000)  # gloo: ranks only agree on who encodes what, and wait at the end
-    try:
-        problems = encode(args, dist)
-        if problems:
-            remedy = "repair the files or take out the records; all other clips are in the cache"
-            raise DataError("\n  ".join([f"{len(problems)} clips cannot be encoded ({remedy}):", *problems]))
-    except DataError as error:
-        report(error)
-        return 2
+    problems = encode(args, dist)
+    if problems:
+        remedy = "repair the files or take out the records; all other clips are in the cache"
+        raise DataError("\n  ".join([f"{len(problems)} clips cannot be encoded ({remedy}):", *problems]))
     return 0
 
 

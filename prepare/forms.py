@@ -33,7 +33,9 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from common import DataError
+from prepare import prompts
 from prepare.manifest import Manifest, leaves_folder, parse_json, read_manifest, report_problems
+from prepare.prompts import Voice
 
 FORMS = "\n  ".join(
     [
@@ -199,32 +201,7 @@ def _unknown(path: Path, found: str) -> DataError:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records
-
-
-def make_record(text: str, audio: dict, speaker: str | None = None, references: Sequence[tuple[str | None, dict]] = ()) -> dict:
-    """A ChatML record that speaks `text` as `audio`, after references (their text, or None, and their audio).
-
-    A reference with text is an earlier exchange, one without stands in the system turn: the official inference's phrasings.
-    """
-    exchanges = [pair for pair in references if pair[0] is not None]
-    voices = [audio for words, audio in references if words is None]
-    messages = [{"role": "system", "content": scene_with_voices(voices)}] if voices else []
-    for words, clip in [*exchanges, (text, audio)]:
-        messages += [{"role": "user", "content": words}, {"role": "assistant", "content": clip}]
-    record: dict[str, Any] = {"messages": messages}
-    if exchanges:
-        record["start_index"] = len(messages) - 1
-    return record | ({"speaker": speaker} if speaker else {})
-
-
-def scene_with_voices(voices: Sequence[dict]) -> list[dict]:
-    """The system turn that gives each speaker a voice, as content parts."""
-    parts, before = [], "Generate audio following instruction.\n\n<|scene_desc_start|>\n"
-    for number, voice in enumerate(voices):
-        parts += [{"type": "text", "text": f"{before}SPEAKER{number}: "}, voice]
-        before = "\n"
-    return [*parts, {"type": "text", "text": "\n<|scene_desc_end|>"}]
+# Rows -> records
 
 
 class _Row:
@@ -243,8 +220,11 @@ class _Row:
             raise DataError(f"{self.source}: no text; expected a column of {', '.join(COLUMNS['text'])}")
         if not isinstance(speaker, (str, int, float, type(None))):
             raise DataError(f"{self.source}: {self.columns['speaker']}: expected a name, found {_shown(speaker)}")
-        references = [(voice.text("ref_text"), voice.clip("ref_audio")) for voice in self.voices()]
-        record = make_record(text, clip | self.span(), None if speaker is None else str(speaker), references)
+        voices = [Voice(voice.clip("ref_audio"), voice.text("ref_text")) for voice in self.voices()]
+        system = None if voices else ""
+        record = prompts.record(
+            text, clip | self.span(), voices, system=system, speaker=None if speaker is None else str(speaker)
+        )
         if "id" in self.columns:
             record["id"] = str(self.get("id"))
         misc = self.rest()

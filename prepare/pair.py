@@ -33,9 +33,11 @@ from typing import Any, TypeVar
 from boson_multimodal.data_types import AudioContent, Message, TextContent
 
 from common import DataError, write_whole
+from prepare import prompts
 from prepare.convert import move_paths
-from prepare.forms import make_record, open_manifest
+from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Manifest, Record, check
+from prepare.prompts import Voice
 
 SPLITS = ("train", "val", "test")
 STYLES = ("turn", "system")
@@ -414,9 +416,8 @@ def with_reference(record: dict, reference: dict, style: str) -> dict:
     voice = {name: value for name, value in sole(ref_assistant["content"]).items() if name != "audio_label_url"}
     words = sole_text(ref_user["content"]) if style == "turn" else None
     text, clip = sole_text(user["content"]), sole(assistant["content"])
-    made = make_record(text, clip, record.get("speaker"), [(words, voice)])
-    if before:
-        made |= {"messages": before + made["messages"], "start_index": made["start_index"] + len(before)}
+    system = before[0]["content"] if before else None
+    made = prompts.record(text, clip, [Voice(voice, words)], system=system, speaker=record.get("speaker"))
     return made | {name: record[name] for name in ("misc",) if name in record}
 
 

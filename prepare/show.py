@@ -30,9 +30,7 @@ GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", help="a dataset in one of the forms of forms.py")
     parser.add_argument("record", type=int, help="which record, from 0")
-    parser.add_argument(
-        "--base_ckpt", default=BASE_CKPT, help="for its tokenizer and config: a folder, or on the Hub"
-    )
+    parser.add_argument("--base_ckpt", default=BASE_CKPT, help="for its tokenizer and config: a folder, or on the Hub")
     parser.add_argument("--base_revision", default="")
     parser.add_argument("--codes_dir", type=Path, help="where waveforms were encoded to")
     parser.add_argument(
