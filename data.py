@@ -120,6 +120,10 @@ class ChatMLDataset(Dataset):
         if input_ids is None:
             raise DataError(f"{record.source}: the official prepare_chatml_sample refuses this record")
         assert len(audio_contents) == len(record.audio)
+        before = record.chatml.messages[: record.chatml.start_index or 0]
+        if any(turn.recipient for turn in before):  # upstream labels a recipient even where its turn does not train
+            count = len(prepare_chatml_sample(dataclasses.replace(record.chatml, messages=before), self.tokenizer)[0])
+            label_ids = [IGNORE_INDEX] * count + label_ids[count:]
         return input_ids, label_ids
 
     def _label_codes(self, record: Record, codes: list[Tensor]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What is done to a dataset before training: `python -m prepare COMMAND ...`, each command a file of this folder."""
+"""What is done to a dataset before training: `bash launch.sh prepare COMMAND ...`; each command is a file of this folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from distributed import says_errors
 
 COMMANDS = {
     "convert": "any known form of dataset -> ChatML",
-    "check": "read everything, say what is there and what is wrong",
+    "check": "read everything; list what is there and what is wrong",
     "pair": "references for zero-shot cloning; train / val / test without leaks",
     "encode": "waveforms -> codes, once",
-    "show": "one sample as the model will see it",
+    "show": "one sample as the model reads it",
 }
 
 

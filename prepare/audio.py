@@ -1,10 +1,8 @@
-"""Clips as codes [K, T]: ready-made ones are read where they lie, waveforms go through the official codec once.
+"""Clips as codes [K, T]: ready-made codes are read as they are, waveforms are encoded once by the official codec.
 
-    CodecInfo     what a codec is, known without loading it
+    CodecInfo     a codec's figures, read without loading it
     load_codec    the official HiggsAudioTokenizer
-    AudioStore    clips as codes; what was encoded is kept as codes_cache.py describes
-
-    python audio.py CODES_DIR      # what a cache holds
+    AudioStore    clips as codes; encoded clips are kept in a cache (codes_cache.py)
 
 Legend: K codebooks, T frames.
 """
@@ -20,14 +18,13 @@ import os
 import struct
 import sys
 import types
-import uuid
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import soundfile
@@ -36,7 +33,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 
-from common import DataError, sha256_of
+from common import DataError, read_json, sha256_of, write_whole
 from prepare.codes_cache import CacheWriter, CodesCache, digest
 from prepare.manifest import AudioPart, Record
 
@@ -46,7 +43,7 @@ R = TypeVar("R")
 FRAME_RATE_HZ = 25.0  # of the published codec: 24,000 samples per second, 960 per frame
 RATIOS = (8, 5, 4, 2, 3)  # the strides of its encoder
 CODEC_NOTE = "codec.json"  # in a cache's folder
-STREAMED_BYTES = 0.9 * (2**31 - 2**16)  # programs that do not know how much will follow promise about 2 or 4 GB
+STREAMED_BYTES = 0.9 * (2**31 - 2**16)  # programs that write a WAV file to a pipe put about 2 or 4 GB in its header
 MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some headers only estimate the length
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,9 +52,9 @@ MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some header
 
 @dataclass(frozen=True)
 class CodecInfo:
-    """What a codec is, known without loading it."""
+    """A codec's figures, read without loading it."""
 
-    identity: str  # the same wherever a copy of the codec lies
+    identity: str  # the same for all copies of a codec
     sample_rate_hz: int
     frame_rate_hz: float
     num_codebooks: int
@@ -77,9 +74,8 @@ class CodecInfo:
 
 
 def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(folder / "config.json")
         _frame_rate_hz(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--audio_tokenizer {folder}: config.json is not the codec's: {error!r}") from None
@@ -91,8 +87,10 @@ def _frame_rate_hz(config: dict) -> float:
 
 
 def _identity(config: dict, weights: Path) -> str:
-    """Digest of the configuration and of the weights: of the checksums that PyTorch's zip files keep of every tensor, so that
-    a few kilobytes are read; of all bytes of an older file, which has none."""
+    """Digest of the configuration and of the weights.
+
+    PyTorch's zip files hold a checksum of every tensor: a few kilobytes are read. Older files are read as a whole.
+    """
     sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     if zipfile.is_zipfile(weights):
         with zipfile.ZipFile(weights) as file:
@@ -104,7 +102,7 @@ def _identity(config: dict, weights: Path) -> str:
 
 
 def codec_folder(name_or_path: str) -> Path | None:
-    """Where the codec lies on this machine: the folder itself, or what was downloaded from the Hub. None if it does not."""
+    """The codec's folder on this machine: the one that is named, or a download from the Hub; None if there is none."""
     if Path(name_or_path).exists():
         return Path(name_or_path)
     try:
@@ -115,7 +113,7 @@ def codec_folder(name_or_path: str) -> Path | None:
 
 
 def download_codec(name_or_path: str) -> Path:
-    """Its folder on this machine; fetched from the Hub if it is not there yet. raises: DataError"""
+    """The codec's folder on this machine, downloaded from the Hub where necessary. raises: DataError"""
     try:
         return codec_folder(name_or_path) or Path(snapshot_download(name_or_path))
     except (OSError, ValueError) as error:
@@ -123,7 +121,7 @@ def download_codec(name_or_path: str) -> Path:
 
 
 def codec_frame_rate_hz(name_or_path: str) -> float:
-    """Frames per second, from the codec's config where it is on this machine, else the published codec's."""
+    """Frames per second by the codec's config; the published codec's where the config is not on this machine."""
     folder = codec_folder(name_or_path)
     return _frame_rate_hz(_read_config(folder)) if folder else FRAME_RATE_HZ
 
@@ -142,10 +140,10 @@ def load_codec(name_or_path: str, device: str | torch.device):
 
 
 def import_codec():
-    """Upstream's codec module, made safe and importable.
+    """Upstream's codec module, changed so that it is safe and can be imported.
 
-    It asks for its HuBERT with `trust_remote_code=True`, though that is a plain HuBERT: here no code from the Hub is run.
-    It uses one function of torchaudio, which cannot be imported beside every torch: there `_resample` takes its place.
+    It loads a plain HuBERT with `trust_remote_code=True`: here no code from the Hub is run. It uses one function of
+    torchaudio, which does not import beside every torch: `_resample` replaces it there.
     """
     from transformers import HubertModel
 
@@ -171,7 +169,7 @@ def import_codec():
 
 
 def _resample(waveform: Tensor, orig_freq: int, new_freq: int) -> Tensor:
-    """torchaudio's function, by the package it was taken from: with its window and padding 0.05 % apart on white noise."""
+    """torchaudio's `resample` by julius, the package it was taken from; they differ by 0.05 % on white noise."""
     import julius
 
     shared = math.gcd(orig_freq, new_freq)
@@ -182,7 +180,7 @@ def _resample(waveform: Tensor, orig_freq: int, new_freq: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files of codes and of sound
+# Files of codes and waveforms
 
 
 def read_codes(path: Path, num_codebooks: int, codebook_size: int, source: str) -> Tensor:
@@ -225,7 +223,7 @@ def _only_tensor(file) -> str:
 def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
     """Mono float32 samples and their rate in Hz; `offset` and `duration` are applied while reading.
 
-    raises: DataError for what is no audio, is cut off, or holds values that are no numbers
+    raises: DataError for a file that is not audio, is cut off, or holds NaN or infinity
     """
     name = f"{source}: {part.field}: {part.path or 'raw_audio'}"
     try:
@@ -245,7 +243,7 @@ def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
 
 
 def duration_sec(part: AudioPart) -> float:
-    """Seconds of a waveform, from the file's header alone; 0 for what cannot be read."""
+    """Seconds of a waveform, from the file's header alone; 0 if it cannot be read."""
     try:
         with open_audio(part) as file:
             start, stop = span(part, file.samplerate, len(file))
@@ -255,10 +253,10 @@ def duration_sec(part: AudioPart) -> float:
 
 
 def expected_frames(sec: float, ratios: Sequence[int] = RATIOS) -> int:
-    """Frames that the official codec makes of so much audio, as upstream's `_xcodec_encode` decides it.
+    """Frames that the official codec makes of a clip of `sec` seconds; upstream: `_xcodec_encode`.
 
-    Its acoustic encoder is a row of strided convolutions, its HuBERT makes 50 frames a second, of which every `step`th is
-    taken. Where they disagree the former gets a padded waveform, and then the shorter counts.
+    The acoustic encoder is a stack of strided convolutions. HuBERT makes 50 frames per second; every `step`-th is used.
+    If the two lengths differ, the acoustic encoder runs again on a padded waveform, and the shorter length counts.
 
     ratios: of the codec's config
     """
@@ -276,7 +274,7 @@ def expected_frames(sec: float, ratios: Sequence[int] = RATIOS) -> int:
 
 
 def open_audio(part: AudioPart) -> soundfile.SoundFile:
-    """raises: LibsndfileError, OSError; RuntimeError for a WAV file that is cut off, of which libsndfile would say nothing"""
+    """raises: LibsndfileError, OSError; RuntimeError for a WAV file that is cut off, which libsndfile does not report"""
     with io.BytesIO(part.raw_audio) if part.path is None else open(part.path, "rb") as file:
         form, size = struct.unpack("<4sI", file.read(8).ljust(8))
         there, promised = file.seek(0, os.SEEK_END), size + 8
@@ -286,13 +284,13 @@ def open_audio(part: AudioPart) -> soundfile.SoundFile:
 
 
 def span(part: AudioPart, rate_hz: float, length: int) -> tuple[int, int]:
-    """(start, stop) that a clip's `offset` and `duration` leave of `length` samples or frames; start >= stop: nothing."""
+    """(start, stop) of a clip among `length` samples or frames; nothing is left if start >= stop."""
     start = min(length, round((part.offset_sec or 0.0) * rate_hz))
     return start, length if part.duration_sec is None else min(length, start + round(part.duration_sec * rate_hz))
 
 
 def _read_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
-    """`function` of each item in order, computed by threads that are at most 2 * num_threads items ahead."""
+    """`function` of each item, in order; threads compute at most 2 * num_threads items ahead."""
     waiting: deque = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for item in items:
@@ -308,58 +306,56 @@ def _read_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int
 
 
 def _clip_key(content: bytes, part: AudioPart) -> bytes:
-    """What a clip is found by: the digest of its audio file, and which part of that it is."""
+    """A clip's key: the digest of its file's content, its offset and its duration."""
     return digest(content, float(part.offset_sec or 0), part.duration_sec and float(part.duration_sec))
 
 
 def _file_key(path: Path) -> bytes:
-    """What a file that has not changed is recognised by without reading it. raises: OSError"""
+    """Key of a file that has not changed, found without reading it. raises: OSError"""
     stat = os.stat(path)
     return digest(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
 
 
 def find_codec(name_or_path: str, cache_dir: Path) -> CodecInfo:
-    """What the codec is: from its files on this machine, else from the cache that was made with it, else from the Hub.
+    """The codec's figures: from its files on this machine, else from a cache made with it, else from the Hub.
 
-    raises: DataError if it is in none of these places
+    raises: DataError if none of these has it
     """
     folder = codec_folder(name_or_path)
     if folder is None:
         notes = sorted(cache_dir.glob(f"*/{CODEC_NOTE}"), key=lambda path: path.stat().st_mtime)
-        for note in (json.loads(path.read_text()) for path in reversed(notes)):
+        for note in map(read_json, reversed(notes)):
             if name_or_path in note["names"]:
                 return CodecInfo(**note["codec"])
     return CodecInfo.of_folder(folder or download_codec(name_or_path))
 
 
 def _note_codec(folder: Path, name: str, info: CodecInfo) -> None:
-    """Write down which codec a cache is for, so that reading the cache does not take the codec."""
+    """Write the codec's figures beside the cache, so that reading the cache does not need the codec."""
     path = folder / CODEC_NOTE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = {name, *(json.loads(path.read_text())["names"] if path.exists() else ())}
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n")
-    os.replace(temporary, path)
+    names = {name, *(read_json(path)["names"] if path.exists() else ())}
+    content = json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(content.encode()))
 
 
-class _Prepared(NamedTuple):
+@dataclass(frozen=True)
+class _Prepared:
     """A clip that was read, ready for the codec."""
 
     name: str  # for messages
     key: bytes
-    content: bytes  # of its file
-    file_key: bytes | None  # None: it is no file
+    content: bytes  # digest of its file
+    file_key: bytes | None  # None: there is no file
     samples: np.ndarray | None  # mono, at the codec's rate; None: its codes are in the cache
 
 
 class AudioStore:
-    """Clips as codes. Ready-made codes are read where they lie; waveforms are encoded once, into a cache.
+    """Clips as codes. Ready-made codes are read as they are; waveforms are encoded once, into a cache.
 
-    num_codebooks, codebook_size: of the checkpoint (1024 codes, stream ids not counted)
+    num_codebooks, codebook_size: of the checkpoint (1024 codes, without the stream ids)
     frame_rate_hz:                frames per second, for `offset` and `duration` of ready-made codes
-    cache_dir:                    holds a `CodesCache` for each codec it was used with
-    codec:                        folder or Hub name; looked for only when there is a waveform, and then it need not be on this
-                                  machine if the cache knows it
+    cache_dir:                    holds a `CodesCache` for each codec
+    codec:                        folder or Hub name; only needed for waveforms, and not if the cache has its figures
     """
 
     def __init__(self, num_codebooks: int, codebook_size: int, frame_rate_hz: float, cache_dir: Path, codec: str = ""):
@@ -373,7 +369,7 @@ class AudioStore:
     def codec_info(self) -> CodecInfo:
         """raises: DataError if the codec cannot be found, or does not fit the checkpoint"""
         if not self.codec:
-            raise DataError("the manifest names waveforms, and no codec was given to encode them")
+            raise DataError("the manifest names waveforms, which need a codec: give --audio_tokenizer")
         info = find_codec(self.codec, self.cache_dir)
         if info.num_codebooks < self.num_codebooks or info.codebook_size > self.codebook_size:
             raise DataError(
@@ -384,12 +380,12 @@ class AudioStore:
 
     @functools.cached_property
     def cache(self) -> CodesCache:
-        """What the cache held when first asked for, or since `refresh`; processes forked after that share its index."""
+        """The cache as it was at the first use or the last `refresh`; processes forked later share its index."""
         info = self.codec_info
         return CodesCache(self.cache_dir / info.identity, info.num_codebooks)
 
     def refresh(self) -> None:
-        """See what has been added to the cache."""
+        """Open the cache again, with what was added since."""
         self.__dict__.pop("cache", None)
 
     def codes(self, part: AudioPart, source: str) -> Tensor:
@@ -409,9 +405,9 @@ class AudioStore:
         return stop - start
 
     def missing(self, records: Iterable[Record]) -> list[tuple[AudioPart, str]]:
-        """The waveforms of the records that `encode` has to look at, each once; no audio file is opened here.
+        """The waveforms that `encode` has to read, each once; no audio file is opened here.
 
-        Among them may be files that were copied, moved or touched: `encode` recognises them by their content.
+        Files that were copied, moved or touched are among them: `encode` finds them in the cache by their content.
         """
         missing, seen = [], set()
         for record in records:
@@ -429,14 +425,13 @@ class AudioStore:
     def encode(
         self, load: Callable[[], Any], clips: Sequence[tuple[AudioPart, str]], num_threads: int = 4
     ) -> Iterator[str | None]:
-        """Bring clips into the cache one by one; yields None for each that is there, or what is wrong with its audio.
+        """Encode clips into the cache; yields None for each clip, or what is wrong with its audio.
 
-        Codes are what the official `codec.encode` gives for the clip alone. It never gets several clips at once: padding
-        them to one length changes their codes (1 to 16 % of them, with random weights), and upstream's code takes clips of
-        one length together only if that is a multiple of the frame. Threads read, decode and resample ahead of the codec.
+        Clips are encoded one at a time: in a padded batch 1 to 16 % of the codes change (random weights), and upstream
+        batches only clips whose common length is a multiple of the frame. Threads read and resample ahead of the codec.
 
-        load:   returns the codec; called when a clip turns out not to be in the cache
-        raises: DataError if the codec cannot be loaded, or the cache not be written
+        load:   returns the codec; called at the first clip that is not in the cache
+        raises: DataError if the codec cannot be loaded, or the cache cannot be written
         """
         codec = functools.cache(functools.partial(self._load, load))
         prepare = functools.partial(self._prepare, contents={})
@@ -451,7 +446,7 @@ class AudioStore:
             self.refresh()
 
     def _prepare(self, clip: tuple[AudioPart, str], contents: dict[bytes, bytes]) -> _Prepared | DataError:
-        """Read, decode and resample a clip that is not in the cache. contents: what the files read so far hold, by key."""
+        """Read, decode and resample a clip that is not in the cache. contents: digests of the files read so far, by key"""
         part, source = clip
         name, info = f"{source}: {part.field}: {part.path or 'raw_audio'}", self.codec_info
         try:
@@ -477,7 +472,7 @@ class AudioStore:
         return _Prepared(name, key, content, file_key, samples)
 
     def _add(self, prepared: _Prepared | DataError, codec: Callable[[], Any], writer: CacheWriter) -> str | None:
-        """Encode and write one clip; what is wrong with it, if anything."""
+        """Encode and write one clip; returns what is wrong with it, or None."""
         if isinstance(prepared, DataError):
             return str(prepared)
         if prepared.file_key and self.cache.content(prepared.file_key) is None:
@@ -494,13 +489,13 @@ class AudioStore:
         return None
 
     def _load(self, load: Callable[[], Any]) -> Any:
-        """The codec, if it is the one that the cache knows by its name."""
+        """The codec. raises: DataError if the cache has another codec of the same name"""
         codec = load()
         folder = codec_folder(self.codec)
         if folder and CodecInfo.of_folder(folder) != self.codec_info:
             raise DataError(
-                f"--audio_tokenizer {self.codec} is not the codec that {self.cache_dir} knows by this name; start again, "
-                "and its clips are kept apart"
+                f"--audio_tokenizer {self.codec} is not the codec of that name in {self.cache_dir}; start again, and its "
+                "clips get a cache of their own"
             )
         return codec
 
@@ -510,12 +505,12 @@ class AudioStore:
         if found is None:
             raise DataError(
                 f"{source}: {part.field}: {part.path or 'raw_audio'} has not been encoded, or has changed since; run "
-                f"python -m prepare encode MANIFEST --out {self.cache_dir}"
+                f"bash launch.sh prepare encode MANIFEST --out {self.cache_dir}"
             )
         return found
 
     def _key(self, part: AudioPart, source: str) -> bytes | None:
-        """What the clip's codes are found by; None if its file is not known."""
+        """The clip's key in the cache; None if its file was never read."""
         content = self._content(part, self._file_key(part, source))
         return content and _clip_key(content, part)
 
@@ -526,7 +521,7 @@ class AudioStore:
             raise DataError(f"{source}: {part.field}: {error}") from None
 
     def _content(self, part: AudioPart, file_key: bytes | None) -> bytes | None:
-        """Digest of what the clip was cut from, if that is known without reading a file."""
+        """Digest of the file that holds the clip, if it is known without reading the file."""
         return _content_of(io.BytesIO(part.raw_audio)) if file_key is None else self.cache.content(file_key)
 
     def _frames(self, part: AudioPart, source: str, shape: Sequence[int]) -> tuple[int, int]:
@@ -552,20 +547,5 @@ def _read_content(path: Path, name: str) -> bytes:
 
 
 def _content_of(file: BinaryIO) -> bytes:
-    """Digest of what a file holds, 16 bytes."""
+    """[16] bytes: the digest of a file's content."""
     return sha256_of(file)[:16]
-
-
-def main(argv: Sequence[str]) -> None:
-    if len(argv) != 1:
-        raise SystemExit("usage: python audio.py CODES_DIR")
-    for path in sorted(Path(argv[0]).glob(f"*/{CODEC_NOTE}")):
-        note = json.loads(path.read_text())
-        info = CodecInfo(**note["codec"])
-        frames = [codes.shape[1] for _, codes in CodesCache(path.parent, info.num_codebooks).items()]
-        hours = sum(frames) / info.frame_rate_hz / 3600
-        print(f"{path.parent}: {len(frames)} clips, {hours:.2f} h, all readable; codec {', '.join(note['names'])}: {info}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

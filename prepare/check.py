@@ -1,64 +1,46 @@
-"""Read a whole dataset, audio included, and say what is there and what is wrong with it, before a GPU is spent.
+"""Read a whole dataset with its audio; list what is in it and what is wrong with it, before a GPU is used.
 
-    python -m prepare check train.jsonl --base_ckpt folder --max_tokens 8192 --world_size 8 --report report.html
+    bash launch.sh prepare check train.jsonl --base_ckpt folder --max_tokens 8192 --world_size 8 --report report.html
 
-Exit status 0: training on it works; 1: it would end with an error, all of which are listed; 2: there is nothing to check.
-Tokens need the checkpoint's tokenizer, so they are only counted with --base_ckpt. The time an epoch takes is only given with a
-speed: --tokens_per_sec, or --like with the output folder of a run.
+Exit status 0: training works; 1: training would end with an error, and all errors are listed; 2: nothing could be checked.
+Tokens are counted by the checkpoint's tokenizer, given by --base_ckpt. The time of an epoch needs a speed as well:
+--tokens_per_sec, or --like with the output folder of a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
 import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from boson_multimodal.data_types import TextContent
-from tqdm import tqdm
 
 import checkpoint
 import data
 from collate import ExtendedHiggsAudioSampleCollator, create_collator
 from common import DataError, MissingAudioError, write_whole
-from prepare.audio import (
-    FRAME_RATE_HZ,
-    MAX_CUT_OFF,
-    AudioStore,
-    expected_frames,
-    open_audio,
-    read_codes,
-    read_codes_shape,
-    span,
-)
+from prepare.audio import AudioStore
+from prepare.clips import Clip, Key, clips_of, inspect_clips, key_of
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Manifest, Record
+from prepare.manifest import AudioPart, Manifest, Record, scan
 from prepare.pair import transcripts
 from prepare.report import RENDERERS, Report, render_text
 
-CLIPPED = 0.999  # an absolute sample value from here on counts as clipped
 MAX_CLIPPED_SHARE = 0.001
-SILENT = 10 ** (-60 / 20)  # a block of 20 ms whose largest value stays below -60 dB counts as silent
 MAX_SILENT_SHARE = 0.5
 OUTLIER = 6.0  # robust deviations (of the log of characters per second) from the median
-LONG_SEC = 60.0  # a clip longer than this is rarely what one wants the model to say at once
-
-Key = tuple[str, float | None, float | None]  # of a clip: what it is cut from, offset, duration
+LONG_SEC = 60.0  # longer clips are rarely one utterance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", help="a dataset in one of the forms of forms.py")
-    parser.add_argument("--report", type=Path, help="also write the whole report: .html, .json or .md")
+    parser.add_argument("manifest", help="a dataset in any known form (docs/datasets.md)")
+    parser.add_argument("--report", type=Path, help="also write the whole report: .html or .json")
     parser.add_argument("--missing_audio", choices=("error", "skip"), default="error", help="as in train.py")
     parser.add_argument("--no_audio", action="store_true", help="check the records only, open no audio")
     parser.add_argument("--num_workers", type=int, default=4, help="processes that read audio")
@@ -76,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     manifest, conversion = open_manifest(args.manifest, tolerant=True)
-    folder = find_checkpoint(args)
+    folder = checkpoint.find_base(args.base_ckpt, args.base_revision or None) if args.base_ckpt else None
     config = checkpoint.read_base_config(folder) if folder else None
     speed = args.tokens_per_sec or (speed_of(args.like) if args.like else 0.0)
     report = Report()
@@ -105,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """DataError for what would only be noticed after all audio was read."""
+    """raises: DataError, before any audio is read"""
     if args.report:
         if args.report.suffix not in RENDERERS:
             raise DataError(f"--report {args.report}: choose a name that ends in {', '.join(RENDERERS)}")
@@ -114,18 +96,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         except OSError as error:
             raise DataError(f"--report {args.report}: cannot be written: {error}") from None
     if min(args.batch_size, args.grad_accum, args.world_size, args.num_workers) < 1 or args.max_tokens < 0:
-        raise DataError(
-            "--batch_size, --grad_accum, --world_size and --num_workers are 1 or more, --max_tokens is not negative"
-        )
+        names = "--batch_size, --grad_accum, --world_size and --num_workers"
+        raise DataError(f"{names} are 1 or more, --max_tokens is not negative")
     for name in ("max_tokens", "tokens_per_sec", "like"):
         if getattr(args, name) and (not args.base_ckpt or args.no_audio):
             raise DataError(f"--{name} needs --base_ckpt, whose tokenizer counts tokens, and the audio (no --no_audio)")
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    if not args.base_ckpt:
-        return None
-    return checkpoint.find_base(args.base_ckpt, args.base_revision or None)
 
 
 def speed_of(output_dir: Path) -> float:
@@ -138,138 +113,23 @@ def speed_of(output_dir: Path) -> float:
 
 
 def valid_records(manifest: Manifest, report: Report, skip_missing: bool) -> Manifest:
-    """The manifest without its broken records; what is wrong with them goes to the report."""
-    kept = np.ones(len(manifest), bool)
-    for index in range(len(manifest)):
-        try:
-            manifest[index]
-            continue
-        except MissingAudioError as error:
-            if skip_missing:
-                report.notices["left out, their audio is missing"].append(str(error))
-            else:
-                report.problems["missing audio"].append(str(error))
-        except DataError as error:
+    """The manifest without its broken records, which go to the report."""
+    kept, errors = scan(manifest)
+    for error in errors:
+        if not isinstance(error, MissingAudioError):
             report.problems["broken records"].append(str(error))
-        kept[index] = False
-    report.figures["records"] = {"in the manifest": len(manifest), "valid": int(kept.sum())}
-    if not kept.any():
+        elif skip_missing:
+            report.notices["left out, their audio is missing"].append(str(error))
+        else:
+            report.problems["missing audio"].append(str(error))
+    report.figures["records"] = {"in the manifest": len(manifest), "valid": len(kept)}
+    if not kept:
         report.problems["no record is left"].append(f"{manifest.path}: none of its records can be used")
-    return manifest.subset(kept)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Audio
-
-
-@dataclass(frozen=True)
-class Clip:
-    """What was found in a clip."""
-
-    name: str
-    sec: float
-    num_frames: int
-    rate_hz: int  # 0: ready-made codes
-    digest: str  # of its content
-    clipped_share: float = 0.0
-    silent_share: float = 0.0
-
-
-def key_of(part: AudioPart) -> Key:
-    source = str(part.path) if part.path is not None else hashlib.sha256(part.raw_audio).hexdigest()
-    return source, part.offset_sec, part.duration_sec
-
-
-def clips_of(record: Record) -> Iterator[AudioPart]:
-    """Its clips, each with its label audio after it."""
-    return (clip for part in record.audio for clip in (part, part.label) if clip is not None)
-
-
-def inspect_clips(records: Manifest, report: Report, config: Any, num_workers: int) -> dict[Key, Clip]:
-    """Open every clip once; what is wrong with those that cannot be read goes to the report.
-
-    config: the checkpoint's, whose codebooks ready-made codes have to fit; None if it is not known
-    """
-    parts: dict[Key, tuple[AudioPart, str]] = {}
-    for record in records:
-        for part in clips_of(record):
-            parts.setdefault(key_of(part), (part, record.source))
-    codebooks = (config.audio_num_codebooks, config.audio_codebook_size) if config else None
-    clips = {}
-    with ProcessPoolExecutor(num_workers) as pool:
-        found = pool.map(functools.partial(inspect_clip, codebooks=codebooks), parts.values(), chunksize=8)
-        for key, clip in zip(parts, tqdm(found, total=len(parts), desc="audio", unit="clip")):
-            if isinstance(clip, Clip):
-                clips[key] = clip
-            else:
-                report.problems["unreadable audio"].append(clip)
-    return clips
-
-
-def inspect_clip(item: tuple[AudioPart, str], codebooks: tuple[int, int] | None) -> Clip | str:
-    """A clip's figures, or what is wrong with it.
-
-    codebooks: the checkpoint's (number, size), or None
-    """
-    part, source = item
-    try:
-        return inspect_codes(part, source, codebooks) if part.holds_codes else inspect_waveform(part, source)
-    except DataError as error:
-        return str(error)
-
-
-def name_of(part: AudioPart, source: str) -> str:
-    name = f"{source}: {part.field}: raw_audio" if part.path is None else f"{part.path}"
-    return name + (f" from {part.offset_sec or 0:g} s" if part.offset_sec or part.duration_sec else "")
-
-
-def inspect_codes(part: AudioPart, source: str, codebooks: tuple[int, int] | None) -> Clip:
-    place = f"{source}: {part.field}"
-    shape = read_codes_shape(part.path, place)
-    if not codebooks and len(shape) != 2:
-        raise DataError(f"{place}: {part.path} holds an array {shape}; expected [codebooks, frames]")
-    codes = read_codes(part.path, *(codebooks or (shape[0], np.iinfo(np.int64).max)), place)
-    start, stop = span(part, FRAME_RATE_HZ, shape[1])
-    if stop <= start:
-        raise DataError(f"{place}: no frames left of {shape[1]} in {part.path} after offset and duration")
-    digest = hashlib.sha256(codes[:, start:stop].numpy().tobytes()).hexdigest()
-    return Clip(name_of(part, source), (stop - start) / FRAME_RATE_HZ, stop - start, 0, digest)
-
-
-def inspect_waveform(part: AudioPart, source: str) -> Clip:
-    """Read in blocks, so that ten hours need no more memory than ten seconds."""
-    place = f"{source}: {part.field}: {part.path or 'raw_audio'}"
-    digest, num_samples, num_clipped, num_silent, num_blocks = hashlib.sha256(), 0, 0, 0, 0
-    try:
-        with open_audio(part) as file:
-            rate, (start, stop) = file.samplerate, span(part, file.samplerate, len(file))
-            block_size = max(1, rate // 50)  # 20 ms
-            file.seek(start)
-            while num_samples < stop - start:
-                wanted = min(stop - start - num_samples, 500 * block_size)
-                samples = file.read(wanted, dtype="float32", always_2d=True)
-                if not len(samples):
-                    break
-                if not np.isfinite(samples).all():
-                    raise DataError(f"{place} holds samples that are no finite numbers")
-                digest.update(samples.tobytes())
-                samples = np.abs(samples).max(axis=1)
-                loudest = np.maximum.reduceat(samples, np.arange(0, len(samples), block_size))
-                num_samples, num_clipped = num_samples + len(samples), num_clipped + int((samples >= CLIPPED).sum())
-                num_silent, num_blocks = num_silent + int((loudest < SILENT).sum()), num_blocks + len(loudest)
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
-        raise DataError(f"{place} is not readable audio: {error}") from None
-    if num_samples < (1 - MAX_CUT_OFF) * (stop - start):
-        raise DataError(f"{place} is cut off: {num_samples / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
-    sec = num_samples / rate
-    if sec * FRAME_RATE_HZ < 1:
-        raise DataError(f"{place}: {sec:.3f} s of audio is less than one frame")
-    shares = num_clipped / num_samples, num_silent / num_blocks
-    return Clip(name_of(part, source), sec, expected_frames(sec), rate, digest.hexdigest(), *shares)
+    return kept
 
 
 def records_with(records: Manifest, clips: dict[Key, Clip], report: Report) -> Manifest:
-    """The records of which all clips could be read, and whose label audio is as long as what it stands beside."""
+    """The records whose clips can all be read, with label audio as long as the clip beside it."""
     kept = np.ones(len(records), bool)
     for index, record in enumerate(records):
         kept[index] = all(key_of(part) in clips for part in clips_of(record))
@@ -309,8 +169,8 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
     if not clips:
         return
     figures, notices = report.figures, report.notices
-    figures["hours that train"] = sum(clips[key_of(part)].sec for record in records for part in targets(record)) / 3600
-    figures["hours of different audio"] = sum({clip.digest: clip.sec for clip in clips.values()}.values()) / 3600
+    figures["minutes of training audio"] = sum(clips[key_of(part)].sec for record in records for part in targets(record)) / 60
+    figures["minutes of different audio"] = sum({clip.digest: clip.sec for clip in clips.values()}.values()) / 60
     figures["seconds of a clip"] = spread([clip.sec for clip in clips.values()])
     figures["frames of a clip"] = spread([clip.num_frames for clip in clips.values()])
     rates = Counter(f"{clip.rate_hz} Hz" if clip.rate_hz else "ready-made codes" for clip in clips.values())
@@ -333,7 +193,7 @@ def targets(record: Record) -> list[AudioPart]:
 
 
 def find_duplicates(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
-    """Records whose clips are, by content, those of an earlier one; said to be the same words, or others."""
+    """Records whose clips have the same content as those of an earlier record, with the same text or another."""
     first: dict[tuple, tuple[str, list[str]]] = {}
     duplicates = []
     for record in records:
@@ -349,19 +209,18 @@ def find_duplicates(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
 
 
 def texts_of(record: Record) -> list[str]:
-    """All texts of a record, one after the other."""
-    contents = [turn.content if isinstance(turn.content, list) else [turn.content] for turn in record.chatml.messages]
-    parts = [part.text if isinstance(part, TextContent) else part for content in contents for part in content]
+    """All texts of a record, in order."""
+    parts = [part.text if isinstance(part, TextContent) else part for part in record.parts()]
     return [part for part in parts if isinstance(part, str)]
 
 
 def find_outliers(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
-    """Records whose transcript is said far faster or slower than the others'."""
+    """Records with far more or far fewer characters per second than is usual here."""
     speeds: dict[str, float] = {}
     for record in records:
-        said = transcripts(record)
-        if said and said[-1].strip():
-            speeds[record.source] = math.log(len(said[-1].strip()) / clips[key_of(record.audio[-1])].sec)
+        texts = transcripts(record)
+        if texts and texts[-1].strip():
+            speeds[record.source] = math.log(len(texts[-1].strip()) / clips[key_of(record.audio[-1])].sec)
     if len(speeds) < 10:
         return []
     middle = statistics.median(speeds.values())
@@ -378,7 +237,7 @@ def find_outliers(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
 
 
 class KnownFrames(AudioStore):
-    """Lengths of clips from what was found in them: nothing has to be encoded to know them."""
+    """The lengths of clips that were inspected: nothing has to be encoded."""
 
     def __init__(self, config: Any, clips: dict[Key, Clip]):
         self.num_codebooks = config.audio_num_codebooks
@@ -391,10 +250,10 @@ class KnownFrames(AudioStore):
 def describe_lengths(
     dataset: data.ChatMLDataset, collator: ExtendedHiggsAudioSampleCollator, report: Report, args: argparse.Namespace
 ) -> tuple[data.ChatMLDataset, np.ndarray | None]:
-    """Tokens and positions of the records; what training would refuse goes to the report.
+    """Tokens and positions of the records; records that training refuses go to the report.
 
-    returns: the dataset without what does not train, and the positions of its records; None without audio, and for a
-             checkpoint with Whisper, where they depend on the waveforms
+    returns: the dataset without them, and the positions of its records; None without audio, and for a checkpoint with
+             Whisper, where they depend on the waveforms
     """
     has_whisper = collator.feature_extractor is not None
     num_tokens, lengths = np.zeros(len(dataset), np.int32), np.zeros(len(dataset), np.int32)
@@ -410,9 +269,8 @@ def describe_lengths(
     dataset, lengths = data.ChatMLDataset(dataset.records.subset(kept), dataset.tokenizer, dataset.store), lengths[kept]
     report.figures["text tokens of a record"] = spread(num_tokens[kept])
     if has_whisper and args.max_tokens:
-        report.problems["--max_tokens"].append(
-            "this checkpoint has Whisper: lengths are not known beforehand; use --batch_size"
-        )
+        problem = "this checkpoint has Whisper: lengths are not known beforehand; use --batch_size"
+        report.problems["--max_tokens"].append(problem)
     if has_whisper or args.no_audio:
         return dataset, None
     report.figures["positions of a record"] = spread(lengths)
@@ -420,17 +278,15 @@ def describe_lengths(
 
 
 def usable_ids(dataset: data.ChatMLDataset, record: Record, collator: ExtendedHiggsAudioSampleCollator) -> list[int]:
-    """The record's tokens. raises: DataError for what the dataset or the collator would refuse when they read its audio"""
+    """The record's tokens. raises: DataError for a record that the dataset or the collator would refuse"""
     input_ids, _ = dataset.ids(record)
     count = sum(token in (collator.audio_in_token_id, collator.audio_out_token_id) for token in input_ids)
     if count != len(record.audio):
-        raise DataError(
-            f"{record.source}: {count} audio placeholders but {len(record.audio)} clips; take <|AUDIO|> and <|AUDIO_OUT|> out "
-            "of its texts"
-        )
+        counts = f"{count} audio placeholders but {len(record.audio)} clips"
+        raise DataError(f"{record.source}: {counts}; take <|AUDIO|> and <|AUDIO_OUT|> out of its texts")
     codes = [part for part in record.audio if part.holds_codes and not part.is_output]
     if codes and collator.feature_extractor:
-        raise DataError(f"{record.source}: {codes[0].field}: codes, but this checkpoint hears input audio as waveforms")
+        raise DataError(f"{record.source}: {codes[0].field}: codes, but this checkpoint reads input audio as waveforms")
     return input_ids
 
 
@@ -441,7 +297,7 @@ def fit(
     report: Report,
     args: argparse.Namespace,
 ) -> tuple[data.ChatMLDataset, np.ndarray]:
-    """What --max_tokens leaves, as training would do it; with --long error the records that do not fit are problems."""
+    """The records that fit --max_tokens, as in training; with --long error longer records are problems."""
     title = f"longer than --max_tokens {args.max_tokens}"
     if args.long == "error":
         long = np.flatnonzero(lengths > args.max_tokens).tolist()
@@ -459,7 +315,7 @@ def fit(
 def describe_epoch(
     dataset: data.ChatMLDataset, lengths: np.ndarray | None, report: Report, args: argparse.Namespace, speed: float
 ) -> None:
-    """Steps and time of an epoch of the records that train, planned as training does it."""
+    """Steps and time of an epoch, planned as in training."""
     if not len(dataset):
         return
     batching = data.Batching(args.batch_size, args.max_tokens if lengths is not None else 0, lengths)

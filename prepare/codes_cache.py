@@ -1,13 +1,12 @@
-"""Codes by content, on disk: a folder that any number of processes read and add to at once, and that survives kills.
+"""A cache of codes on disk: any number of processes read it and add to it at once, and a kill does not damage it.
 
-It knows nothing of audio or codecs (audio.py does), which is why it is a module of its own. Each process that adds has files
-of its own, which only grow and which nobody else changes:
+Each process that adds clips has files of its own. They only grow, and no other process changes them:
 
     NAME.codes   blocks [K, T] int16, one after the other
-    NAME.clips   where in it each clip's block is (CLIP rows), written once the block is on the disk
-    NAME.files   what was in which audio file (FILE rows), so that a file that has not changed is not read again
+    NAME.clips   CLIP rows: where each clip's block is, written after the block is on the disk
+    NAME.files   FILE rows: the content of each audio file, so that an unchanged file is not read again
 
-Opening reads all .clips and .files into sorted arrays; a clip that several processes have added is taken from any of them.
+Opening reads all .clips and .files into sorted arrays. A clip that several processes added is read from any of them.
 
 Legend: K codebooks, T frames.
 """
@@ -29,17 +28,17 @@ from common import DataError
 
 CLIP = np.dtype([("key", "S16"), ("offset", "<u8"), ("num_frames", "<u4"), ("crc32", "<u4")])
 FILE = np.dtype([("key", "S16"), ("content", "V16")])
-COMMIT_SEC = 1.0  # how much work a kill can cost
+COMMIT_SEC = 1.0  # seconds of work that a kill can lose
 MAX_OPEN_SHARDS = 256  # each holds a file descriptor
 
 
 def digest(*values: object) -> bytes:
-    """[16] bytes that stand for the values."""
+    """[16] bytes: a key made of the values."""
     return hashlib.sha256(repr(values).encode()).digest()[:16]
 
 
 class _Table:
-    """The rows of several files, sorted by their `key`. A kill can tear the last row of a file: that one is not there."""
+    """The rows of several files, sorted by `key`. A kill can leave an incomplete last row in a file: it is ignored."""
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype):
         contents = [path.read_bytes() for path in paths]
@@ -57,7 +56,7 @@ class _Table:
 
 
 class CodesCache:
-    """What a folder held when it was opened; keys and contents are digests of 16 bytes. Processes forked later share it."""
+    """A cache's state when it was opened. Keys and contents are digests of 16 bytes. Processes forked later share it."""
 
     def __init__(self, folder: Path, num_codebooks: int):
         self.folder = folder
@@ -84,7 +83,7 @@ class CodesCache:
         return None if index is None else int(self._clips.rows[index]["num_frames"])
 
     def codes(self, key: bytes) -> np.ndarray | None:
-        """[K, T] int16, or None. raises: DataError if the disk has not kept what was written"""
+        """[K, T] int16, or None. raises: DataError if the file is damaged"""
         index = self._clips.find(key)
         return None if index is None else self._read(index)
 
@@ -102,7 +101,7 @@ class CodesCache:
         return block.view("<i2").reshape(self.num_codebooks, num_frames)
 
     def _shard(self, number: int) -> np.ndarray:
-        """The bytes of a file of codes, memory-mapped by this process when it first needs it; none if the file is gone."""
+        """The bytes of a file of codes, memory-mapped at the first use; empty if the file is gone."""
         if number not in self._open:
             if len(self._open) >= MAX_OPEN_SHARDS:
                 self._open.clear()
@@ -113,14 +112,14 @@ class CodesCache:
 
 
 class CacheWriter:
-    """Adds to a folder, in files of its own that appear with their first row. A context; `in` says what it has added."""
+    """Adds clips to a cache, in files of its own. A context manager; `key in writer` is true for clips it has added."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._name = uuid.uuid4().hex
         self._open: dict[str, io.BufferedWriter] = {}
         self._added: set[bytes] = set()
-        self._rows: list[tuple] = []  # of clips whose codes may not be on the disk yet
+        self._rows: list[tuple] = []  # CLIP rows of blocks that may not be on the disk yet
         self._committed_at = time.monotonic()
 
     def __enter__(self) -> CacheWriter:
@@ -150,7 +149,7 @@ class CacheWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Make everything that was added last."""
+        """Write everything that was added to the disk."""
         if self._rows:
             _sync(self._file("codes"))
             self._file("clips").write(np.array(self._rows, CLIP).tobytes())

@@ -1,9 +1,9 @@
-"""Any known form of dataset -> ChatML JSONL. Says what it was recognised as and what was repaired.
+"""Any known form of dataset -> ChatML JSONL. Prints the form it found and what it changed.
 
-    python -m prepare convert wavs_and_texts/ train.jsonl
+    bash launch.sh prepare convert wavs_and_texts/ train.jsonl
 
-Training reads every form as it is; converting shows what it will read. The forms are listed in forms.py. Audio is not
-copied: paths become relative to the output where the audio lies below it, else absolute.
+Training reads every form directly; converting shows what it will read. docs/datasets.md lists the forms. Audio is not
+copied: paths become relative to the output if the audio is below its folder, otherwise absolute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prepare.manifest import read_manifest, report_problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, help="a file or folder in one of the forms of forms.py")
+    parser.add_argument("input", type=Path, help="a file or folder in any known form (docs/datasets.md)")
     parser.add_argument("output", type=Path, help="the JSONL to write")
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     lines = []
     for _, record in conversion.records:
         move_paths(record, conversion.folder, args.output.parent)
-        # What UTF-8 cannot hold (half a character, escaped in the input) is written as JSON escapes it.
+        # Half a character, which UTF-8 cannot hold, is written as a JSON escape.
         lines.append((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     report_problems(conversion.problems)
     if not lines:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_ours(output: Path, source: Path) -> bool:
-    """Whether a file may be written over: ChatML that is not the input. A folder's metadata.jsonl, say, is part of an input."""
+    """Whether a file may be written over: ChatML that is not the input. A folder's metadata.jsonl may be part of the input."""
     try:
         if not output.is_file() or output.samefile(source) or recognise(output) is not None:
             return False
@@ -54,7 +54,7 @@ def is_ours(output: Path, source: Path) -> bool:
 
 
 def move_paths(record: dict, old: Path, new: Path) -> None:
-    """Make the audio paths of a ChatML record, which start from `old`, start from `new`; in place."""
+    """Change the audio paths of a ChatML record in place: they started from `old`, and now start from `new`."""
     for turn in record["messages"]:
         content = turn["content"]
         for part in content if isinstance(content, list) else [content]:

@@ -1,12 +1,10 @@
-"""Waveforms -> codes, once: all clips of manifests, into a cache that any number of runs train from (`--codes_dir DIR`).
+"""Waveforms -> codes, once: all clips of the manifests, into a cache that any number of runs read (`--codes_dir DIR`).
 
-    python -m prepare encode train.jsonl val.jsonl --out codes
-    torchrun --nproc_per_node=8 -m prepare encode train.jsonl --out codes
+    bash launch.sh prepare encode train.jsonl val.jsonl --out codes
 
-It may be killed and started again, and run beside others on the same cache: what is there is not encoded again. The ranks share
-the audio by its duration. One clip at a time goes through the codec, for then its codes are the codec's own (see
-`AudioStore.encode`); a GPU that this leaves idle takes several ranks. Audio that cannot be encoded is named at the end, and the
-exit status is then 2.
+It uses every GPU of this machine. It can be killed and started again, and several can fill one cache: clips in the cache are
+not encoded again. Ranks share the audio by its duration. The codec gets one clip at a time (see `AudioStore.encode`); a GPU
+that is idle then can take several ranks (NPROC=16). Clips that cannot be encoded are named at the end, with exit status 2.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import DataError
+from common import DataError, listing
 from config import Config
 from distributed import Dist, bar_interval_sec, log, setup_distributed
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
@@ -30,11 +28,11 @@ from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Record, check
 
 Clip = tuple[AudioPart, str]
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.3f}/{total:.3f} h [{elapsed}<{remaining}{postfix}]"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", nargs="+", type=Path, help="datasets in any form of forms.py")
+    parser.add_argument("manifest", nargs="+", type=Path, help="datasets in any known form (docs/datasets.md)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the cache, made if need be")
     parser.add_argument("--audio_tokenizer", default=Config.audio_tokenizer, metavar="X", help="codec: a folder, or on the Hub")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the codec runs")
@@ -42,16 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    dist = setup_distributed("cpu", timeout_min=60_000)  # gloo: ranks only agree on who encodes what, and wait at the end
+    dist = setup_distributed("cpu", timeout_min=60_000)  # gloo: ranks only divide the clips, and wait at the end
     problems = encode(args, dist)
     if problems:
         remedy = "repair the files or take out the records; all other clips are in the cache"
-        raise DataError("\n  ".join([f"{len(problems)} clips cannot be encoded ({remedy}):", *problems]))
+        raise DataError(listing(f"{len(problems)} clips cannot be encoded ({remedy}):", problems))
     return 0
 
 
 def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
-    """Encode what is missing, all ranks together; returns what is wrong with which clip. Collective."""
+    """Encode the clips that are not in the cache; returns what is wrong with clips. Collective."""
     if args.num_workers < 1:
         raise DataError(f"--num_workers {args.num_workers}: must be at least 1")
     info = dist.main_first(lambda: find_codec(args.audio_tokenizer, args.out))
@@ -62,14 +60,14 @@ def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
         log(dist, f"nothing to encode: {args.out} holds the codes of all clips")
         return []
     seconds = measure(clips, dist, args.num_workers)
-    hours = seconds.sum() / 3600
-    log(dist, f"{len(clips)} clips of {hours:.3f} h to encode, on {dist.world_size} rank(s)")
+    log(dist, f"{len(clips)} clips of {seconds.sum() / 60:.1f} minutes to encode, on {dist.world_size} rank(s)")
     started = time.perf_counter()
     mine = np.flatnonzero(split(seconds, dist.world_size) == dist.rank)
     problems = dist.together(lambda: encode_share(args, dist, store, [clips[i] for i in mine], seconds[mine]))
     problems = [problem for share in dist.gather(problems) for problem in share]
     elapsed = time.perf_counter() - started
-    log(dist, f"{len(clips) - len(problems)} clips in {elapsed:.1f} s: {hours / elapsed:.5f} hours of audio per second")
+    speed = seconds.sum() / elapsed
+    log(dist, f"{len(clips) - len(problems)} clips in {elapsed:.1f} s: {speed:.1f} seconds of audio per second")
     return problems
 
 
@@ -78,7 +76,7 @@ def read_records(paths: Sequence[Path]) -> Iterable[Record]:
 
 
 def measure(clips: Sequence[Clip], dist: Dist, num_threads: int) -> np.ndarray:
-    """[clips] the duration of each in seconds, 0 for what cannot be read; each rank opens a part of the files. Collective."""
+    """[clips] seconds of each clip, 0 if it cannot be read; each rank opens a part of the files. Collective."""
     seconds, mine = np.zeros(len(clips)), slice(dist.rank, None, dist.world_size)
     with ThreadPoolExecutor(num_threads) as pool:
         seconds[mine] = list(pool.map(duration_sec, [part for part, _ in clips[mine]]))
@@ -86,32 +84,27 @@ def measure(clips: Sequence[Clip], dist: Dist, num_threads: int) -> np.ndarray:
 
 
 def split(seconds: np.ndarray, world_size: int) -> np.ndarray:
-    """[clips] the rank of each: consecutive clips, which often lie in one file, of about the same duration for all."""
+    """[clips] the rank of each clip: consecutive ones, which often share a file, of about equal duration per rank."""
     middles = np.cumsum(seconds) - seconds / 2
     return np.minimum(middles * world_size / max(seconds.sum(), 1e-9), world_size - 1).astype(int)
 
 
 def encode_share(args: argparse.Namespace, dist: Dist, store: AudioStore, clips: list[Clip], seconds: np.ndarray) -> list[str]:
     """Encode this rank's clips; returns what is wrong with them."""
-    problems, hours, started = [], seconds / 3600, time.perf_counter()
     device = choose_device(args.device, dist.local_rank)
     outcomes = store.encode(lambda: load_codec(args.audio_tokenizer, device), clips, args.num_workers)
-    with tqdm(
-        desc=f"encode on {device}" + f", 1 of {dist.world_size} ranks" * (dist.world_size > 1),
-        total=hours.cumsum()[-1] if len(hours) else 0.0,  # added up as the bar does, to end at exactly 100 %
-        bar_format=BAR,
-        mininterval=bar_interval_sec(),
-        disable=not dist.is_main,
-    ) as bar:
-        for problem, hour in zip(outcomes, hours.tolist(), strict=True):
+    problems = []
+    name = f"encode on {device}" + f", 1 of {dist.world_size} ranks" * (dist.world_size > 1)
+    total = seconds.cumsum()[-1] if len(seconds) else 0.0  # added up as the bar does, to end at exactly 100 %
+    with tqdm(desc=name, total=total, bar_format=BAR, mininterval=bar_interval_sec(), disable=not dist.is_main) as bar:
+        for problem, sec in zip(outcomes, seconds.tolist(), strict=True):
             problems += [problem] if problem else []
-            bar.update(hour)
-            bar.set_postfix_str(f"{bar.n / (time.perf_counter() - started):.5f} h/s", refresh=False)
+            bar.update(sec)
     return problems
 
 
 def choose_device(choice: str, local_rank: int) -> torch.device:
-    """The GPU of a rank, one of which may have several ranks; or the CPU."""
+    """A rank's GPU, which it may share with other ranks; or the CPU."""
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,16 +1,14 @@
-"""What a manifest holds: ChatML records, validated; every problem names file, record, field and remedy.
+"""Manifests: files of ChatML records. Every record is validated; a problem names file, record, field and remedy.
 
-The record, and which turns train:
+A record:
 
     {"messages": [{"role": "system" | "user" | "assistant", "content": str | part | [str | part, ...]}, ...],
      "start_index": int?, "speaker": str?, "misc": {}?}
     part: {"type": "text", "text": str} or {"type": "audio", "audio_url": path, "offset": sec?, "duration": sec?}
 
-Assistant turns from `start_index` on train, text and audio; earlier ones, and everything else, are context. `audio_url`
-is relative to the manifest, or absolute: a waveform, or codes `[K, T]` as `.npy` or `.safetensors`. `audio_label_url`
-beside it gives the label audio of an assistant turn where that differs from its input.
-
-    python manifest.py MANIFEST      # what it holds
+The text and audio of assistant turns from `start_index` on train; all other turns are context. `audio_url` is relative to
+the manifest, or absolute: a waveform, or codes `[K, T]` as `.npy` or `.safetensors`. `audio_label_url` beside it gives label
+audio that differs from the input audio of an assistant turn.
 """
 
 from __future__ import annotations
@@ -18,16 +16,14 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
@@ -36,12 +32,8 @@ from common import DataError, MissingAudioError, listing
 
 ROLES = ("system", "user", "assistant")
 CODE_SUFFIXES = (".npy", ".safetensors")
-
-
 SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SPEAKER0: ..." of a scene
-
-MAX_SEC = 1e7  # no clip is four months long
-
+MAX_SEC = 1e7  # about four months
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records and their clips
@@ -55,7 +47,7 @@ class AudioPart:
     offset_sec: float | None
     duration_sec: float | None
     is_output: bool  # of an assistant turn
-    field: str  # where it stands, for messages
+    field: str  # of the record, for messages
     label_path: Path | None = None
     raw_audio: bytes | None = field(default=None, repr=False)
 
@@ -80,7 +72,7 @@ class Record:
     source: str  # "manifest.jsonl record 3 (line 4)"
 
     def parts(self) -> list[str | TextContent | AudioContent]:
-        """What its turns consist of, in order."""
+        """The content parts of all turns, in order."""
         contents = (turn.content for turn in self.chatml.messages)
         return [part for content in contents for part in (content if isinstance(content, list) else [content])]
 
@@ -91,10 +83,10 @@ class Record:
         return dataclasses.replace(short, audio=self.audio[:num_clips])
 
     def speakers(self) -> list[str | None]:
-        """Whose voice each clip is, None where that cannot be told.
+        """The speaker of each clip, None where it is unclear.
 
-        All clips are the record's `speaker`'s, unless texts tell several speakers apart by tags: then a clip belongs to the one
-        tag in the text since the clip before it, SPEAKER0 being `speaker`, and to nobody if there is none or more than one.
+        All clips belong to the record's `speaker`, unless texts have several speaker tags. Then a clip belongs to the tag
+        in the text between the clip before it and itself (SPEAKER0 is `speaker`); without exactly one tag it is unclear.
         """
         tags, clips = set(), []
         for part in self.parts():
@@ -115,14 +107,14 @@ class Record:
 
 
 class Manifest(Sequence[Record]):
-    """The records of one file, each parsed when it is asked for: memory holds where they are, however many there are.
+    """The records of one file. A record is parsed when it is read; memory holds only an index of them.
 
-    path:   what messages name
-    folder: what relative audio paths start from
-    spans:  [records, 2] int64, where each record's JSON begins and ends: in the file at `path`, or in `blob`
-    places: [records, 2] int32, record and line number in the file (from 0 and 1); None where `blob` names the places
+    path:   of the file, for messages
+    folder: relative audio paths start from here
+    spans:  [records, 2] int64, start and end of each record's JSON in the file at `path`, or in `blob`
+    places: [records, 2] int32, record and line number in the file (from 0 and 1); None with a blob
     digest: of the content
-    blob:   JSON pairs [source, value], for records that do not lie in the file one to a line
+    blob:   JSON pairs [source, value], of records that are not lines of a file
     """
 
     def __init__(
@@ -134,7 +126,7 @@ class Manifest(Sequence[Record]):
 
     @classmethod
     def of_lines(cls, path: Path) -> Manifest:
-        """An index of a JSONL file; blank lines do not count."""
+        """Index a JSONL file; blank lines are skipped."""
         ends, digest, size = [], hashlib.sha256(), 0
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
@@ -153,7 +145,7 @@ class Manifest(Sequence[Record]):
 
     @classmethod
     def of_values(cls, path: Path, folder: Path, values: Iterable[tuple[str, Any]]) -> Manifest:
-        """Records given as (source, decoded JSON), where source is how messages call the record."""
+        """values: (source, decoded JSON) of each record; source names it in messages"""
         lines = [json.dumps(pair, ensure_ascii=False).encode("utf-8", "surrogatepass") for pair in values]
         stops = np.cumsum([0, *map(len, lines)], dtype=np.int64)
         blob = b"".join(lines)
@@ -168,7 +160,7 @@ class Manifest(Sequence[Record]):
         return parse_record(value, self.folder, source)
 
     def value(self, index: int) -> tuple[str, Any]:
-        """(source, decoded JSON) of a record, not validated."""
+        """(source, decoded JSON) of a record, without validation."""
         start, stop = self.spans[index].tolist()
         if self._blob is not None:
             return tuple(json.loads(self._blob[start:stop].decode("utf-8", "surrogatepass")))
@@ -184,7 +176,7 @@ class Manifest(Sequence[Record]):
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Open a manifest (a JSON list, or JSONL); see `check` for reading all of it.
+    """Open a manifest, a JSON list or JSONL; `check` reads all of it.
 
     raises: DataError naming the file and the remedy
     """
@@ -207,28 +199,34 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def check(manifest: Manifest, skip_missing: bool = False) -> tuple[Manifest, list[str]]:
-    """Read and validate every record; audio files are looked for, not opened.
+    """Validate every record. Audio files have to exist; they are not opened.
 
     skip_missing: leave out records whose audio files do not exist
-    returns: the manifest, perhaps without some records, and what is wrong with those
+    returns: the manifest without the records left out, and what is wrong with those
     raises:  DataError with all problems
     """
-    problems, skipped, kept = [], [], np.ones(len(manifest), bool)
+    kept, errors = scan(manifest)
+    missing = [str(error) for error in errors if skip_missing and isinstance(error, MissingAudioError)]
+    report_problems([str(error) for error in errors if not (skip_missing and isinstance(error, MissingAudioError))])
+    if missing and not kept:
+        raise DataError(f"{manifest.path}: the audio of every record is missing, first {missing[0]}")
+    return kept, missing
+
+
+def scan(manifest: Manifest) -> tuple[Manifest, list[DataError]]:
+    """The valid records, and what is wrong with the others."""
+    kept, errors = np.ones(len(manifest), bool), []
     for index in range(len(manifest)):
         try:
             manifest[index]
         except DataError as error:
-            skip = skip_missing and isinstance(error, MissingAudioError)
-            (skipped if skip else problems).append(str(error))
+            errors.append(error)
             kept[index] = False
-    report_problems(problems)
-    if skipped and not kept.any():
-        raise DataError(f"{manifest.path}: the audio of every record is missing, first {skipped[0]}")
-    return manifest.subset(kept) if skipped else manifest, skipped
+    return manifest.subset(kept) if errors else manifest, errors
 
 
 def report_problems(problems: Sequence[str]) -> None:
-    """Raise one DataError for all problems of records, if there are any."""
+    """Raise one DataError with all problems of records, if there are any."""
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
@@ -263,10 +261,9 @@ def parse_json(text: str, path: Path, line: int) -> Any:
 
 
 class Mixture(Sequence[Record]):
-    """The records of several manifests, one after the other, each with the number of times an epoch uses it.
+    """The records of several manifests in a row. A manifest's weight is how often an epoch uses each of its records.
 
-    A weight of 2 uses every record twice per epoch, one of 0.5 the first half of a shuffled pass in one epoch and the
-    other half in the next.
+    With 2 every epoch uses every record twice; with 0.5 it uses one half of them, and the next epoch the other half.
     """
 
     def __init__(self, parts: Sequence[Manifest], weights: Sequence[float] | None = None):
@@ -290,7 +287,7 @@ class Mixture(Sequence[Record]):
         return self.parts[part][index - int(self._stops[part]) + len(self.parts[part])]
 
     def subset(self, chosen: np.ndarray) -> Mixture:
-        """The records where `chosen` [records] bool is set; a manifest of which nothing is left is left out."""
+        """The records where `chosen` [records] bool is true; manifests without any such record are left out."""
         pieces = np.split(chosen, self._stops[:-1])
         kept = [(part.subset(piece), w) for part, piece, w in zip(self.parts, pieces, self.weights) if piece.any()]
         return Mixture(*zip(*kept)) if kept else Mixture([])
@@ -326,177 +323,167 @@ def split_weights(spec: str) -> list[tuple[str, float]]:
 def parse_record(value: Any, folder: Path, source: str, to_train: bool = True) -> Record:
     """Turn a decoded JSON value into a Record.
 
-    folder:   what relative paths start from
+    folder:   relative paths start from here
+    source:   names the record in messages
     to_train: some turn has to train; a prompt has none
+    raises:   DataError naming record, field and remedy
     """
+    return _Parser(folder, source).record(value, to_train)
 
-    def fail(where: str, problem: str, kind: type[DataError] = DataError):
-        message = f"{source}: {where}: {problem}"
+
+@dataclass
+class _Parser:
+    folder: Path
+    source: str
+    audio: list[AudioPart] = field(default_factory=list)
+
+    def fail(self, where: str, problem: str, kind: type[DataError] = DataError) -> NoReturn:
+        message = f"{self.source}: {where}: {problem}"
         raise kind(message.encode("utf-8", "backslashreplace").decode())  # it may quote what no file can hold
 
-    if not isinstance(value, dict):
-        fail("record", f"expected an object with `messages`, found {_shown(value)}")
-    messages = value.get("messages")
-    if not isinstance(messages, list) or not messages:
-        found = f"keys {sorted(map(str, value))}" if "messages" not in value else _shown(messages)
-        fail("messages", f"expected a non-empty list of turns, found {found}")
-    unknown = set(value) - {"messages", "start_index", "speaker", "misc"}
-    if unknown:
-        fail("record", f"unknown keys {sorted(unknown)}; put extra information under `misc`")
-    audio: list[AudioPart] = []
-    turns = [_parse_turn(turn, f"messages[{i}]", folder, audio, fail) for i, turn in enumerate(messages)]
-    start = _absent_if_nan(value.get("start_index"))
-    if start is not None:
+    def record(self, value: Any, to_train: bool) -> Record:
+        if not isinstance(value, dict):
+            self.fail("record", f"expected an object with `messages`, found {shown(value)}")
+        messages = value.get("messages")
+        if not isinstance(messages, list) or not messages:
+            found = f"keys {sorted(map(str, value))}" if "messages" not in value else shown(messages)
+            self.fail("messages", f"expected a non-empty list of turns, found {found}")
+        unknown = set(value) - {"messages", "start_index", "speaker", "misc"}
+        if unknown:
+            self.fail("record", f"unknown keys {sorted(unknown)}; put extra information under `misc`")
+        turns = [self.turn(turn, f"messages[{i}]") for i, turn in enumerate(messages)]
+        start = self.start_index(value.get("start_index"), turns)
+        if to_train:
+            self.check_trained(turns, start or 0)
+        speaker, misc = _absent_if_nan(value.get("speaker")), _absent_if_nan(value.get("misc"))
+        if speaker is not None and not isinstance(speaker, str):
+            self.fail("speaker", f"expected text, found {shown(speaker)}")
+        if misc is not None and not isinstance(misc, dict):
+            self.fail("misc", f"expected an object, found {shown(misc)}")
+        return Record(ChatMLSample(turns, start_index=start, misc=misc, speaker=speaker), self.audio, self.source)
+
+    def start_index(self, value: Any, turns: Sequence[Message]) -> int | None:
+        start = _absent_if_nan(value)
+        if start is None:
+            return None
         if isinstance(start, bool) or not isinstance(start, (int, float)) or abs(start) == math.inf or start != int(start):
-            fail("start_index", f"expected a whole number of turns, found {_shown(start)}")
+            self.fail("start_index", f"expected a whole number of turns, found {shown(start)}")
         if not 0 <= start < len(turns):
-            fail("start_index", f"{start} leaves no turn to train; the record has {len(turns)} turns (0 to {len(turns) - 1})")
-    trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i >= (start or 0)]
-    if to_train and not trained:
-        fail("messages", "no assistant turn from start_index on, so there is nothing to train")
-    for i in trained if to_train else ():
-        if not _says_something(turns[i].content):
-            fail(f"messages[{i}].content", "empty, though the turn is to be trained; give its text or audio, or take it out")
-    speaker, misc = _absent_if_nan(value.get("speaker")), _absent_if_nan(value.get("misc"))
-    if speaker is not None and not isinstance(speaker, str):
-        fail("speaker", f"expected text, found {_shown(speaker)}")
-    if misc is not None and not isinstance(misc, dict):
-        fail("misc", f"expected an object, found {_shown(misc)}")
-    chatml = ChatMLSample(turns, start_index=None if start is None else int(start), misc=misc, speaker=speaker)
-    return Record(chatml, audio, source)
+            count = len(turns)
+            self.fail("start_index", f"{start} leaves no turn to train; the record has {count} turns (0 to {count - 1})")
+        return int(start)
 
+    def check_trained(self, turns: Sequence[Message], start: int) -> None:
+        trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i >= start]
+        if not trained:
+            self.fail("messages", "no assistant turn from start_index on, so there is nothing to train")
+        for i in trained:
+            if not _has_content(turns[i].content):
+                problem = "empty, though the turn is to be trained; give its text or audio, or take it out"
+                self.fail(f"messages[{i}].content", problem)
 
-def _parse_turn(turn: Any, where: str, folder: Path, audio: list[AudioPart], fail: Callable) -> Message:
-    if not isinstance(turn, dict):
-        fail(where, f"expected an object with `role` and `content`, found {_shown(turn)}")
-    unknown = set(turn) - {"role", "content", "recipient"}
-    if unknown:
-        fail(where, f"unknown keys {sorted(unknown)}; a turn has `role` and `content`")
-    role = turn.get("role")
-    if role not in ROLES:
-        fail(f"{where}.role", f"{_shown(role)} is not one of {', '.join(ROLES)}")
-    recipient = _absent_if_nan(turn.get("recipient"))
-    if recipient is not None and (role != "assistant" or not isinstance(recipient, str)):
-        fail(f"{where}.recipient", "only an assistant turn can have a recipient, and it is text")
-    content = turn.get("content")
-    if isinstance(content, str):
-        return Message(role, _encodable(content, f"{where}.content", fail), recipient)
-    is_list = isinstance(content, list)
-    parts = [
-        _parse_part(part, f"{where}.content[{i}]" if is_list else f"{where}.content", role, folder, audio, fail)
-        for i, part in enumerate(content if is_list else [content])
-    ]
-    return Message(role, parts if is_list else parts[0], recipient)
+    def turn(self, turn: Any, where: str) -> Message:
+        if not isinstance(turn, dict):
+            self.fail(where, f"expected an object with `role` and `content`, found {shown(turn)}")
+        unknown = set(turn) - {"role", "content", "recipient"}
+        if unknown:
+            self.fail(where, f"unknown keys {sorted(unknown)}; a turn has `role` and `content`")
+        role = turn.get("role")
+        if role not in ROLES:
+            self.fail(f"{where}.role", f"{shown(role)} is not one of {', '.join(ROLES)}")
+        recipient = _absent_if_nan(turn.get("recipient"))
+        if recipient is not None and (role != "assistant" or not isinstance(recipient, str)):
+            self.fail(f"{where}.recipient", "only an assistant turn can have a recipient, and it is text")
+        content = turn.get("content")
+        if isinstance(content, str):
+            return Message(role, self.text(content, f"{where}.content"), recipient)
+        if isinstance(content, list):
+            parts = [self.part(part, f"{where}.content[{i}]", role) for i, part in enumerate(content)]
+            return Message(role, parts, recipient)
+        return Message(role, self.part(content, f"{where}.content", role), recipient)
 
+    def part(self, part: Any, where: str, role: str) -> TextContent | AudioContent:
+        if isinstance(part, str):
+            return TextContent(self.text(part, where))
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                self.fail(f"{where}.text", f"expected text, found {shown(part.get('text'))}")
+            return TextContent(self.text(part["text"], f"{where}.text"))
+        if kind != "audio":
+            self.fail(where, f'expected text, {{"type": "text", ...}} or {{"type": "audio", ...}}, found {shown(part)}')
+        return self.clip(part, where, role)
 
-def _parse_part(part: Any, where: str, role: str, folder: Path, audio: list[AudioPart], fail: Callable):
-    if isinstance(part, str):
-        return TextContent(_encodable(part, where, fail))
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            fail(f"{where}.text", f"expected text, found {_shown(part.get('text'))}")
-        return TextContent(_encodable(part["text"], f"{where}.text", fail))
-    if kind != "audio":
-        fail(where, f'expected text, {{"type": "text", ...}} or {{"type": "audio", ...}}, found {_shown(part)}')
-    unknown = set(part) - {"type", "audio_url", "raw_audio", "offset", "duration", "row_id", "audio_label_url"}
-    if unknown:
-        fail(where, f"unknown keys {sorted(unknown)} of an audio part")
-    for name in ("offset", "duration"):
-        sec = _absent_if_nan(part.get(name))
+    def clip(self, part: dict, where: str, role: str) -> AudioContent:
+        unknown = set(part) - {"type", "audio_url", "raw_audio", "offset", "duration", "row_id", "audio_label_url"}
+        if unknown:
+            self.fail(where, f"unknown keys {sorted(unknown)} of an audio part")
+        offset, duration = (self.seconds(part.get(name), f"{where}.{name}") for name in ("offset", "duration"))
+        if duration == 0:
+            self.fail(f"{where}.duration", "0 seconds of audio; leave it out for the whole clip")
+        url, raw = part.get("audio_url"), _absent_if_nan(part.get("raw_audio"))
+        path = raw_bytes = label_path = None
+        raw = raw if raw != "" else None
+        if raw is None:
+            path = self.file(url, f"{where}.audio_url")
+        else:
+            try:
+                raw_bytes = base64.b64decode(raw, validate=True)
+            except (TypeError, ValueError):
+                self.fail(f"{where}.raw_audio", "not base64")
+        if _absent_if_nan(part.get("audio_label_url")) is not None:
+            if role != "assistant":
+                self.fail(f"{where}.audio_label_url", "only an assistant turn has label audio")
+            label_path = self.file(part["audio_label_url"], f"{where}.audio_label_url")
+        self.audio.append(AudioPart(path, offset, duration, role == "assistant", where, label_path, raw_bytes))
+        return AudioContent(audio_url=url if isinstance(url, str) else "", raw_audio=raw, offset=offset, duration=duration)
+
+    def seconds(self, value: Any, where: str) -> float | None:
+        sec = _absent_if_nan(value)
         if sec is not None and (isinstance(sec, bool) or not isinstance(sec, (int, float)) or not 0 <= sec <= MAX_SEC):
-            fail(f"{where}.{name}", f"expected seconds, found {_shown(sec)}")
-    offset, duration = (_absent_if_nan(part.get(name)) for name in ("offset", "duration"))
-    if duration == 0:
-        fail(f"{where}.duration", "0 seconds of audio; leave it out for the whole clip")
-    url, raw = part.get("audio_url"), _absent_if_nan(part.get("raw_audio"))
-    path = raw_bytes = None
-    raw = raw if raw != "" else None
-    if raw is not None:
+            self.fail(where, f"expected seconds, found {shown(sec)}")
+        return sec
+
+    def file(self, url: Any, where: str) -> Path:
+        if not isinstance(url, str) or not url:
+            self.fail(where, f"expected a path, found {shown(url)}")
+        if leaves_folder(url):
+            self.fail(where, f"{shown(url)} leaves the manifest's folder; move the file there, or give its absolute path")
+        path = self.folder / url
         try:
-            raw_bytes = base64.b64decode(raw, validate=True)
-        except (TypeError, ValueError):
-            fail(f"{where}.raw_audio", "not base64")
-    else:
-        path = _existing_file(url, f"{where}.audio_url", folder, fail)
-    label_path = None
-    if _absent_if_nan(part.get("audio_label_url")) is not None:
-        if role != "assistant":
-            fail(f"{where}.audio_label_url", "only an assistant turn has label audio")
-        label_path = _existing_file(part["audio_label_url"], f"{where}.audio_label_url", folder, fail)
-    audio.append(AudioPart(path, offset, duration, role == "assistant", where, label_path, raw_bytes))
-    return AudioContent(audio_url=url if isinstance(url, str) else "", raw_audio=raw, offset=offset, duration=duration)
+            exists = path.is_file()
+        except (OSError, ValueError):  # a name the file system cannot hold
+            exists = False
+        if not exists:
+            problem = f"audio file {path} does not exist; paths are relative to the manifest's folder, or absolute"
+            self.fail(where, problem, MissingAudioError)
+        return path
 
-
-def _existing_file(url: Any, where: str, folder: Path, fail: Callable) -> Path:
-    if not isinstance(url, str) or not url:
-        fail(where, f"expected a path, found {_shown(url)}")
-    if leaves_folder(url):
-        fail(where, f"{_shown(url)} leaves the manifest's folder; move the file there, or give its absolute path")
-    path = folder / url
-    try:
-        exists = path.is_file()
-    except (OSError, ValueError):  # a name the file system cannot hold
-        exists = False
-    if not exists:
-        fail(
-            where,
-            f"audio file {path} does not exist; paths are relative to the manifest's folder, or absolute",
-            MissingAudioError,
-        )
-    return path
+    def text(self, text: str, where: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            remedy = "escape both halves (\\ud83d\\ude00) or neither"
+            self.fail(where, f"half a character, which no tokenizer reads: {shown(text)}; {remedy}")
+        return text
 
 
 def leaves_folder(path: str) -> bool:
-    """Whether a relative path climbs out of the folder it starts from. Links are not followed: a dataset may be made of them."""
+    """Whether a relative path climbs out of its folder. Links are not followed: a dataset may be made of them."""
     return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir
 
 
-def _encodable(text: str, where: str, fail: Callable) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        fail(
-            where, f"half a character, which no tokenizer reads: {_shown(text)}; escape both halves (\\ud83d\\ude00) or neither"
-        )
-    return text
-
-
-def _says_something(content: Any) -> bool:
+def _has_content(content: Any) -> bool:
     parts = content if isinstance(content, list) else [content]
     return any(part if isinstance(part, str) else isinstance(part, AudioContent) or part.text for part in parts)
 
 
 def _absent_if_nan(value: Any) -> Any:
-    """NaN stands for "absent" in exported tables, and upstream reads it as None."""
+    """NaN means "absent" in exported tables, and upstream reads it as None."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as JSON, at most 80 characters, for messages."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def main(argv: Sequence[str]) -> None:
-    if len(argv) != 1:
-        raise SystemExit("usage: python manifest.py MANIFEST")
-    try:
-        manifest, _ = check(read_manifest(argv[0]))
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
-    speakers = {record.chatml.speaker for record in manifest}
-    print(f"{len(manifest)} records, {len(speakers - {None})} speakers named, {sum(len(r.audio) for r in manifest)} clips")
-    for record in itertools.islice(manifest, 3):
-        print(f"\n{record.source}")
-        for index, turn in enumerate(record.chatml.messages):
-            trains = turn.role == "assistant" and index >= (record.chatml.start_index or 0)
-            print(f"  {turn.role:10}{'trains' if trains else '':8}{_summary(turn.content)}")
-
-
-def _summary(content: Any) -> str:
-    parts = content if isinstance(content, list) else [content]
-    return " ".join(part if isinstance(part, str) else getattr(part, "text", f"[{part.type}]") for part in parts)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,16 +1,16 @@
 """References for zero-shot cloning, and train / val / test without leaks.
 
-    python -m prepare pair lines.jsonl paired --val_share 0.02 --test_share 0.02
+    bash launch.sh prepare pair lines.jsonl paired --val_share 0.02 --test_share 0.02
 
-Each plain line (a text and its audio, with `speaker` set) gets another utterance of the same speaker as its reference, phrased
-as the official inference phrases it: as an earlier exchange (`turn`) or in the system turn (`system`). A line that has a text
-for a system turn keeps it, and its reference is an earlier exchange. Records of any other shape are kept as they are.
+A plain line (a text, its audio and a `speaker`) gets another line of the same speaker as its reference: as an earlier
+exchange (`turn`) or in the system turn (`system`), as the official inference does. A line that has a system turn keeps it,
+and its reference is an earlier exchange. All other records stay as they are.
 
-Records that share audio (by content; parts of one file that overlap), or a speaker's text, go into one split together, and a
-reference comes from the split of its line, so that nothing heard in training is met again in val or test. Held-out lines are
-taken a few at a time from one speaker after the other, so that they have references too. The same seed gives the same files.
+Records that share audio (the same content, overlapping parts of a file) or a speaker's text go into one split, and a
+reference comes from the split of its line. So val and test hold nothing that training has seen. Held-out lines are taken a
+few at a time from each speaker, so that they have references too. The same seed gives the same files.
 
-Writes train.jsonl, val.jsonl and test.jsonl (those that are not empty) and leakage.json, which is found in the files written.
+Writes train.jsonl, val.jsonl and test.jsonl (unless empty), and leakage.json, which is computed from these files.
 """
 
 from __future__ import annotations
@@ -32,31 +32,33 @@ from typing import Any, TypeVar
 
 from boson_multimodal.data_types import AudioContent, Message, TextContent
 
-from common import DataError, write_whole
+from common import DataError, sha256_of, split_list, write_whole
+from prepare import prompts
 from prepare.convert import move_paths
-from prepare.forms import make_record, open_manifest
+from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Manifest, Record, check
+from prepare.prompts import Voice
 
 SPLITS = ("train", "val", "test")
 STYLES = ("turn", "system")
-TOUCHING_SEC = 0.001  # spans that overlap by less only touch: seconds in manifests are rounded
+TOUCHING_SEC = 0.001  # spans may overlap by this much: seconds in manifests are rounded
 
 T = TypeVar("T")
-Source = str | tuple[int, str]  # what clips are cut from: a file's path, or size and digest of `raw_audio`
-Span = tuple[Source, float, float]  # a clip: from where to where, in seconds
+Source = str | tuple[int, str]  # of clips: a file's path, or size and digest of `raw_audio`
+Span = tuple[Source, float, float]  # a clip: its source, start and end in seconds
 
 
 @dataclass
 class Line:
-    """What pairing has to know of a record."""
+    """A record, as far as pairing needs it."""
 
     index: int  # in the manifest
     speaker: str | None
-    said: list[str]  # see `transcripts`; normalised
+    texts: list[str]  # of `transcripts`, words only
     context: list[Span]
     targets: list[Span]  # the clips that train, and their label audio
-    is_plain: bool  # one text and one clip that says it: can have a reference, and be one
-    group: int = -1  # records that have to stay together
+    is_plain: bool  # one transcript and its clip: can have a reference, and be one
+    group: int = -1  # records of one group go into one split
     split: str = "train"
 
     @property
@@ -65,10 +67,10 @@ class Line:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, help="a dataset in one of the forms of forms.py")
+    parser.add_argument("input", type=Path, help="a dataset in any known form (docs/datasets.md)")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ref_per_line", type=int, default=1, help="records made of each line, each with another reference")
+    parser.add_argument("--ref_per_line", type=int, default=1, help="records made of each line, with different references")
     parser.add_argument("--ref_drop", type=float, default=0.1, help="share of records that get no reference")
     parser.add_argument("--styles", default="turn=0.7,system=0.3", help="mixture of phrasings")
     parser.add_argument("--val_share", type=float, default=0.02, help="share of the input's records for val.jsonl")
@@ -76,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hold_out_speakers",
         default="",
-        help="speakers that are in test.jsonl alone: how many, or their names a,b,c (a single name that is a number: 1034,)",
+        help="speakers that are only in test.jsonl: how many, or their names a,b,c (a name that is a number: 1034,)",
     )
 
 
@@ -111,7 +113,7 @@ def parse_styles(spec: str) -> dict[str, float]:
 
 
 def refuse_used(folder: Path) -> None:
-    """DataError where writing would replace something: perhaps the input, or splits made by hand."""
+    """raises: DataError if files would be replaced: the input, or splits made by hand"""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: this is a file; name a folder for the splits")
     found = [name for name in (*(f"{split}.jsonl" for split in SPLITS), "leakage.json") if (folder / name).exists()]
@@ -125,20 +127,20 @@ def refuse_used(folder: Path) -> None:
 
 def read_lines(manifest: Manifest) -> Iterator[Line]:
     for index, record in enumerate(manifest):
-        said = transcripts(record)
+        texts = transcripts(record)
         num_before = len(record.cropped(record.chatml.start_index or 0).audio)
         context, targets = [], []
         for number, part in enumerate(record.audio):
             spans = targets if part.is_output and number >= num_before else context
             spans += [span_of(clip) for clip in (part, part.label) if clip is not None]
-        is_plain = len(said) == len(record.audio) == 1
-        yield Line(index, record.chatml.speaker, [normalise(text) for text in said], context, targets, is_plain)
+        is_plain = len(texts) == len(record.audio) == 1
+        yield Line(index, record.chatml.speaker, [words(text) for text in texts], context, targets, is_plain)
 
 
 def transcripts(record: Record) -> list[str]:
-    """The texts of a line, or of a reference as an earlier exchange and a line, perhaps after a system turn.
+    """The transcripts of a line, or of a reference (an earlier exchange) and a line, perhaps after a system turn.
 
-    None of a record of any other shape: the user's texts of a dialogue may be prompts, not what its clips say.
+    Empty for any other record: in a dialogue the user's texts may be prompts, not transcripts.
     """
     turns = record.chatml.messages
     start = len(turns) - 1
@@ -151,18 +153,18 @@ def transcripts(record: Record) -> list[str]:
 
 
 def is_exchange(user: Message, assistant: Message) -> bool:
-    """Whether a turn is one text and the next one clip that says it."""
+    """Whether a turn is one text, and the next turn is one clip."""
     roles = user.role == "user" and assistant.role == "assistant" and assistant.recipient is None
     return roles and sole_text(user.content) is not None and isinstance(sole(assistant.content), AudioContent)
 
 
 def sole(content: Any) -> Any:
-    """The part of a turn that has no other; of decoded JSON or of the official message."""
+    """The only part of a turn's content; of decoded JSON or of the official message."""
     return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
 def sole_text(content: Any) -> str | None:
-    """The text of a turn that is one text and nothing else."""
+    """The text of a turn that has nothing else."""
     part = sole(content)
     if isinstance(part, dict):
         return part.get("text")
@@ -170,7 +172,7 @@ def sole_text(content: Any) -> str | None:
 
 
 class _Words(dict):
-    """For `str.translate`: letters, digits and the marks on them stay, anything else becomes a space."""
+    """For `str.translate`: keeps letters, digits and their marks; anything else becomes a space."""
 
     def __missing__(self, code: int) -> int | str:
         self[code] = code if unicodedata.category(chr(code))[0] in "LMN" else " "
@@ -180,8 +182,8 @@ class _Words(dict):
 WORDS = _Words()
 
 
-def normalise(text: str) -> str:
-    """The words alone: the same for two spellings of one sentence."""
+def words(text: str) -> str:
+    """The words of a text: equal for two spellings of one sentence."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(WORDS).split())
 
 
@@ -192,7 +194,7 @@ def span_of(part: AudioPart) -> Span:
 
 
 class Contents:
-    """What is the same under different names: files are only read where another source has the same size."""
+    """The content of sources, equal for copies. Files are only read if another source has the same size."""
 
     def __init__(self, lines: Iterable[Line]):
         sources = {source for line in lines for source, _, _ in line.spans}
@@ -210,15 +212,12 @@ class Contents:
             return source[1]
         if self._count[self._sizes[source]] == 1:
             return f"size {self._sizes[source]}"
-        digest = hashlib.sha256()
         with open(source, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+            return sha256_of(file).hex()
 
 
 def overlapping(spans: Iterable[tuple[Span, T]], contents: Contents) -> Iterator[list[T]]:
-    """The owners of spans that overlap, directly or through others: one list for each such stretch of audio."""
+    """Lists of the owners of spans that overlap, directly or through other spans."""
     owners: list[T] = []
     last, end = "", 0.0
     named = ((contents[source], start, stop, owner) for (source, start, stop), owner in spans)
@@ -233,7 +232,7 @@ def overlapping(spans: Iterable[tuple[Span, T]], contents: Contents) -> Iterator
 
 
 def group_lines(lines: Sequence[Line]) -> None:
-    """Number the groups: lines that share audio, or a speaker and a text, directly or through others."""
+    """Set the group of each line. Lines share a group if they share audio, or speaker and text, also through others."""
     parents = list(range(len(lines)))
 
     def root(number: int) -> int:
@@ -244,7 +243,7 @@ def group_lines(lines: Sequence[Line]) -> None:
 
     first: dict[Any, int] = {}
     for number, line in enumerate(lines):
-        for text in filter(None, line.said):
+        for text in filter(None, line.texts):
             parents[root(number)] = root(first.setdefault((line.speaker, text), number))
     spans = ((span, number) for number, line in enumerate(lines) for span in line.spans)
     for numbers in overlapping(spans, Contents(lines)):
@@ -259,13 +258,13 @@ def group_lines(lines: Sequence[Line]) -> None:
 
 
 def find_speakers(lines: Sequence[Line], spec: str, seed: int) -> set[str]:
-    """The speakers to hold out: names, or so many of them chosen by the seed."""
+    """The speakers to hold out, named or chosen by the seed."""
     speakers = sorted({line.speaker for line in lines if line.speaker is not None})
     if spec.isdecimal():
         if int(spec) >= len(speakers):
             raise DataError(f"--hold_out_speakers {spec}: there are {len(speakers)} speakers; a name is written '{spec},'")
         return set(random.Random(f"speakers {seed}").sample(speakers, int(spec)))
-    names = {name.strip() for name in spec.split(",") if name.strip()}
+    names = set(split_list(spec))
     unknown = sorted(names - set(speakers))
     if unknown:
         raise DataError(f"--hold_out_speakers: no line of {', '.join(unknown)}; speakers are {', '.join(speakers[:10])} ...")
@@ -273,7 +272,7 @@ def find_speakers(lines: Sequence[Line], spec: str, seed: int) -> set[str]:
 
 
 def split_lines(lines: Sequence[Line], shares: dict[str, float], held_out: set[str], seed: int) -> None:
-    """Set the split of every line; groups stay together, and a speaker who is held out is so with every line.
+    """Set the split of every line. Groups stay together; all lines of a held-out speaker go to test.
 
     raises: DataError if nothing is left to train on
     """
@@ -293,20 +292,17 @@ def split_lines(lines: Sequence[Line], shares: dict[str, float], held_out: set[s
         rng.shuffle(of_speaker)
     for split, share in shares.items():
         wanted, before = round(share * len(lines)), math.inf
-        while 0 < wanted < before:  # another round where one was not enough, until nothing fits
+        while 0 < wanted < before:  # rounds over the speakers, until the split is full or nothing fits
             before = wanted
             for speaker in speakers:
                 quota = max(2, math.ceil(share * len(free[speaker])))
                 wanted -= take(free[speaker], split, quota, wanted)
     if not any(line.split == "train" for line in lines):
-        raise DataError(
-            "nothing is left to train on: all records share audio, or a speaker's text, with those held out, directly or "
-            "through others"
-        )
+        raise DataError("nothing is left to train on: all records share audio, or a speaker's text, with held-out ones")
 
 
 def take(groups: list[list[Line]], split: str, quota: int, wanted: int) -> int:
-    """Move up to `quota` groups that together have at most `wanted` lines into the split; returns how many lines these are."""
+    """Move up to `quota` groups, of at most `wanted` lines together, into the split; returns how many lines moved."""
     taken, left = 0, []
     for members in groups:
         if quota > 0 and len(members) <= wanted - taken:
@@ -324,7 +320,7 @@ def assign(members: Iterable[Line], split: str) -> None:
 
 
 def find_short(lines: Sequence[Line], shares: dict[str, float]) -> dict[str, str]:
-    """The splits that got fewer lines than they should have, and why."""
+    """The splits that got fewer lines than asked for, and why."""
     got = Counter(line.split for line in lines)
     largest = max(Counter(line.group for line in lines).values())
     return {
@@ -340,7 +336,7 @@ def find_short(lines: Sequence[Line], shares: dict[str, float]) -> dict[str, str
 
 
 def write_splits(manifest: Manifest, lines: Sequence[Line], styles: dict[str, float], args: argparse.Namespace) -> dict:
-    """Write each split; returns how many records of which kind it got."""
+    """Write each split; returns its number of records by kind."""
     pools = make_pools(lines)
     counts: dict[str, Counter] = {}
     for split in SPLITS:
@@ -357,7 +353,7 @@ def write_splits(manifest: Manifest, lines: Sequence[Line], styles: dict[str, fl
 
 
 def make_pools(lines: Iterable[Line]) -> dict[tuple, list[list[Line]]]:
-    """What can be a reference, by split and speaker: lines of one group are alternatives to each other."""
+    """The possible references by split and speaker, in lists of the lines of one group, of which a record uses one."""
     pools: dict[tuple, dict[int, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line.is_plain and line.speaker is not None:
@@ -373,7 +369,7 @@ def make_records(
     args: argparse.Namespace,
     count: Counter,
 ) -> Iterator[dict]:
-    """The ChatML records of a split, with paths that start from the output folder."""
+    """The ChatML records of a split; their paths start from the output folder."""
     for line in lines:
         rng = random.Random(f"{args.seed} {line.index}")
         if not line.is_plain:
@@ -397,7 +393,7 @@ def make_records(
 
 
 def find_references(line: Line, pool: Sequence[Sequence[Line]], count: int, rng: random.Random) -> list[Line]:
-    """Up to `count` lines of the pool, of other groups than the line's and each other's."""
+    """Up to `count` lines of the pool, each of another group, none of the line's own."""
     groups = rng.sample(pool, min(count + 1, len(pool)))
     return [rng.choice(group) for group in groups if group[0].group != line.group][:count]
 
@@ -408,15 +404,14 @@ def choose_style(record: dict, styles: dict[str, float], rng: random.Random) -> 
 
 
 def with_reference(record: dict, reference: dict, style: str) -> dict:
-    """The record after a reference, both plain lines; the reference does not train, so its label audio goes."""
+    """The record with a reference before it, both plain lines. A reference does not train and needs no label audio."""
     *before, user, assistant = record["messages"]
     *_, ref_user, ref_assistant = reference["messages"]
     voice = {name: value for name, value in sole(ref_assistant["content"]).items() if name != "audio_label_url"}
-    words = sole_text(ref_user["content"]) if style == "turn" else None
+    transcript = sole_text(ref_user["content"]) if style == "turn" else None
     text, clip = sole_text(user["content"]), sole(assistant["content"])
-    made = make_record(text, clip, record.get("speaker"), [(words, voice)])
-    if before:
-        made |= {"messages": before + made["messages"], "start_index": made["start_index"] + len(before)}
+    system = before[0]["content"] if before else None
+    made = prompts.record(text, clip, [Voice(voice, transcript)], system=system, speaker=record.get("speaker"))
     return made | {name: record[name] for name in ("misc",) if name in record}
 
 
@@ -431,7 +426,7 @@ def moved_value(manifest: Manifest, line: Line, folder: Path) -> dict:
 
 
 def find_leaks(folder: Path) -> dict:
-    """What the splits on the disk share, found in the files themselves."""
+    """What the written splits share, computed from the files."""
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     splits = {split: list(read_lines(open_manifest(path)[0])) for split, path in paths.items() if path.exists()}
     lines = [line for members in splits.values() for line in members]
@@ -440,24 +435,24 @@ def find_leaks(folder: Path) -> dict:
     spans = {(span, split) for split, members in splits.items() for line in members for span in line.spans}
     for owners in overlapping(spans, contents):
         clips.update(combinations([split for split in SPLITS if split in owners], 2))
-    said = {split: {(line.speaker, text) for line in members for text in line.said} for split, members in splits.items()}
+    texts = {split: {(line.speaker, text) for line in members for text in line.texts} for split, members in splits.items()}
     speakers = {split: {line.speaker for line in members} - {None} for split, members in splits.items()}
     shared = {
         f"{a} and {b}": {
             "stretches of audio": clips[a, b],
-            "lines of one speaker": sum(bool(text) for _, text in said[a] & said[b]),
-            "texts, whoever says them": len({text for _, text in said[a]} & {text for _, text in said[b]} - {""}),
+            "lines of one speaker": sum(bool(text) for _, text in texts[a] & texts[b]),
+            "texts of any speaker": len({text for _, text in texts[a]} & {text for _, text in texts[b]} - {""}),
             "speakers": len(speakers[a] & speakers[b]),
         }
         for a, b in combinations(splits, 2)
     }
-    hear_target = sum(hears_target(line, contents) for line in lines)
-    leaks = hear_target + sum(pair["stretches of audio"] + pair["lines of one speaker"] for pair in shared.values())
-    return {"shared": shared, "records that hear their own target": hear_target, "leaks": leaks}
+    own = sum(refers_to_target(line, contents) for line in lines)
+    leaks = own + sum(pair["stretches of audio"] + pair["lines of one speaker"] for pair in shared.values())
+    return {"shared": shared, "records whose reference is their own target": own, "leaks": leaks}
 
 
-def hears_target(line: Line, contents: Contents) -> bool:
-    """Whether audio that trains is also given as context."""
+def refers_to_target(line: Line, contents: Contents) -> bool:
+    """Whether audio that trains is also in the context."""
     spans = [*((span, "context") for span in line.context), *((span, "target") for span in line.targets)]
     return any(len(set(owners)) > 1 for owners in overlapping(spans, contents))
 

@@ -1,9 +1,9 @@
-"""One sample as the model will see it: its turns, its tokens, and the delay-pattern grid of its first frames.
+"""One sample as the model reads it: its turns, its tokens, and the delay-pattern grid of its first frames.
 
-    python -m prepare show train.jsonl 3 --base_ckpt folder
+    bash launch.sh prepare show train.jsonl 3 --base_ckpt folder
 
-What trains is coloured, or marked with * where there are no colours. Ids and labels come from the official
-`prepare_chatml_sample` and collator: nothing here is computed a second time.
+Trained tokens and codes are coloured, or marked with * without colours. Ids and labels are those of the official
+`prepare_chatml_sample` and collator.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import checkpoint
 import data
 from collate import create_collator
 from common import DataError
-from config import BASE_CKPT
+from config import BASE_CKPT, Config
 from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
 from prepare.forms import open_manifest
@@ -29,16 +30,12 @@ GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", help="a dataset in one of the forms of forms.py")
+    parser.add_argument("manifest", help="a dataset in any known form (docs/datasets.md)")
     parser.add_argument("record", type=int, help="which record, from 0")
-    parser.add_argument(
-        "--base_ckpt", default=BASE_CKPT, help="for its tokenizer and config: a folder, or on the Hub"
-    )
+    parser.add_argument("--base_ckpt", default=BASE_CKPT, help="for its tokenizer and config: a folder, or on the Hub")
     parser.add_argument("--base_revision", default="")
-    parser.add_argument("--codes_dir", type=Path, help="where waveforms were encoded to")
-    parser.add_argument(
-        "--audio_tokenizer", default="bosonai/higgs-audio-v2-tokenizer", help="the codec they were encoded with"
-    )
+    parser.add_argument("--codes_dir", type=Path, help="cache of the codes of waveforms")
+    parser.add_argument("--audio_tokenizer", default=Config.audio_tokenizer, help="codec of that cache")
     parser.add_argument("--columns", type=int, default=12, help="columns of the grid")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
 
@@ -55,29 +52,25 @@ def run(args: argparse.Namespace) -> int:
 
     print(record.source, *([f"speaker {printable(record.chatml.speaker)}"] if record.chatml.speaker else []), sep="\n")
     with tempfile.TemporaryDirectory() as nowhere:
-        store = AudioStore(
-            config.audio_num_codebooks,
-            config.audio_codebook_size,
-            FRAME_RATE_HZ,
-            cache_dir=args.codes_dir or Path(nowhere),
-            codec=args.audio_tokenizer,
-        )
+        K, size = config.audio_num_codebooks, config.audio_codebook_size
+        store = AudioStore(K, size, FRAME_RATE_HZ, args.codes_dir or Path(nowhere), args.audio_tokenizer)
         show_turns(record, store, mark)
         dataset = data.ChatMLDataset([record], tokenizer, store, with_waveforms=config.encode_whisper_embed)
         show_tokens(*dataset.ids(record), tokenizer, mark)
         has_waveforms = not all(part.holds_codes for part in record.audio)
         if has_waveforms and (not args.codes_dir or store.missing([record])):
-            print("\nno grid: no codes of its waveforms; make them with python -m prepare encode, and give --codes_dir")
+            remedy = f"bash launch.sh prepare encode {args.manifest} --out codes; then add --codes_dir codes"
+            print(f"\nno grid: its waveforms have no codes yet; make them with {remedy}")
             return 0
         show_grid(create_collator(config)([dataset[0]]), config, args.columns, mark)
     return 0
 
 
+@dataclass
 class Marker:
-    """Writes what trains so that it can be told from what does not."""
+    """Marks what trains."""
 
-    def __init__(self, use_color: bool):
-        self.use_color = use_color
+    use_color: bool
 
     def __call__(self, text: str, trains: bool) -> str:
         if self.use_color:
@@ -90,12 +83,12 @@ class Marker:
 
 
 def printable(text: str) -> str:
-    """The text without what would move the cursor or change the terminal's colours."""
+    """The text with control characters escaped: they could move the cursor or change the terminal's colours."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def show_turns(record: Record, store: AudioStore, mark: Marker) -> None:
-    """Each turn in a line: its role, its text, its clips."""
+    """One line for each turn: its role, its text, its clips."""
     clips = iter(record.audio)
     for index, turn in enumerate(record.chatml.messages):
         trains = turn.role == "assistant" and index >= (record.chatml.start_index or 0)
@@ -107,7 +100,7 @@ def show_turns(record: Record, store: AudioStore, mark: Marker) -> None:
 
 
 def describe_clip(clip: AudioPart, store: AudioStore, source: str) -> str:
-    """[file from 1 s for 2 s: 2.00 s, 50 frames]; the frames of a waveform are those that the codec will make."""
+    """[file from 1 s for 2 s: 2.00 s, 50 frames]; for a waveform the frames that the codec will make."""
     cut = f" from {clip.offset_sec:g} s" if clip.offset_sec else ""
     cut += f" for {clip.duration_sec:g} s" if clip.duration_sec else ""
     if clip.holds_codes:
@@ -128,19 +121,19 @@ def show_tokens(input_ids: list[int], label_ids: list[int], tokenizer, mark: Mar
 
 
 def show_grid(batch: Any, config: Any, num_columns: int, mark: Marker) -> None:
-    """The first columns of every clip the model speaks, one row for each codebook."""
+    """The first columns of every output clip, one row for each codebook."""
     names = {config.audio_stream_bos_id: "BOS", config.audio_stream_eos_id: "EOS"}
     stops = [*batch.audio_out_ids_start.tolist()[1:], batch.audio_out_ids.shape[1]]
     for number, (start, stop) in enumerate(zip(batch.audio_out_ids_start.tolist(), stops)):
         ids, labels = batch.audio_out_ids[:, start:stop], batch.label_audio_ids[:, start:stop]
         supervised = int((labels != IGNORE_INDEX).sum())
-        print(f"\nspoken clip {number}: {ids.shape[1]} columns, {supervised} of {labels.numel()} cells trained ({mark.legend})")
-        last = 3 if ids.shape[1] > num_columns else 0  # the end of a long clip shows how the codebooks stop
+        print(f"\noutput clip {number}: {ids.shape[1]} columns, {supervised} of {labels.numel()} cells trained ({mark.legend})")
+        last = 3 if ids.shape[1] > num_columns else 0  # the end shows how the codebooks stop
         for k in range(ids.shape[0]):
             trains = labels[k] != IGNORE_INDEX
             cells = [mark(f"{names.get(int(i), int(i)):>4}", bool(t)).ljust(5) for i, t in zip(ids[k], trains)]
             shown = [*cells[: num_columns - last], "...", *cells[-last:]] if last else cells
             print(f"  codebook {k}: " + " ".join(shown))
-    heard = 0 if batch.audio_in_ids is None else len(batch.audio_in_ids_start)
-    if heard:
-        print(f"\nand {heard} clip(s) that are only heard, {batch.audio_in_ids.shape[1]} columns")
+    num_inputs = 0 if batch.audio_in_ids is None else len(batch.audio_in_ids_start)
+    if num_inputs:
+        print(f"\nand {num_inputs} input clip(s), {batch.audio_in_ids.shape[1]} columns")

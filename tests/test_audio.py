@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from test_codec import wave, write_wav
 
 from common import DataError
+from distributed import says_errors
 from prepare import codes_cache, encode
 from prepare.audio import AudioStore, CodecInfo, expected_frames, load_codec, read_waveform
 from prepare.codes_cache import CacheWriter, CodesCache, digest
@@ -281,7 +282,7 @@ def arguments(manifest: Path, out: Path, codec_dir: Path) -> argparse.Namespace:
 
 
 def run_encode(manifest: Path, out: Path, codec_dir: Path) -> int:
-    return encode.run(arguments(manifest, out, codec_dir))
+    return says_errors(lambda _: encode.run(arguments(manifest, out, codec_dir)))([])
 
 
 def encode_in_child(manifest: Path, out: Path, codec_dir: Path) -> None:

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import DataError
+from data import ChatMLDataset
 from prepare.audio import duration_sec
 from prepare.forms import open_manifest
 from prepare.manifest import check, parse_record, read_manifest
@@ -133,6 +135,19 @@ def test_links_are_part_of_a_dataset(folder, tmp_path):
     assert parse_record(GOOD, tmp_path / "linked", "record 0").audio[0].path.is_file()
     assert parse_record(clip(audio_url="b.wav"), tmp_path, "record 0").audio[0].path.is_file()
     assert parse_record(clip(audio_url="linked/../b.wav"), tmp_path, "record 0").audio[0].path.is_file()
+
+
+def test_a_recipient_before_start_index_does_not_train(folder, tokenizer):
+    """Upstream gives labels to the recipient of every turn."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": CLIP, "recipient": "anna"}]
+    value = {"messages": [*turns, *turns], "start_index": 3}
+    dataset = ChatMLDataset([parse_record(value, folder, "record 0")], tokenizer, None)
+    input_ids, label_ids = dataset.ids(dataset.records[0])
+    official_ids, official_labels, *_ = prepare_chatml_sample(copy.deepcopy(value), tokenizer)
+    trained = tokenizer.decode([token for token, label in zip(input_ids, label_ids) if label != -100])
+    official = tokenizer.decode([token for token, label in zip(official_ids, official_labels) if label != -100])
+    assert input_ids == official_ids and trained == "anna<|recipient|><|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"
+    assert official == "anna<|recipient|>" + trained
 
 
 # ---- anything in the place of anything

@@ -408,7 +408,7 @@ def test_plain_chatml_is_left_alone(folder):
             r"table\.csv line 2: 3 fields under a header of 2; a text that holds ','",
         ),
         ("table.csv", 'audio,text\n"a.wav","two\nlines"\n\nb.wav\n', r"table\.csv line 5: 1 fields under"),
-        ("list.txt", "wavs/a.wav|Hello|3\n", r"list\.txt line 1: 3 fields; say what they are in a first line"),
+        ("list.txt", "wavs/a.wav|Hello|3\n", r"list\.txt line 1: 3 fields; name them in a first line"),
         ("metadata.csv", "a|one\na|two\n", r"line 2: id 'a' was used before, at .*line 1; give each sample its own"),
         ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "../x/a.txt"}', "transcript_file: .*leaves the dataset's folder"),
         ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "/dev/zero"}', "there is no such file"),

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 
 import checkpoint
 import data
-import model_patch
 import train
 from common import ConfigError
 from config import to_argv

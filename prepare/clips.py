@@ -1,0 +1,127 @@
+"""What is in a clip: its length, and what is wrong with its sound."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from common import DataError
+from prepare.audio import FRAME_RATE_HZ, MAX_CUT_OFF, expected_frames, open_audio, read_codes, read_codes_shape, span
+from prepare.manifest import AudioPart, Manifest, Record
+from prepare.report import Report
+
+CLIPPED = 0.999  # absolute sample values from here on count as clipped
+SILENT = 10 ** (-60 / 20)  # a block of 20 ms whose largest value is below -60 dB counts as silent
+
+Key = tuple[str, float | None, float | None]  # of a clip: its file, offset, duration
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The figures of a clip."""
+
+    name: str
+    sec: float
+    num_frames: int
+    rate_hz: int  # 0: ready-made codes
+    digest: str  # of its content
+    clipped_share: float = 0.0
+    silent_share: float = 0.0
+
+
+def key_of(part: AudioPart) -> Key:
+    source = str(part.path) if part.path is not None else hashlib.sha256(part.raw_audio).hexdigest()
+    return source, part.offset_sec, part.duration_sec
+
+
+def clips_of(record: Record) -> Iterator[AudioPart]:
+    """The clips of a record; label audio follows its clip."""
+    return (clip for part in record.audio for clip in (part, part.label) if clip is not None)
+
+
+def inspect_clips(records: Manifest, report: Report, config: Any, num_workers: int) -> dict[Key, Clip]:
+    """Open every clip once; clips that cannot be read go to the report.
+
+    config: of the checkpoint, whose codebooks ready-made codes have to fit; or None
+    """
+    parts: dict[Key, tuple[AudioPart, str]] = {}
+    for record in records:
+        for part in clips_of(record):
+            parts.setdefault(key_of(part), (part, record.source))
+    codebooks = (config.audio_num_codebooks, config.audio_codebook_size) if config else None
+    clips = {}
+    with ProcessPoolExecutor(num_workers) as pool:
+        found = pool.map(functools.partial(inspect_clip, codebooks=codebooks), parts.values(), chunksize=8)
+        for key, clip in zip(parts, tqdm(found, total=len(parts), desc="audio", unit="clip")):
+            if isinstance(clip, Clip):
+                clips[key] = clip
+            else:
+                report.problems["unreadable audio"].append(clip)
+    return clips
+
+
+def inspect_clip(item: tuple[AudioPart, str], codebooks: tuple[int, int] | None) -> Clip | str:
+    """A clip's figures, or what is wrong with it. codebooks: (number, size), or None"""
+    part, source = item
+    try:
+        return inspect_codes(part, source, codebooks) if part.holds_codes else inspect_waveform(part, source)
+    except DataError as error:
+        return str(error)
+
+
+def name_of(part: AudioPart, source: str) -> str:
+    name = f"{source}: {part.field}: raw_audio" if part.path is None else f"{part.path}"
+    return name + (f" from {part.offset_sec or 0:g} s" if part.offset_sec or part.duration_sec else "")
+
+
+def inspect_codes(part: AudioPart, source: str, codebooks: tuple[int, int] | None) -> Clip:
+    place = f"{source}: {part.field}"
+    shape = read_codes_shape(part.path, place)
+    if not codebooks and len(shape) != 2:
+        raise DataError(f"{place}: {part.path} holds an array {shape}; expected [codebooks, frames]")
+    codes = read_codes(part.path, *(codebooks or (shape[0], np.iinfo(np.int64).max)), place)
+    start, stop = span(part, FRAME_RATE_HZ, shape[1])
+    if stop <= start:
+        raise DataError(f"{place}: no frames left of {shape[1]} in {part.path} after offset and duration")
+    digest = hashlib.sha256(codes[:, start:stop].numpy().tobytes()).hexdigest()
+    return Clip(name_of(part, source), (stop - start) / FRAME_RATE_HZ, stop - start, 0, digest)
+
+
+def inspect_waveform(part: AudioPart, source: str) -> Clip:
+    """Read in blocks: ten hours need no more memory than ten seconds."""
+    place = f"{source}: {part.field}: {part.path or 'raw_audio'}"
+    digest, num_samples, num_clipped, num_silent, num_blocks = hashlib.sha256(), 0, 0, 0, 0
+    try:
+        with open_audio(part) as file:
+            rate, (start, stop) = file.samplerate, span(part, file.samplerate, len(file))
+            block_size = max(1, rate // 50)  # 20 ms
+            file.seek(start)
+            while num_samples < stop - start:
+                wanted = min(stop - start - num_samples, 500 * block_size)
+                samples = file.read(wanted, dtype="float32", always_2d=True)
+                if not len(samples):
+                    break
+                if not np.isfinite(samples).all():
+                    raise DataError(f"{place} holds samples that are no finite numbers")
+                digest.update(samples.tobytes())
+                samples = np.abs(samples).max(axis=1)
+                loudest = np.maximum.reduceat(samples, np.arange(0, len(samples), block_size))
+                num_samples, num_clipped = num_samples + len(samples), num_clipped + int((samples >= CLIPPED).sum())
+                num_silent, num_blocks = num_silent + int((loudest < SILENT).sum()), num_blocks + len(loudest)
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
+        raise DataError(f"{place} is not readable audio: {error}") from None
+    if num_samples < (1 - MAX_CUT_OFF) * (stop - start):
+        raise DataError(f"{place} is cut off: {num_samples / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
+    sec = num_samples / rate
+    if sec * FRAME_RATE_HZ < 1:
+        raise DataError(f"{place}: {sec:.3f} s of audio is less than one frame")
+    shares = num_clipped / num_samples, num_silent / num_blocks
+    return Clip(name_of(part, source), sec, expected_frames(sec), rate, digest.hexdigest(), *shares)

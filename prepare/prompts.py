@@ -1,0 +1,138 @@
+"""How a request is phrased, in one place: as upstream's examples/generation.py phrases it. ChatML dicts in, ChatML dicts out.
+
+    context(text, voices, scene, system)    the turns before a text
+    record(text, clip, voices, ...)         the same with the text and its clip: a training record
+    normalise(text)                         a text to be spoken, in the form that the model gets to see
+
+The turns before a text depend on what is known of its speakers:
+
+    voices                        turns before the text
+    ----------------------------  --------------------------------------------------------------------------------
+    none, one speaker             system: INSTRUCTION and the scene, if there is one
+    none, several [SPEAKERn]      system: SEVERAL_SPEAKERS, the scene, "SPEAKER0: feminine", "SPEAKER1: masculine", ...
+    clips, all with transcripts   system: INSTRUCTION and the scene, only if there is a scene;
+                                  then for each clip an exchange: its transcript, its audio
+    anything else                 system: INSTRUCTION, the scene, and "SPEAKERn: " with the clip or profile of each voice
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import DataError
+
+INSTRUCTION = "Generate audio following instruction."
+SEVERAL_SPEAKERS = (
+    "You are an AI assistant designed to convert text into speech.\n"
+    "If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following text, "
+    "using the specified voice.\n"
+    "If no speaker tag is present, select a suitable voice on your own."
+)
+QUIET_ROOM = "Audio is recorded from a quiet room."  # the official default scene
+TAG = re.compile(r"\[(SPEAKER\d+)\]")
+SPANS = (("humming", "Humming"), ("music", "Music"), ("sing", "Singing"))
+REPLACED = {
+    **dict(zip("，。：；？！【】《》“”「」『』‘’、—…·", [", ", *".:;?![]<>", *'""' * 3, *"'',-", "...", "."])),
+    **dict.fromkeys("()（）", " "),
+    "°F": " degrees Fahrenheit",
+    "°C": " degrees Celsius",
+}
+SOUNDS = {
+    **{f"[{sound}]": f"<SE>[{sound.title()}]</SE>" for sound in ("music", "applause", "cheering", "cough")},
+    **{f"[{name} start]": f"<SE_s>[{tag}]</SE_s>" for name, tag in SPANS},
+    **{f"[{name} end]": f"<SE_e>[{tag}]</SE_e>" for name, tag in SPANS},
+    "[laugh]": "<SE>[Laughter]</SE>",
+}
+ENDS = (*".!?,;\"'", "</SE_e>", "</SE>")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How one speaker sounds: a reference clip, perhaps with its transcript, or else a written profile."""
+
+    clip: dict | None = None  # a ChatML audio part
+    text: str | None = None  # its transcript
+    profile: str | None = None
+
+
+def context(text: str, voices: Sequence[Voice] = (), scene: str = "", system: Any = None) -> list[dict]:
+    """The turns before `text`; see the table above.
+
+    voices: of SPEAKER0, SPEAKER1, ...
+    system: content of a system turn that replaces the official one; "" for none
+    raises: DataError if `system` replaces a turn that would have held voices or a scene
+    """
+    are_exchanges = all(voice.clip and voice.text for voice in voices)
+    exchanges = [turn for n, voice in enumerate(voices) for turn in _exchange(n, voice, len(voices))] if are_exchanges else []
+    if system is not None:
+        if scene or not are_exchanges:
+            lost = "the scene" if are_exchanges else "reference clips without transcripts"
+            raise DataError(f"a system turn of your own replaces the one that holds {lost}; give ref_text, or no system turn")
+        return [{"role": "system", "content": system}, *exchanges] if system else exchanges
+    if exchanges and not scene:
+        return exchanges
+    speakers = sorted(set(TAG.findall(text)))
+    if voices:
+        described = [] if are_exchanges else [(f"SPEAKER{n}", voice.clip or voice.profile) for n, voice in enumerate(voices)]
+        return [{"role": "system", "content": _scene(INSTRUCTION, scene, described)}, *exchanges]
+    if len(speakers) > 1:
+        described = [(tag, ("feminine", "masculine")[n % 2]) for n, tag in enumerate(speakers)]
+        return [{"role": "system", "content": _scene(SEVERAL_SPEAKERS, scene, described)}]
+    return [{"role": "system", "content": _scene(INSTRUCTION, scene, [])}]
+
+
+def record(
+    text: str,
+    clip: dict,
+    voices: Sequence[Voice] = (),
+    scene: str = "",
+    system: Any = None,
+    speaker: str | None = None,
+) -> dict:
+    """A ChatML record in which only `clip`, the answer to `text`, trains."""
+    before = context(text, voices, scene, system)
+    made: dict[str, Any] = {"messages": [*before, *_turns(text, clip)]}
+    if any(turn["role"] == "assistant" for turn in before):
+        made["start_index"] = len(before) + 1
+    return made | ({"speaker": speaker} if speaker else {})
+
+
+def normalise(text: str) -> str:
+    """A text as upstream's example changes it before the model sees it. Transcripts of references are not changed there.
+
+    Full-width punctuation becomes ASCII, brackets become blanks, `[laugh]` and the like become tags such as
+    `<SE>[Laughter]</SE>`, blanks are merged, empty lines go, and a text ends with punctuation.
+    """
+    for before, after in (REPLACED | SOUNDS).items():
+        text = text.replace(before, after)
+    text = "\n".join(" ".join(line.split()) for line in text.split("\n") if line.strip())
+    return text if text.endswith(ENDS) else text + "."
+
+
+def _turns(text: str, clip: dict) -> list[dict]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": clip}]
+
+
+def _exchange(number: int, voice: Voice, num_voices: int) -> list[dict]:
+    is_tagged = num_voices == 1 or TAG.match(voice.text)
+    return _turns(voice.text if is_tagged else f"[SPEAKER{number}] {voice.text}", voice.clip)
+
+
+def _scene(instruction: str, scene: str, described: Sequence[tuple[str, Any]]) -> str | list[dict]:
+    """A system turn: text, or where clips describe speakers a list of parts. described: (speaker, profile or clip)"""
+    if not scene and not described:
+        return instruction
+    text = f"{instruction}\n\n<|scene_desc_start|>\n{scene}" + ("\n\n" if scene and described else "")
+    parts: list[dict] = []
+    for number, (speaker, voice) in enumerate(described):
+        text += "\n" * (number > 0) + f"{speaker}: "
+        if isinstance(voice, dict):
+            parts += [{"type": "text", "text": text}, voice]
+            text = ""
+        else:
+            text += voice
+    text += "\n<|scene_desc_end|>"
+    return [*parts, {"type": "text", "text": text}] if parts else text
