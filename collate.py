@@ -21,13 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-import librosa
 import torch
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchInput, HiggsAudioSampleCollator
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
@@ -39,6 +36,8 @@ from transformers import WhisperFeatureExtractor
 
 from common import CollateError
 from loss import IGNORE_INDEX, Targets
+from prepare import whisper
+from prepare.audio import starts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The packed layout
@@ -331,7 +330,9 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
                 result.label_audio_ids = result.audio_out_ids.clone()
         if result.label_audio_ids is not None and not self.disable_audio_codes_transform:
             self._override_labels(result, samples)
-        self._add_features(result, samples)
+        if self.feature_shape is not None:
+            features = whisper.features(samples, self.feature_extractor, self.feature_shape)
+            result.audio_features, result.audio_feature_attention_mask = features
         result.num_frames = self._count_frames(result)
         tokens = self.audio_in_token_id, self.audio_out_token_id
         if self.has_packing:
@@ -415,50 +416,9 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         return repaired
 
     def _cut_long_audio(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
-        """Give each chunk of a long audio-in clip its own `<|audio_bos|><|AUDIO|><|audio_eos|>`, codes and waveform.
-
-        Waveforms are resampled to the feature extractor's rate. Codes are cut in proportion to the waveform.
-        """
-        rate = self.feature_extractor.sampling_rate
-        chunk = self.feature_extractor.n_samples
-        inputs, labels, waveforms, codes, code_labels = [], [], [], [], []
-        done, index_in = 0, 0
-        has_codes = len(sample.audio_ids_start) > 0
-        for index, position in enumerate(self._placeholders(sample).tolist()):
-            clip = sample.get_audio_codes(index) if has_codes and index < len(sample.audio_ids_start) else None
-            clip_labels = sample.get_audio_codes_labels(index) if clip is not None else None
-            if sample.input_ids[position] == self.audio_out_token_id:
-                codes.append(clip)
-                code_labels.append(clip_labels)
-                continue
-            waveform, source_rate = sample.get_wv(index_in)
-            index_in += 1
-            if int(source_rate) != rate:
-                resampled = librosa.resample(waveform.numpy(), orig_sr=int(source_rate), target_sr=rate)
-                waveform = torch.from_numpy(resampled)
-            num_chunks = max(1, math.ceil(len(waveform) / chunk))
-            inputs += [sample.input_ids[done : position - 1]] + [sample.input_ids[position - 1 : position + 2]] * num_chunks
-            if sample.label_ids is not None:
-                labels += [sample.label_ids[done : position - 1]]
-                labels += [sample.label_ids[position - 1 : position + 2]] * num_chunks
-            done = position + 2
-            waveforms += [waveform[i * chunk : (i + 1) * chunk] for i in range(num_chunks)]
-            for source, target in ((clip, codes), (clip_labels, code_labels)):
-                target += [None] * num_chunks if source is None else _cut_codes(source, num_chunks, chunk, len(waveform))
-        inputs.append(sample.input_ids[done:])
-        kept = [c for c in codes if c is not None]
-        kept_labels = [c for c in code_labels if c is not None]
-        return dataclasses.replace(
-            sample,
-            input_ids=torch.cat(inputs),
-            label_ids=None if sample.label_ids is None else torch.cat([*labels, sample.label_ids[done:]]),
-            audio_ids_concat=torch.cat(kept, dim=1) if kept else sample.audio_ids_concat,
-            audio_ids_start=starts(kept),
-            audio_label_ids_concat=torch.cat(kept_labels, dim=1) if kept_labels else None,
-            audio_waveforms_concat=torch.cat(waveforms) if waveforms else sample.audio_waveforms_concat,
-            audio_waveforms_start=starts(waveforms),
-            audio_sample_rate=torch.full((len(waveforms),), float(rate)),
-        )
+        positions = self._placeholders(sample)
+        is_out = sample.input_ids[positions] == self.audio_out_token_id
+        return whisper.cut_long_audio(sample, dict(zip(positions.tolist(), is_out.tolist())), self.feature_extractor)
 
     def _override_labels(self, batch: Batch, samples: list[ChatMLDatasetSample]) -> None:
         """Write the label audio of samples that bring their own over the official, input-derived labels."""
@@ -483,28 +443,6 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
             return labels
         return build_delay_pattern_mask(labels[None], bos_token_id=IGNORE_INDEX, pad_token_id=IGNORE_INDEX)[0][0]
 
-    def _add_features(self, batch: Batch, samples: list[ChatMLDatasetSample]) -> None:
-        """Whisper features of every audio-in chunk, in the order of the `<|AUDIO|>` placeholders."""
-        extractor = self.feature_extractor
-        if self.feature_shape is None:
-            return
-        waveforms = [s.get_wv(i)[0].numpy() for s in samples for i in range(len(s.audio_waveforms_start))] if extractor else []
-        if waveforms:
-            features = extractor(
-                waveforms,
-                sampling_rate=extractor.sampling_rate,
-                return_attention_mask=True,
-                padding="max_length",
-                return_tensors="pt",
-            )
-            batch.audio_features = features["input_features"]
-            batch.audio_feature_attention_mask = features["attention_mask"]
-        else:
-            # An empty tensor, not None: the audio tower takes part in every step on every rank.
-            bins, frames = self.feature_shape
-            batch.audio_features = torch.zeros((0, bins, frames))
-            batch.audio_feature_attention_mask = torch.zeros((0, frames), dtype=torch.int32)
-
 
 def _repeat_last(sample: ChatMLDatasetSample, kind: str, count: int, nothing: Tensor) -> None:
     """Add `count` clips ("ids" or "waveforms") to a sample: its last one again, `nothing` where it has none."""
@@ -521,19 +459,6 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def starts(pieces: list[Tensor]) -> Tensor:
-    """Where each piece begins in their concatenation along the last dimension, int64."""
-    lengths = torch.tensor([0] + [piece.shape[-1] for piece in pieces], dtype=torch.long)
-    return lengths.cumsum(0)[:-1]
-
-
-def _cut_codes(codes: Tensor, num_chunks: int, chunk_samples: int, total_samples: int) -> list[Tensor]:
-    """Cut codes [K, T] where the waveform of `total_samples` was cut; every frame is in exactly one piece."""
-    T = codes.shape[1]
-    cuts = [min(T, round(T * i * chunk_samples / total_samples)) for i in range(num_chunks)] + [T]
-    return [codes[:, a:b] for a, b in pairwise(cuts)]
-
-
 def create_collator(
     config: HiggsAudioConfig, *, strict: bool = True, with_voices: bool = False
 ) -> ExtendedHiggsAudioSampleCollator:
@@ -547,7 +472,7 @@ def create_collator(
             "the voice-consistency loss compares hidden states of reference codes, which this checkpoint does not read "
             "(skip_audio_tower=false or encode_audio_in_tokens=false); leave out --consistency_loss_weight"
         )
-    extractor = _feature_extractor(config) if has_tower else None
+    extractor = whisper.feature_extractor(config) if has_tower else None
     return ExtendedHiggsAudioSampleCollator(
         feature_extractor=extractor if config.encode_whisper_embed else None,
         feature_shape=(extractor.feature_size, extractor.nb_max_frames) if extractor else None,
@@ -562,18 +487,6 @@ def create_collator(
         return_audio_in_tokens=config.encode_audio_in_tokens,
         use_delay_pattern=config.use_delay_pattern,
     )
-
-
-def _feature_extractor(config: HiggsAudioConfig) -> WhisperFeatureExtractor:
-    """The extractor the tower was built for: whisper-large-v3's settings, the window from `max_source_positions`.
-
-    The tower halves the mel frames once before its positions, so a window has 2 * max_source_positions frames of 10 ms.
-    """
-    encoder = config.audio_encoder_config
-    chunk_sec = 2 * encoder.max_source_positions * 160 / 16000
-    if chunk_sec != int(chunk_sec):
-        raise CollateError(f"max_source_positions={encoder.max_source_positions} is not a whole number of seconds")
-    return WhisperFeatureExtractor(feature_size=encoder.num_mel_bins, chunk_length=int(chunk_sec))
 
 
 def main() -> None:

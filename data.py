@@ -39,12 +39,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import checkpoint
-from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator, starts
+from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
 from common import CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
 from distributed import SIGNALS, Dist, bar_interval_sec, log, log_list
 from loss import IGNORE_INDEX
-from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, load_codec, read_waveform
+from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, load_codec, read_waveform, starts
 from prepare.forms import Conversion, open_manifest
 from prepare.manifest import Mixture, Record, check, read_manifest, report_problems, split_weights
 

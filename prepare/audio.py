@@ -549,3 +549,9 @@ def _read_content(path: Path, name: str) -> bytes:
 def _content_of(file: BinaryIO) -> bytes:
     """[16] bytes: the digest of a file's content."""
     return sha256_of(file)[:16]
+
+
+def starts(pieces: Sequence[Tensor]) -> Tensor:
+    """Where each piece begins in their concatenation along the last dimension, int64."""
+    lengths = torch.tensor([0, *(piece.shape[-1] for piece in pieces)], dtype=torch.long)
+    return lengths.cumsum(0)[:-1]

@@ -170,9 +170,8 @@ def test_every_parameter_gets_a_gradient_without_audio(config, tokenizer):
 # ---- the patches themselves
 
 
-def test_patching_is_idempotent_and_reversible(config):
+def test_patching_is_idempotent(config):
     model = make_model(config)
-    before = {module: type(module) for module in model.modules()}
     assert model_patch.patch_for_training(model) is model_patch.patch_for_training(model)
     assert isinstance(model, HiggsAudioModel) and type(model) is not HiggsAudioModel
 

@@ -23,7 +23,7 @@ from config import to_argv
 from generate import official, samples
 from generate.files import read_results
 from generate.judges import SpeakerSimilarity, Transcriber
-from generate.pictures import DIFFERS, codes_figure, enlarge
+from generate.pictures import DIFFERS, codes_figure, enlarge, media
 from generate.samples import Sampler, describe
 from generate.scores import Score, word_errors, words_of
 from metrics import Monitor
