@@ -36,15 +36,15 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
 from common import CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
-from distributed import SIGNALS, Dist, bar_interval_sec, log, log_list
+from distributed import SIGNALS, Dist, log, log_list
 from loss import IGNORE_INDEX
-from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, load_codec, read_waveform, starts
+from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_waveform, starts
+from prepare.encode import encode_clips
 from prepare.forms import Conversion, open_manifest
 from prepare.manifest import Mixture, Record, check, read_manifest, report_problems, split_weights
 
@@ -596,7 +596,7 @@ def check_voices(records: Mixture) -> None:
             return
     raise DataError(
         "--consistency_loss_weight: no record to train on has both a `speaker` and a reference clip of that speaker before "
-        "its last one; name speakers and let python -m prepare pair add references, or leave the weight at 0"
+        "its last one; name speakers and let bash launch.sh prepare pair add references, or leave the weight at 0"
     )
 
 
@@ -624,21 +624,14 @@ def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequenc
     parts = [part for mixture in mixtures for part in mixture.parts]
     for part in parts:
         if len(part) > CHECKED_AT_START:
-            log(
-                dist,
-                f"{part.path}: {len(part)} records are checked as they are read; python -m prepare reads them before",
-            )
+            remedy = f"bash launch.sh prepare check {part.path} reads them before"
+            log(dist, f"{part.path}: {len(part)} records are checked as they are read; {remedy}")
     small = itertools.chain.from_iterable(part for part in parts if len(part) <= CHECKED_AT_START)
     clips = dist.main_first(lambda: store.missing(small))
     clips = dist.from_main(clips)  # one list for all: codes appear while ranks look
     if not clips:
         return
-    log(dist, f"encoding {len(clips)} audio clips with {cfg.audio_tokenizer}")
-    share = clips[dist.rank :: dist.world_size]
-    outcomes = store.encode(lambda: load_codec(cfg.audio_tokenizer, dist.device), share)
-    outcomes = tqdm(outcomes, "encode", len(share), unit="clip", mininterval=bar_interval_sec(), disable=not dist.is_main)
-    problems = dist.together(lambda: [problem for problem in outcomes if problem])
-    problems = [problem for part in dist.gather(problems) for problem in part]
+    problems = encode_clips(store, clips, dist, dist.device)
     if problems:
         raise DataError(listing(f"{len(problems)} audio clips cannot be encoded:", problems))
     store.refresh()  # with what other ranks have added

@@ -239,9 +239,9 @@ def log(dist: Dist, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def bar_interval_sec() -> float:
-    """How often a progress bar is drawn: seldom where each drawing is a new line."""
-    return 0.5 if sys.stderr.isatty() else 10
+def progress_bar(dist: Dist, **settings: Any) -> tqdm:
+    """A bar that rank 0 shows, drawn seldom where each drawing is a new line."""
+    return tqdm(mininterval=0.5 if sys.stderr.isatty() else 10, disable=not dist.is_main, **settings)
 
 
 def log_list(dist: Dist, title: str, items: Sequence[str]) -> None:

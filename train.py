@@ -34,10 +34,10 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from tqdm import tqdm
 
 import checkpoint
 import data
+import distributed
 import lineage
 import loss
 import metrics
@@ -46,19 +46,8 @@ from collate import Batch
 from common import AlignmentError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
-from distributed import (
-    Dist,
-    Signals,
-    bar_interval_sec,
-    launch_id,
-    log,
-    log_list,
-    lost_others,
-    own_rows,
-    says_errors,
-    setup_distributed,
-    whole,
-)
+
+from distributed import Dist, Signals, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate.pictures import media
@@ -506,7 +495,9 @@ def start(run: Run) -> TrainState:
     settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples)
     run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main))
     if cfg.sample_steps:
-        run.sampler = build_sampler(cfg, dist, run.config, (run.val_loader or run.loader).dataset)
+        dataset = (run.val_loader or run.loader).dataset
+        run.sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
+        log(dist, f"{len(run.sampler.prompts)} samples every {cfg.sample_steps} steps, into {run.sampler.folder}")
     run.saver = checkpoint.Saver(run.output_dir / "checkpoints", task.model, task.optimizer, cfg.keep_last)
     if cfg.memory_snapshot:
         torch.cuda.memory._record_memory_history()
@@ -533,21 +524,12 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
         "device": dist.device.type,
         "git_commit": git.stdout.strip() or None,
         "versions": {name: version(name) for name in packages},
-        "launch": launch_id(),
+        "launch": distributed.launch_id(),
     }
     if dist.is_main:
         content = json.dumps(record, indent=2) + "\n"
         write_whole(Path(cfg.output_dir) / "config.json", lambda file: file.write(content.encode()))
     return record
-
-
-def build_sampler(cfg: Config, dist: Dist, config: HiggsAudioConfig, dataset: data.ChatMLDataset) -> Sampler:
-    """What generates a few samples every --sample_steps. Collective."""
-    if config.encode_whisper_embed:
-        raise ConfigError("--sample_steps: this checkpoint reads references through Whisper, which sampling lacks")
-    sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
-    log(dist, f"{len(sampler.prompts)} prompts are sampled every {cfg.sample_steps} steps, into {sampler.folder}")
-    return sampler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,7 +540,7 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
     """Evaluate, sample, save, stop, step, log, always in that order; returns whether the run came to its end. Collective."""
     cfg, task, dist = run.cfg, run.task, run.task.dist
     flops, frame_rate_hz = metrics.Flops.of(task.model), codec_frame_rate_hz(cfg.audio_tokenizer)
-    progress = progress_bar(run, state)
+    progress = progress_bar(dist, desc="train", unit="step", total=run.total_steps, initial=state.step)
     steps = dist.iterate(iter_steps(run.loader, state.position))
     checked, failure = False, None
     while True:
@@ -632,11 +614,6 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
         progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
         progress.update()
-
-
-def progress_bar(run: Run, state: TrainState) -> tqdm:
-    settings = {"desc": "train", "unit": "step", "mininterval": bar_interval_sec(), "disable": not run.task.dist.is_main}
-    return tqdm(total=run.total_steps, initial=state.step, **settings)
 
 
 def iter_steps(loader: data.Loader, position: data.Position):
@@ -772,7 +749,7 @@ def run_and_exit(argv: Sequence[str]) -> None:
     try:
         status = main(argv)
     except Exception as error:
-        if lost_others(error):
+        if distributed.lost_others(error):
             time.sleep(10)
         get_error_handler().record_exception(error)  # for the launcher, which repeats it last
         traceback.print_exc()

@@ -23,7 +23,7 @@ import numpy as np
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from torch import Tensor
 
-from common import DataError
+from common import ConfigError, DataError
 from config import Config
 from data import ChatMLDataset
 from distributed import Dist
@@ -84,6 +84,8 @@ class Sampler:
     @classmethod
     def build(cls, cfg: Config, dataset: ChatMLDataset, dist: Dist) -> Sampler:
         """raises: DataError, ConfigError"""
+        if dataset.with_waveforms:
+            raise ConfigError("--sample_steps: this checkpoint reads reference audio through Whisper, which sampling lacks")
         sampling = Sampling(temperature=cfg.sample_temperature, seed=cfg.seed)
         prompts = choose_prompts(dataset, cfg.num_samples, cfg.seed)
         sampler = cls(prompts, dataset.tokenizer, sampling, Path(cfg.output_dir) / "samples")

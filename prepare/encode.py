@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import DataError, listing
 from config import Config
-from distributed import Dist, bar_interval_sec, log, setup_distributed
+from distributed import Dist, log, progress_bar, setup_distributed
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Record, check
@@ -59,15 +58,34 @@ def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
     if not clips:
         log(dist, f"nothing to encode: {args.out} holds the codes of all clips")
         return []
-    seconds = measure(clips, dist, args.num_workers)
-    log(dist, f"{len(clips)} clips of {seconds.sum() / 60:.1f} minutes to encode, on {dist.world_size} rank(s)")
+    device = choose_device(args.device, dist.local_rank)
+    return encode_clips(store, clips, dist, device, args.num_workers)
+
+
+def encode_clips(store: AudioStore, clips: Sequence[Clip], dist: Dist, device: torch.device, num_threads: int = 4) -> list[str]:
+    """Encode clips, divided among the ranks by their duration; returns what is wrong with clips. Collective."""
+    seconds = measure(clips, dist, num_threads)
+    log(dist, f"{len(clips)} clips of {seconds.sum() / 60:.1f} minutes to encode with {store.codec}, on {dist.world_size} rank(s)")
     started = time.perf_counter()
     mine = np.flatnonzero(split(seconds, dist.world_size) == dist.rank)
-    problems = dist.together(lambda: encode_share(args, dist, store, [clips[i] for i in mine], seconds[mine]))
+    outcomes = store.encode(lambda: load_codec(store.codec, device), [clips[i] for i in mine], num_threads)
+    problems = dist.together(lambda: collect(outcomes, seconds[mine], dist))
     problems = [problem for share in dist.gather(problems) for problem in share]
     elapsed = time.perf_counter() - started
     speed = seconds.sum() / elapsed
     log(dist, f"{len(clips) - len(problems)} clips in {elapsed:.1f} s: {speed:.1f} seconds of audio per second")
+    return problems
+
+
+def collect(outcomes: Iterable[str | None], seconds: np.ndarray, dist: Dist) -> list[str]:
+    """Go through this rank's clips under a progress bar; returns what is wrong with them."""
+    problems = []
+    name = "encode" + f", 1 of {dist.world_size} ranks" * (dist.world_size > 1)
+    total = seconds.cumsum()[-1] if len(seconds) else 0.0  # added up as the bar does, to end at exactly 100 %
+    with progress_bar(dist, desc=name, total=total, bar_format=BAR) as bar:
+        for problem, sec in zip(outcomes, seconds.tolist(), strict=True):
+            problems += [problem] if problem else []
+            bar.update(sec)
     return problems
 
 
@@ -87,20 +105,6 @@ def split(seconds: np.ndarray, world_size: int) -> np.ndarray:
     """[clips] the rank of each clip: consecutive ones, which often share a file, of about equal duration per rank."""
     middles = np.cumsum(seconds) - seconds / 2
     return np.minimum(middles * world_size / max(seconds.sum(), 1e-9), world_size - 1).astype(int)
-
-
-def encode_share(args: argparse.Namespace, dist: Dist, store: AudioStore, clips: list[Clip], seconds: np.ndarray) -> list[str]:
-    """Encode this rank's clips; returns what is wrong with them."""
-    device = choose_device(args.device, dist.local_rank)
-    outcomes = store.encode(lambda: load_codec(args.audio_tokenizer, device), clips, args.num_workers)
-    problems = []
-    name = f"encode on {device}" + f", 1 of {dist.world_size} ranks" * (dist.world_size > 1)
-    total = seconds.cumsum()[-1] if len(seconds) else 0.0  # added up as the bar does, to end at exactly 100 %
-    with tqdm(desc=name, total=total, bar_format=BAR, mininterval=bar_interval_sec(), disable=not dist.is_main) as bar:
-        for problem, sec in zip(outcomes, seconds.tolist(), strict=True):
-            problems += [problem] if problem else []
-            bar.update(sec)
-    return problems
 
 
 def choose_device(choice: str, local_rank: int) -> torch.device:

@@ -44,7 +44,7 @@ def evaluate_and_sample(dist, argv: list[str]) -> tuple[list[dict], dict]:
     model, _ = train.build_model(cfg, dist, config, folder)
     task = train.Task(model, None, train.build_objective(cfg, config), train.LabelSpec.of(config), dist)
     figures = [train.evaluate(task, loader) for _ in range(2)]
-    sampler = train.build_sampler(cfg, dist, config, loader.dataset)
+    sampler = Sampler.build(cfg, loader.dataset, dist)
     with train.evaluating(model):
         figures.append(sampler.sample(model, 7, dist))
     written = sampler.folder / "step_7"
