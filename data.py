@@ -43,14 +43,13 @@ from common import CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
 from distributed import SIGNALS, Dist, log, log_list
 from loss import IGNORE_INDEX
+from prepare import forms
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_waveform, starts
 from prepare.encode import encode_clips
-from prepare.forms import Conversion, open_manifest
-from prepare.manifest import Mixture, Record, check, read_manifest, report_problems, split_weights
+from prepare.forms import open_records
+from prepare.manifest import Mixture, Record, read_manifest, report_problems
 
 T = TypeVar("T")
-
-CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records -> samples
@@ -480,26 +479,6 @@ class Loader:
 # What a run trains on
 
 
-def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str], list[Conversion]]:
-    """The records of one or more datasets in any known form; see `manifest.split_weights` for the form of `spec`.
-
-    Manifests of up to CHECKED_AT_START records are read through here, longer ones as training goes.
-
-    returns: the records; those left out with `skip_missing` because their audio does not exist; what had to be converted
-    raises:  DataError
-    """
-    parts, weights, skipped, conversions = [], [], [], []
-    for path, weight in split_weights(spec):
-        part, conversion = open_manifest(path)
-        conversions += [conversion] if conversion else []
-        if skip_missing or len(part) <= CHECKED_AT_START:
-            part, missing = check(part, skip_missing)
-            skipped += missing
-        parts.append(part)
-        weights.append(weight)
-    return Mixture(parts, weights), skipped, conversions
-
-
 def hold_out(records: Mixture, share: float, seed: int) -> tuple[Mixture, Mixture]:
     """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
     num_held = min(len(records) - 1, max(1, round(share * len(records))))
@@ -562,27 +541,19 @@ def build_loaders(
     collator = dist.together(lambda: create_collator(config, strict=cfg.strict_audio, with_voices=with_voices))
     if with_voices:
         dist.together(lambda: check_voices(records))
+    if cfg.max_tokens and not collator.has_packing:
+        raise ConfigError("--max_tokens: this checkpoint's batches are padded rows; use --batch_size")
     encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
 
     def build(records: Mixture, grad_accum: int, shuffle: bool) -> Loader:
         dataset = ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None)
         lengths = None
-        if cfg.max_tokens and not collator.has_packing:
-            raise ConfigError("--max_tokens: this checkpoint's batches are padded rows; use --batch_size")
         if cfg.max_tokens:
             dataset, lengths = fit_to_budget(cfg, dist, dataset, collator)
-        return Loader(
-            dataset,
-            collator,
-            Batching(cfg.batch_size, cfg.max_tokens, lengths),
-            dist.rank,
-            dist.world_size,
-            grad_accum,
-            cfg.seed,
-            shuffle=shuffle,
-            num_workers=cfg.num_workers,
-            pin_memory=dist.device.type == "cuda",
-        )
+        batching = Batching(cfg.batch_size, cfg.max_tokens, lengths)
+        settings = {"num_workers": cfg.num_workers, "pin_memory": dist.device.type == "cuda"}
+        ranks = dist.rank, dist.world_size
+        return Loader(dataset, collator, batching, *ranks, grad_accum, cfg.seed, shuffle, **settings)
 
     val_loader = build(val_records, grad_accum=1, shuffle=False) if val_records else None
     return build(records, cfg.grad_accum, shuffle=True), val_loader
@@ -623,10 +594,10 @@ def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequenc
     """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
     parts = [part for mixture in mixtures for part in mixture.parts]
     for part in parts:
-        if len(part) > CHECKED_AT_START:
+        if len(part) > forms.CHECKED_AT_START:
             remedy = f"bash launch.sh prepare check {part.path} reads them before"
             log(dist, f"{part.path}: {len(part)} records are checked as they are read; {remedy}")
-    small = itertools.chain.from_iterable(part for part in parts if len(part) <= CHECKED_AT_START)
+    small = itertools.chain.from_iterable(part for part in parts if len(part) <= forms.CHECKED_AT_START)
     clips = dist.main_first(lambda: store.missing(small))
     clips = dist.from_main(clips)  # one list for all: codes appear while ranks look
     if not clips:

@@ -113,13 +113,7 @@ class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
 
 
 def _before_attention(
-    layer: TrainableDualFFNDecoderLayer,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_text: int,
-    perm: Tensor,
-    inverse_perm: Tensor,
+    layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, num_text: int, perm: Tensor, inverse_perm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [T, heads, head_dim], keys and values [T, key heads, head_dim], in packed order."""
     attention = layer.self_attn
@@ -134,12 +128,7 @@ def _before_attention(
 
 
 def _after_attention(
-    layer: TrainableDualFFNDecoderLayer,
-    hidden: Tensor,
-    attended: Tensor,
-    num_text: int,
-    perm: Tensor,
-    inverse_perm: Tensor,
+    layer: nn.Module, hidden: Tensor, attended: Tensor, num_text: int, perm: Tensor, inverse_perm: Tensor
 ) -> Tensor:
     """The rest of the layer, in sorted order; attended: [T, heads, head_dim] in packed order."""
     attended = Permute.apply(attended.flatten(1), perm, inverse_perm)
@@ -552,22 +541,15 @@ def main() -> None:
     check_upstream()
     for function, digest in UPSTREAM_SOURCES.items():
         print(f"{function.__qualname__:50} source {digest}: as expected")
-    text = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    config = HiggsAudioConfig(
-        text_config=text | {"num_attention_heads": 4, "num_key_value_heads": 2},
-        audio_adapter_type="dual_ffn_fast_forward",
-        audio_dual_ffn_layers=[0, 1],
-        pad_token_id=0,
-        audio_ffn_hidden_size=128,
-        audio_ffn_intermediate_size=256,
-        skip_audio_tower=True,
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    audio = {"audio_adapter_type": "dual_ffn_fast_forward", "audio_dual_ffn_layers": [0, 1], "audio_ffn_hidden_size": 128}
+    text = {"model_type": "llama", "num_key_value_heads": 2, **sizes}
+    config = HiggsAudioConfig(text_config=text, audio_ffn_intermediate_size=256, pad_token_id=0, skip_audio_tower=True, **audio)
     model = patch_for_training(build_on_meta(config))
     total = sum(p.numel() for p in model.parameters())
     add_lora(model, r=16, alpha=32, dropout=0.0)
-    adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
-    added = sum(p.numel() for p in adapters)
-    print(f"{type(model).__name__}: {total:,} parameters; LoRA r=16 adds {added:,} in {len(adapters)} tensors")
+    added = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    print(f"{type(model).__name__}: {total:,} parameters; LoRA r=16 adds {added:,}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,9 @@
 """Fine-tune Higgs Audio v2, full or LoRA, under FSDP2 in bf16.
 
-One process (CPU or one GPU):
-    python train.py --train_manifest train.jsonl --output_dir runs/voice
-Eight GPUs:
-    torchrun --nproc_per_node=8 train.py --train_manifest train.jsonl --output_dir runs/voice --batch_size 4
-Two nodes of eight (the same line on both, NODE_RANK 0 and 1):
-    torchrun --nnodes=2 --node_rank=$NODE_RANK --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 \
-        train.py --train_manifest train.jsonl --output_dir runs/voice
+    python train.py --train_manifest train.jsonl --output_dir runs/voice                                # CPU or one GPU
+    torchrun --nproc_per_node=8 train.py --train_manifest train.jsonl --output_dir runs/voice           # eight GPUs
 
-`bash launch.sh` does the same with less typing. What a run leaves behind is described in README.md.
+`bash launch.sh` does the same with less typing, on several nodes too. README.md says what a run leaves behind.
 """
 
 from __future__ import annotations
@@ -46,7 +41,6 @@ from collate import Batch
 from common import AlignmentError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
-
 from distributed import Dist, Signals, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
@@ -60,9 +54,10 @@ from prepare.audio import codec_frame_rate_hz
 # Model
 
 
-def build_model(
-    cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path
-) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
+Built = tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]
+
+
+def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path) -> Built:
     """Construct and load. No rank ever holds a full copy: weights go from the files into each rank's own rows."""
     model, lora = construct_model(cfg, dist, config)
     model_patch.materialize(model, dist.device, cpu_offload=cfg.cpu_offload)
@@ -74,9 +69,7 @@ def build_model(
     return model, lora
 
 
-def construct_model(
-    cfg: Config, dist: Dist, config: HiggsAudioConfig
-) -> tuple[model_patch.TrainableHiggsAudioModel, LoraConfig | None]:
+def construct_model(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Built:
     """Construct on meta, patch, adapt, choose dtypes, checkpoint activations, shard: in this order. It has no storage yet."""
     compute_dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
@@ -87,9 +80,7 @@ def construct_model(
     if cfg.freeze:
         model_patch.freeze(model, split_list(cfg.freeze))
     if cfg.consistency_loss_weight and not model.can_pack:
-        raise ConfigError(
-            "--consistency_loss_weight: this checkpoint's layers cannot be trained on packed batches, which it reads"
-        )
+        raise ConfigError("--consistency_loss_weight: needs packed batches, which this checkpoint's layers cannot take")
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
     if cfg.compile:
@@ -222,11 +213,9 @@ def _micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
-    weights = cfg.codebook_weight_list
-    if weights and len(weights) != config.audio_num_codebooks:
-        raise ConfigError(
-            f"--codebook_weights has {len(weights)} values, the checkpoint {config.audio_num_codebooks} codebooks"
-        )
+    weights, K = cfg.codebook_weight_list, config.audio_num_codebooks
+    if weights and len(weights) != K:
+        raise ConfigError(f"--codebook_weights has {len(weights)} values, the checkpoint {K} codebooks")
     return Objective(cfg.text_loss_weight, cfg.audio_loss_weight, tuple(weights) or None, cfg.consistency_loss_weight)
 
 
@@ -279,10 +268,8 @@ def averaged(optimizer: torch.optim.Optimizer):
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over what trains; weight decay on matrices only. Create it after sharding."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, vectors = ([p for p in trainable if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     settings = {"lr": cfg.peak_lr, "betas": (0.9, cfg.beta2), "fused": True}
     return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
@@ -351,22 +338,17 @@ def check_first_batch(task: Task, batch: Batch) -> None:
         part, _ = forward(task.model, batch, task.labels)
     sums = part.sum_over(dist).losses
     values, copies = task.objective.metrics(sums), sums.copy_share()
-    log(
-        dist,
-        f"  labels: text {task.labels.text}, audio {task.labels.audio}; text loss {values['text_loss']:.4f} over "
-        f"{values['text_targets']} targets, audio loss {values['audio_loss']:.4f} over {values['audio_targets']}; "
-        f"copy share {copies:.1%}",
-    )
+    losses = (f"{name} loss {values[f'{name}_loss']:.4f} over {values[f'{name}_targets']} targets" for name in ("text", "audio"))
+    log(dist, f"  labels: text {task.labels.text}, audio {task.labels.audio}; {', '.join(losses)}; copy share {copies:.1%}")
 
 
 def find_labels(labels: LabelSpec, batch: Batch, dist: Dist) -> LabelSpec:
     """The alignment of the labels that all ranks see in their batches; raises AlignmentError. Collective."""
     text = dist.together(lambda: loss.find_alignment(batch.label_ids, batch.input_ids, "text"))
     # Label audio of its own has no alignment to find; the collator makes it input-aligned.
+    streams = batch.label_audio_ids, batch.audio_out_ids, "audio"
     has_audio = batch.label_audio_ids.numel() > 0 and not batch.has_label_overrides
-    audio = dist.together(
-        lambda: loss.find_alignment(batch.label_audio_ids, batch.audio_out_ids, "audio") if has_audio else None
-    )
+    audio = dist.together(lambda: loss.find_alignment(*streams) if has_audio else None)
     found = {(t or "shift", a or "shift") for t, a in dist.gather((text, audio)) if t or a} or {("shift", "shift")}
     if len(found) > 1:
         raise AlignmentError(f"ranks found different label alignments: {sorted(found)}")
@@ -474,12 +456,10 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     model, lora = dist.together(lambda: build_model(cfg, dist, config, base))
     task = Task(model, build_optimizer(model, cfg), objective, LabelSpec.of(config), dist, cfg.grad_clip, cfg.seed)
     total_steps = cfg.max_steps or sum(loader.steps_in_epoch(epoch) for epoch in range(cfg.epochs))
+    total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(
-        dist,
-        f"{loader.num_samples} training samples, {total_steps} steps; {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters, {trainable:,} of them train; {dist.world_size} rank(s) on {dist.device.type}",
-    )
+    where = f"{dist.world_size} rank(s) on {dist.device.type}"
+    log(dist, f"{loader.num_samples} training samples, {total_steps} steps, {where}; {trainable:,} of {total:,} parameters train")
     return Run(cfg, task, lora, loader, val_loader, config, tokenizer, base, total_steps, resumed_from)
 
 
@@ -513,9 +493,8 @@ def same_run(cfg: Config, loader: data.Loader) -> dict:
 
 def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
     """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too. Collective."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
     packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
     record = dataclasses.asdict(cfg) | {
         "lr": cfg.peak_lr,
@@ -602,14 +581,16 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
         # Log it, and keep what went wrong.
         is_spike = note(run, state, result, values)
         counts = {name: getattr(state, name) for name in ("bad_steps", "bad_samples", "clamped", "spikes")}
-        run.monitor.write(
-            split="train", step=state.step, epoch=epoch, lr=lr, grad_norm=result.grad_norm, **counts, **values
-        )
-        log_problems([p for batch in batches for p in (*batch.unreadable, *batch.clamped)], result.total, f"step {state.step}", dist)
+        about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.grad_norm}
+        run.monitor.write(**about, **counts, **values)
+        problems = [problem for batch in batches for problem in (*batch.unreadable, *batch.clamped)]
+        log_problems(problems, result.total, f"step {state.step}", dist)
         if result.culprits or is_spike:
             keep_batches(run, state, result, values["loss"], batches)
         if state.step == cfg.memory_snapshot:
-            write_memory_snapshot(run.output_dir / f"memory-rank{dist.rank}.pickle", dist)
+            torch.cuda.memory._dump_snapshot(str(run.output_dir / f"memory-rank{dist.rank}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+            log(dist, f"{run.output_dir}/memory-rank*.pickle: open it at pytorch.org/memory_viz")
         failure = find_failure(state, result.total, cfg)
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
         progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
@@ -637,11 +618,8 @@ def validate(run: Run, state: TrainState) -> None:
     is_best = improves(values, cfg.best_by, state.best)
     if is_best:
         state.best = {"metric": cfg.best_by, "value": values[cfg.best_by], "step": state.step}
-    log(
-        dist,
-        f"step {state.step}: validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, "
-        f"audio {values['audio_loss']:.4f}){', the best so far' * is_best}",
-    )
+    losses = f"validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})"
+    log(dist, f"step {state.step}: {losses}{', the best so far' * is_best}")
 
 
 def sample(run: Run, state: TrainState) -> None:
@@ -699,10 +677,8 @@ def keep_batches(run: Run, state: TrainState, result: StepResult, value: float, 
 def find_failure(state: TrainState, total: Totals, cfg: Config) -> Exception | None:
     """Why the run has to end after this step, if it has to."""
     if 0 < cfg.max_bad_steps <= state.bad_in_a_row:
-        return DivergenceError(
-            f"{state.bad_in_a_row} steps in a row were not finite. Saved at step {state.step}; look at the samples named "
-            "above, or lower --lr"
-        )
+        problem = f"{state.bad_in_a_row} steps in a row were not finite. Saved at step {state.step}"
+        return DivergenceError(f"{problem}; look at the samples named above, or lower --lr")
     count = state.bad_samples + state.clamped
     if total.num_unreadable + total.num_clamped and count > cfg.max_bad_samples:  # a resumed run goes on once all are mended
         return DataError(
@@ -712,22 +688,14 @@ def find_failure(state: TrainState, total: Totals, cfg: Config) -> Exception | N
     return None
 
 
-def write_memory_snapshot(path: Path, dist: Dist) -> None:
-    """What GPU memory holds and held, with the stack that asked for it, for pytorch.org/memory_viz."""
-    torch.cuda.memory._dump_snapshot(str(path))
-    torch.cuda.memory._record_memory_history(enabled=None)
-    log(dist, f"{path}: open it at https://pytorch.org/memory_viz")
-
-
 def finish(run: Run) -> None:
     """Write OUTPUT/final. Collective."""
     task, dist = run.task, run.task.dist
     with averaged(task.optimizer):
         if run.lora:
             log(dist, describe_changes(relative_changes(task.model)))
-        merging = write_final(
-            run.output_dir, task.model, run.config, run.tokenizer, run.lora, base=run.base, merge_lora=run.cfg.merge_lora
-        )
+        model = task.model, run.config, run.tokenizer, run.lora
+        merging = write_final(run.output_dir, *model, base=run.base, merge_lora=run.cfg.merge_lora)
     if merging:
         log(dist, f"final/merged: {merging}")
     log(dist, f"finished: {run.output_dir / 'final'}")

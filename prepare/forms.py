@@ -27,7 +27,7 @@ from typing import Any
 
 from common import DataError
 from prepare.chats import chat_key, from_chat, is_chatml
-from prepare.manifest import Manifest, parse_json, read_manifest, report_problems, shown
+from prepare.manifest import Manifest, Mixture, check, parse_json, read_manifest, report_problems, shown, split_weights
 from prepare.rows import AUDIO_SUFFIXES, Origin, Row, columns_of
 
 FORMS = __doc__.split("\n\n")[1]
@@ -73,6 +73,29 @@ def open_manifest(path: str | Path, tolerant: bool = False) -> tuple[Manifest, C
     if not manifest:
         raise DataError(f"{path}: {conversion.form} without any record")
     return manifest, conversion
+
+
+CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
+
+
+def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str], list[Conversion]]:
+    """The records of one or more datasets in any known form; see `manifest.split_weights` for the form of `spec`.
+
+    Manifests of up to CHECKED_AT_START records are read through here, longer ones as training goes.
+
+    returns: the records; those left out with `skip_missing` because their audio does not exist; what had to be converted
+    raises:  DataError
+    """
+    parts, weights, skipped, conversions = [], [], [], []
+    for path, weight in split_weights(spec):
+        part, conversion = open_manifest(path)
+        conversions += [conversion] if conversion else []
+        if skip_missing or len(part) <= CHECKED_AT_START:
+            part, missing = check(part, skip_missing)
+            skipped += missing
+        parts.append(part)
+        weights.append(weight)
+    return Mixture(parts, weights), skipped, conversions
 
 
 def recognise(path: str | Path) -> str | None:

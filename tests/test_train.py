@@ -305,7 +305,7 @@ def test_a_bad_sample_of_another_rank_is_heard(toys, tmp_path):
     done = run_shell(f"{command} --base_ckpt {toys / 'checkpoint'} --batch_size 1 --num_workers 1 --max_bad_samples 0")
     assert done.returncode == 2
     assert (
-        "error: 1 samples of the first step cannot be read" in done.stderr and "bad.npy holds codes 1024 to 1024" in done.stderr
+        "error: 1 samples of the first step cannot be used" in done.stderr and "bad.npy holds codes 1024 to 1024" in done.stderr
     )
     assert "Traceback" not in done.stderr
 
