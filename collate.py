@@ -209,11 +209,7 @@ class Voices:
         before, after = ([torch.cat(where[voice]) for voice in pairs] for where in (reference, trained))
         none = torch.zeros(0, dtype=torch.long)
         names = [name for _, name in pairs]
-        return cls(names, torch.cat([none, *before]), torch.cat([none, *after]), _lengths(before), _lengths(after))
-
-
-def _lengths(pieces: Sequence[Tensor]) -> list[int]:
-    return [len(piece) for piece in pieces]
+        return cls(names, torch.cat([none, *before]), torch.cat([none, *after]), list(map(len, before)), list(map(len, after)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +316,8 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
             raise CollateError("a batch mixes samples with and without labels")
 
         # The official collator changes its samples' labels, and which audio turns train has to be known afterwards.
-        official = super().__call__([dataclasses.replace(s, label_ids=_clone(s.label_ids)) for s in samples])
+        copies = [dataclasses.replace(s, label_ids=None if s.label_ids is None else s.label_ids.clone()) for s in samples]
+        official = super().__call__(copies)
         result = Batch(**vars(official), sources=sources, clamped=clamped)
         rows = [row for row, s in enumerate(samples) for _ in range(int((s.input_ids == self.audio_out_token_id).sum()))]
         result.audio_out_ids_start_group_loc = torch.tensor(rows, dtype=torch.long)
@@ -363,14 +360,9 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
     def _copy(self, sample: ChatMLDatasetSample) -> ChatMLDatasetSample:
         """A copy on the CPU in which absent audio is an empty tensor."""
         K = self.audio_num_codebooks or 0
-        empty = {
-            "audio_ids_concat": torch.zeros((K, 0), dtype=torch.long),
-            "audio_ids_start": torch.zeros(0, dtype=torch.long),
-            "audio_waveforms_concat": torch.zeros(0),
-            "audio_waveforms_start": torch.zeros(0, dtype=torch.long),
-            "audio_sample_rate": torch.zeros(0),
-            "audio_speaker_indices": torch.zeros(0, dtype=torch.long),
-        }
+        no_ids, no_samples = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        empty = {"audio_ids_concat": no_ids.reshape(K, 0), "audio_waveforms_concat": no_samples, "audio_sample_rate": no_samples}
+        empty |= dict.fromkeys(("audio_ids_start", "audio_waveforms_start", "audio_speaker_indices"), no_ids)
         values = {f.name: getattr(sample, f.name) for f in dataclasses.fields(ChatMLDatasetSample)}
         values = {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
         values |= {n: default for n, default in empty.items() if values[n] is None or values[n].numel() == 0}
@@ -402,10 +394,8 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         needed = num_needed if extra_codes else num_waveforms
         problem = f"{source}: {needed} audio placeholders but {needed - missing} {what}(s)"
         if self.strict:
-            raise CollateError(
-                f"{problem}. Give each <|AUDIO|> and <|AUDIO_OUT|> its audio (a wav file where Whisper is on), and check "
-                "that no text contains these tokens literally"
-            )
+            remedy = "Give each <|AUDIO|> and <|AUDIO_OUT|> its audio (a wav file where Whisper is on)"
+            raise CollateError(f"{problem}. {remedy}, and check that no text contains these tokens literally")
         clamped.append(f"{problem}; it does not train")
         labels = None if sample.label_ids is None else torch.full_like(sample.label_ids, IGNORE_INDEX)
         repaired = dataclasses.replace(sample, label_ids=labels, audio_label_ids_concat=None)
@@ -455,10 +445,6 @@ def _repeat_last(sample: ChatMLDatasetSample, kind: str, count: int, nothing: Te
     setattr(sample, f"audio_{kind}_start", starts(pieces))
 
 
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
-
-
 def create_collator(
     config: HiggsAudioConfig, *, strict: bool = True, with_voices: bool = False
 ) -> ExtendedHiggsAudioSampleCollator:
@@ -468,10 +454,8 @@ def create_collator(
     """
     has_tower = not config.skip_audio_tower
     if with_voices and (has_tower or not config.encode_audio_in_tokens):
-        raise CollateError(
-            "the voice-consistency loss compares hidden states of reference codes, which this checkpoint does not read "
-            "(skip_audio_tower=false or encode_audio_in_tokens=false); leave out --consistency_loss_weight"
-        )
+        problem = "this checkpoint does not read reference codes (skip_audio_tower=false or encode_audio_in_tokens=false)"
+        raise CollateError(f"{problem}, which the voice-consistency loss compares; leave out --consistency_loss_weight")
     extractor = whisper.feature_extractor(config) if has_tower else None
     return ExtendedHiggsAudioSampleCollator(
         feature_extractor=extractor if config.encode_whisper_embed else None,

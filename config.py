@@ -214,25 +214,18 @@ def _find_problems(cfg: Config) -> list[str]:
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
     problems += [f"--{n} {getattr(cfg, n)}: must be at least 1" for n in _AT_LEAST_1 if getattr(cfg, n) < 1]
     problems += [f"--{n} {getattr(cfg, n)}: must be below {limit}" for n, limit in _BELOW.items() if getattr(cfg, n) >= limit]
-    no_gpu = not torch.cuda.is_available()
+    no_gpu, has_judge = not torch.cuda.is_available(), cfg.asr_model or cfg.sv_model
+    recomputes, has_loss = cfg.activation_checkpointing == "selective", cfg.text_loss_weight or cfg.audio_loss_weight
     rules = {
-        "--compile recomputes what is cheap by itself; use --activation_checkpointing none or full with it": (
-            cfg.compile and cfg.activation_checkpointing == "selective"
-        ),
+        "--compile recomputes what is cheap; use --activation_checkpointing none or full with it": cfg.compile and recomputes,
         "--dist_timeout 0: ranks have to wait for each other": cfg.dist_timeout == 0,
         "--lr 0: nothing would be learned": cfg.lr == 0,
-        "--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned": (
-            cfg.text_loss_weight == 0 and cfg.audio_loss_weight == 0
-        ),
+        "--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned": not has_loss,
         "--merge_lora: there is no adapter to merge with --lora_r 0": cfg.merge_lora and not cfg.lora_r,
         "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
-        "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": (
-            not cfg.codec and (cfg.asr_model or cfg.sv_model)
-        ),
+        "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": has_judge and not cfg.codec,
         "--num_samples 0: at least 1 with --sample_steps": cfg.sample_steps and cfg.num_samples < 1,
-        "--memory_snapshot: records the allocations on a GPU, and this run has none": (
-            cfg.memory_snapshot and (cfg.device == "cpu" or no_gpu)
-        ),
+        "--memory_snapshot: there is no GPU in this run": cfg.memory_snapshot and (cfg.device == "cpu" or no_gpu),
         "--device cuda: this PyTorch sees no GPU": cfg.device == "cuda" and no_gpu,
     }
     problems += [problem for problem, found in rules.items() if found]

@@ -84,11 +84,9 @@ class ChatMLDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        if index in self.num_turns:
-            record = record.cropped(self.num_turns[index])
+        record = record.cropped(self.num_turns[index]) if index in self.num_turns else record
         input_ids, label_ids = self.ids(record)
         codes = [self.store.codes(part, record.source) for part in record.audio]
-        labels = self._label_codes(record, codes)
         waveforms, rates = self._waveforms(record) if self.with_waveforms else ([], [])
         K = self.store.num_codebooks
         return Sample(
@@ -96,7 +94,7 @@ class ChatMLDataset(Dataset):
             label_ids=torch.tensor(label_ids, dtype=torch.long),
             audio_ids_concat=torch.cat(codes, dim=1) if codes else torch.zeros((K, 0), dtype=torch.long),
             audio_ids_start=starts(codes),
-            audio_label_ids_concat=labels,
+            audio_label_ids_concat=self._label_codes(record, codes),
             audio_waveforms_concat=torch.cat(waveforms) if waveforms else torch.zeros(0),
             audio_waveforms_start=starts(waveforms),
             audio_sample_rate=torch.tensor(rates, dtype=torch.float32),
@@ -133,10 +131,8 @@ class ChatMLDataset(Dataset):
         for part, own in zip(record.audio, codes):
             label = self.store.codes(part.label, record.source) if part.label else own
             if label.shape != own.shape:
-                raise DataError(
-                    f"{record.source}: {part.field}: audio_label_url has {label.shape[1]} frames, audio_url {own.shape[1]}; "
-                    "label audio stands frame by frame beside the input"
-                )
+                found = f"audio_label_url has {label.shape[1]} frames, audio_url {own.shape[1]}"
+                raise DataError(f"{record.source}: {part.field}: {found}; label audio stands frame by frame beside the input")
             labels.append(label)
         return torch.cat(labels, dim=1)
 
@@ -145,10 +141,8 @@ class ChatMLDataset(Dataset):
         inputs = [part for part in record.audio if not part.is_output]
         for part in inputs:
             if part.holds_codes:
-                raise DataError(
-                    f"{record.source}: {part.field}: {part.path} holds codes, but this checkpoint reads input audio through "
-                    "Whisper; give the waveform"
-                )
+                problem = "holds codes, but this checkpoint reads input audio through Whisper; give the waveform"
+                raise DataError(f"{record.source}: {part.field}: {part.path} {problem}")
         found = [read_waveform(part, record.source) for part in inputs]
         return [torch.from_numpy(samples) for samples, _ in found], [rate for _, rate in found]
 
@@ -615,13 +609,10 @@ def main(argv: Sequence[str]) -> None:
     config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
     store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, manifest.parent / "codes")
     dataset = ChatMLDataset(read_manifest(manifest), tokenizer, store, config.encode_whisper_embed)
-    print(f"{len(dataset)} records")
-    for index in range(min(5, len(dataset))):
-        sample = dataset[index]
-        labels = (sample.label_ids != IGNORE_INDEX).sum().item()
-        codes = tuple(sample.audio_ids_concat.shape)
-        print(f"\n{sample.source}: {len(sample.input_ids)} tokens, {labels} of them labels, codes {codes}")
-        print(tokenizer.decode(sample.input_ids))
+    for sample in itertools.islice(dataset, 5):
+        labels, codes = (sample.label_ids != IGNORE_INDEX).sum().item(), tuple(sample.audio_ids_concat.shape)
+        print(f"{sample.source}: {len(sample.input_ids)} tokens, {labels} of them labels, codes {codes}")
+        print(f"{tokenizer.decode(sample.input_ids)}\n")
 
 
 if __name__ == "__main__":

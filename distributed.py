@@ -161,10 +161,8 @@ def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: flo
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, num_local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and num_local > torch.cuda.device_count():
-        raise ConfigError(
-            f"{num_local} ranks on a node with {torch.cuda.device_count()} GPU(s); start as many as there are GPUs"
-        )
+    if on_gpu and num_local > (num_gpus := torch.cuda.device_count()):
+        raise ConfigError(f"{num_local} ranks on a node with {num_gpus} GPU(s); start as many as there are GPUs")
     if on_gpu:
         torch.cuda.set_device(local_rank)
     here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -182,11 +180,9 @@ def make_mesh(device_type: str, world_size: int, replicate: int) -> DeviceMesh:
     """
     if world_size % replicate:
         raise ConfigError(f"--replicate {replicate} does not divide {world_size} ranks")
-    if replicate > 1:
-        shape, names = (replicate, world_size // replicate), ("replicate", "shard")
-    else:
-        shape, names = (world_size,), ("shard",)
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    if replicate == 1:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicate, world_size // replicate), mesh_dim_names=("replicate", "shard"))
 
 
 def _meeting_place(timeout: datetime.timedelta) -> torch_dist.Store:
@@ -208,8 +204,7 @@ def lost_others(error: Exception) -> bool:
 
 
 class Signals:
-    """SIGTERM, SIGUSR1 (schedulers announce preemption so) and SIGINT ask a run to save and end after its current step; a
-    second SIGINT ends it at once."""
+    """SIGTERM, SIGUSR1 (from schedulers) and SIGINT ask a run to save and end after its step; a second SIGINT ends it at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None

@@ -11,10 +11,9 @@ fed at frame j. So the prediction at position t is scored against the label at t
 the loss falls as well, but the model only learns to copy its input and generates silence. `find_alignment` and
 `copy_share` detect both cases.
 
-The voice term (`consistency_tally`) is InfoNCE: for each speaker of a sample, the mean hidden state of the trained
-audio should be closer to the mean over that speaker's reference than to the references of other speakers. The others
-are those of the same micro-batch on all ranks. This is the one term that depends on how a step's samples are divided:
-more ranks keep the number of candidates, accumulation over more micro-batches reduces it.
+The voice term (`consistency_tally`) is InfoNCE: the mean hidden state of a speaker's trained audio should be closer to
+the mean over that speaker's reference than to other speakers' references in the same micro-batch of all ranks. It is the
+one term that depends on how a step is divided: accumulation over more micro-batches leaves fewer candidates.
 
 Legend: B batch, S positions after expansion, K codebooks, N audio positions in the batch, V text vocabulary, C audio
 vocabulary (codebook size plus two stream ids), n scored positions, D width, P pairs of a reference and trained audio.
@@ -144,10 +143,8 @@ def dense_targets(output, batch, spec: LabelSpec) -> tuple[Targets, Targets]:
     rows = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     text = Targets(rows, labels.flatten()[rows, None], inputs.flatten()[rows, None])
     labels, inputs = batch.label_audio_ids.T, batch.audio_out_ids.T  # [N, K]
-    if labels.shape != output.audio_logits.shape[:2]:
-        raise ValueError(
-            f"audio labels cover {tuple(labels.shape)} positions, logits {tuple(output.audio_logits.shape[:2])}"
-        )
+    if labels.shape != (covered := output.audio_logits.shape[:2]):
+        raise ValueError(f"audio labels cover {tuple(labels.shape)} positions, logits {tuple(covered)}")
     if spec.audio == "shift":  # a clip's first label is IGNORE_INDEX, so no clip predicts the next one's
         labels = F.pad(labels[1:], (0, 0, 0, 1), value=IGNORE_INDEX) if len(labels) else labels
     return text, Targets(torch.arange(len(labels), device=labels.device), labels, inputs)
@@ -215,15 +212,9 @@ class Tally(Summable):
         nats, correct = scores.nats.detach() * chosen, scores.is_correct & chosen
         return cls(nats.sum(), chosen.sum().float(), correct.sum().float())
 
-    def loss(self) -> float | None:
-        """Nats per target of a tally without codebooks, None where there are no targets."""
-        return _ratio(self.nats, self.targets)
-
-    def accuracy(self) -> float | None:
-        return _ratio(self.correct, self.targets)
-
 
 def _ratio(total: Tensor, count: Tensor) -> float | None:
+    """None where there is nothing to divide by."""
     return (total / count).item() if count > 0 else None
 
 
@@ -263,10 +254,10 @@ class LossSums(Summable):
         changed, copied = self.changed.item(), self.copied.item()
         share = copied / max(1.0, changed)
         if changed >= MIN_COPY_POSITIONS and share > MAX_COPY_SHARE:
+            problem = f"at {share:.0%} of {changed:.0f} supervised positions the model predicts the token it was just fed"
             raise CopyCollapseError(
-                f"at {share:.0%} of {changed:.0f} supervised positions the model predicts the token it was just fed instead "
-                "of the next one. These weights were trained on unshifted labels; their loss looks low and they generate "
-                "silence. Start again from the published checkpoint."
+                f"{problem} instead of the next one. These weights were trained on unshifted labels; their loss looks low and "
+                "they generate silence. Start again from the published checkpoint."
             )
         return share
 
@@ -305,8 +296,8 @@ class Objective:
         del tallies["audio"]
         if not self.consistency_weight:
             del tallies["consistency"]
-        values = {f"{name}_loss": tally.loss() for name, tally in tallies.items()}
-        values |= {f"{name}_accuracy": tally.accuracy() for name, tally in tallies.items()}
+        values = {f"{name}_loss": _ratio(tally.nats, tally.targets) for name, tally in tallies.items()}
+        values |= {f"{name}_accuracy": _ratio(tally.correct, tally.targets) for name, tally in tallies.items()}
         always = {name: values[name] or 0.0 for name in ("text_loss", "consistency_loss") if name in values}
         return values | always | {
             "loss": self(sums, sums.text.targets[0], audio.targets, sums.consistency.targets.item()).item(),
@@ -386,9 +377,8 @@ def find_alignment(labels: Tensor, inputs: Tensor, what: str) -> Alignment | Non
     if (labels == successors)[supervised].all():
         return "aligned"
     wrong = (supervised & (labels != inputs)).nonzero()[:5].tolist()
-    shown = "; ".join(
-        f"row {r} position {p}: label {labels[r, p]}, input {inputs[r, p]}, next input {successors[r, p]}" for r, p in wrong
-    )
+    found = ((r, p, labels[r, p], inputs[r, p], successors[r, p]) for r, p in wrong)
+    shown = "; ".join("row {} position {}: label {}, input {}, next input {}".format(*values) for values in found)
     raise AlignmentError(f"{what} labels are neither the inputs nor the inputs one position later: {shown}")
 
 

@@ -143,10 +143,9 @@ def find_gpu(driver_name: str) -> Gpu | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Spikes
 
-# A loss is a spike if it is above the median of the last ones by more than `threshold` robust standard deviations: 1.4826
-# times the median absolute deviation, which one outlier cannot inflate, and never less than 1 % of the median, so that a
-# flat loss is not held to its own noise. The micro-batches of such steps, and of steps that were not finite, are kept in
-# OUTPUT/spikes, one file per rank; `bash launch.sh replay FILE` runs them again.
+# A loss is a spike if it is above the median of the last ones by more than `threshold` robust standard deviations (1.4826
+# times the median absolute deviation, and at least 1 % of the median). The micro-batches of such steps, and of steps that
+# were not finite, are kept in OUTPUT/spikes, one file per rank; `bash launch.sh replay FILE` runs them again.
 
 WINDOW = 64  # losses that the median is taken of
 MIN_LOSSES = 16  # fewer say nothing

@@ -228,11 +228,9 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
     @property
     def _has_plain_layers(self) -> bool:
         """Whether the layers can work on the real positions alone."""
-        return (
-            self.config.audio_decoder_proj_num_layers == 0
-            and not self.config.text_config.attention_dropout
-            and all(isinstance(layer, TrainableDualFFNDecoderLayer) for layer in self.layers)
-        )
+        is_plain = all(isinstance(layer, TrainableDualFFNDecoderLayer) for layer in self.layers)
+        has_extra = self.config.audio_decoder_proj_num_layers or self.config.text_config.attention_dropout
+        return is_plain and not has_extra
 
     def _forward_packed(self, batch: dict, packing: Packing, voices: Voices | None) -> PackedOutput:
         """Embed, run the layers on the packed positions, and score what is supervised; see `collate.Packing`."""
@@ -330,10 +328,9 @@ def check_upstream() -> None:
     """Raise PatchError when an upstream function is not the one these patches were written for."""
     changed = [f.__qualname__ for f, digest in UPSTREAM_SOURCES.items() if source_digest(f) != digest]
     if changed:
-        raise PatchError(
-            f"boson-multimodal's {', '.join(changed)} differ from version 0.1.1, which the training patches replace. "
-            "Install boson-multimodal==0.1.1, or review model_patch.py against the new source and update its digests."
-        )
+        problem = f"boson-multimodal's {', '.join(changed)} differ from version 0.1.1, which the training patches replace"
+        remedy = "Install boson-multimodal==0.1.1, or review model_patch.py against the new source and update its digests"
+        raise PatchError(f"{problem}. {remedy}.")
 
 
 def source_digest(function) -> str:
@@ -345,15 +342,9 @@ def source_digest(function) -> str:
 # Activation checkpointing
 
 _aten = torch.ops.aten
-_KEPT_OPS = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,
-}
+_ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+_KEPT_OPS = {_aten.mm.default, _aten.addmm.default, torch.ops.torch_attn._varlen_attn.default}
+_KEPT_OPS |= {getattr(_aten, f"_scaled_dot_product_{kind}").default for kind in _ATTENTION}
 
 
 def _selective_contexts():
@@ -422,11 +413,8 @@ def add_lora(
     """
     targets = list(targets)
     use_tower = any("audio_tower" in pattern for pattern in targets)
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (use_tower or not name.startswith("audio_tower."))
-    ]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name in linears if use_tower or not name.startswith("audio_tower.")]
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

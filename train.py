@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
@@ -134,11 +134,10 @@ def forward(model, batch: Batch, labels: LabelSpec) -> tuple[Totals, tuple[Tenso
     return Totals(sums, sum(lengths), output.attention_mask.numel(), pairs, **counts), None
 
 
-@dataclass
-class Speakers:
-    """Who speaks in the micro-batches that all ranks work on at the same time."""
+class Speakers(NamedTuple):
+    """Of the pairs in the micro-batches that all ranks work on at the same time."""
 
-    names: list[str]  # of all pairs, rank by rank
+    names: list[str]  # rank by rank
     counts: list[int]  # pairs of each rank
 
 
@@ -392,9 +391,8 @@ class TrainState:
     @classmethod
     def of(cls, kept: dict) -> TrainState:
         """From what `kept` gave; a checkpoint of an earlier version has no `clamped`."""
-        values = {name: kept[name] for name in cls.KEPT if name in kept}
-        done = dict.fromkeys(("evaluated", "sampled", "saved"), kept["step"])
-        return cls(**values | done | {"position": data.Position(*kept["position"])})
+        values = {name: kept[name] for name in cls.KEPT if name in kept} | {"position": data.Position(*kept["position"])}
+        return cls(**values, **dict.fromkeys(("evaluated", "sampled", "saved"), kept["step"]))
 
     def kept(self) -> dict:
         return {name: getattr(self, name) for name in self.KEPT}
@@ -426,9 +424,8 @@ class Run:
     sampler: Sampler | None = None
     saver: checkpoint.Saver | None = None
 
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.cfg.output_dir)
+    def __post_init__(self):
+        self.output_dir = Path(self.cfg.output_dir)
 
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
@@ -436,10 +433,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
     with Signals() as signals, held or contextlib.nullcontext():
         run = build_run(cfg, dist)
-        if cfg.dry_run:
-            return run.task.model
-        state = start(run)
-        if loop(run, state, signals):
+        if not cfg.dry_run and loop(run, start(run), signals):
             finish(run)
         return run.task.model
 
