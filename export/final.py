@@ -12,8 +12,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from checkpoint import is_lora
-from common import CheckpointError
+from checkpoint import COMPANIONS, is_lora
+from common import CheckpointError, read_json
 from distributed import gather, whole
 from export import card
 from export.merge import merge
@@ -44,10 +44,10 @@ def write_final(
     try:
         if dist.get_rank() == 0:
             if lora is None:
-                write_full(folder, named, config, tokenizer, "boson", base)
+                write_full(folder, named, config, tokenizer, "boson", output_dir / COMPANIONS)
             else:
                 write_adapter(folder, named, lora, tokenizer)
-            card.write(folder, lambda: card.of_run(output_dir))
+            card.write(folder, lambda: card.of_run(read_json(output_dir / "config.json"), output_dir / "metrics.jsonl"))
             if merge_lora:
                 report = str(merge(open_model(folder), Full(base), folder / "merged"))
     except CheckpointError as caught:
