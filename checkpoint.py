@@ -9,6 +9,7 @@ training    OUTPUT/checkpoints/step_N: each rank writes the rows it owns while t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from common import CheckpointError, read_json, sha256_of
+from common import CheckpointError, read_json, sha256_of, write_whole
 from config import base_revision
 from distributed import gather, own_rows, says_errors
 from export import layouts
@@ -283,6 +284,21 @@ class Saver:
             _on_main(lambda: shutil.rmtree(_unfinished(self.newest), ignore_errors=True))
             raise CheckpointError(f"{self.newest}: cannot be written ({error}); earlier checkpoints are untouched")
 
+    def amend(self, state: dict) -> None:
+        """Note in the newest checkpoint, which has been committed, what is known by now; if there is one. Collective."""
+        if self.newest is None:
+            return
+        error = _on_main(lambda: self._write_state(self.newest, state | {"files": read_state(self.newest)["files"]}))
+        if error:
+            raise CheckpointError(f"{self.newest}: cannot be written ({error})")
+
+    def discard(self) -> None:
+        """Remove the newest checkpoint."""
+        if self.newest and dist.get_rank() == 0:
+            shutil.rmtree(self.newest, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # if it is empty
+
     def _write(self, folder: Path, rows: dict[str, Tensor], offsets: dict[str, list[int]]) -> dict[str, dict]:
         """This rank's files, and from rank 0 the base's companions, which make the checkpoint complete by itself."""
         files = _write_rows(folder, rows, offsets)
@@ -295,13 +311,17 @@ class Saver:
     def _finish(self, files: dict[str, dict]) -> None:
         """The last file, then the name; then remove what is not to be kept."""
         temporary = _unfinished(self.newest)
-        state = self._state | self.identity | {"format": FORMAT, "files": files}
-        (temporary / STATE_FILE).write_text(json.dumps(state | {"sha256": _checksum(state)}, indent=2))
-        _fsync(temporary / STATE_FILE)
+        self._write_state(temporary, self._state | {"files": files})
         shutil.rmtree(self.newest, ignore_errors=True)
         os.replace(temporary, self.newest)
         _fsync(self.folder)
         self._remove_old()
+
+    def _write_state(self, folder: Path, state: dict) -> None:
+        state = json.loads(json.dumps(state | self.identity | {"format": FORMAT}))  # as it will be read
+        content = json.dumps(state | {"sha256": _checksum(state)}, indent=2).encode()
+        write_whole(folder / STATE_FILE, lambda file: file.write(content))
+        _fsync(folder / STATE_FILE)
 
     def _remove_old(self) -> None:
         """Keep the newest whole checkpoints and the best; damaged ones do not count, and go with the old ones."""

@@ -37,7 +37,7 @@ import loss
 import metrics
 import model_patch
 from collate import Batch
-from common import AlignmentError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
+from common import AlignmentError, CheckpointError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
 from distributed import Dist, Signals, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
@@ -531,6 +531,10 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
     while True:
         done = state.step >= run.total_steps
 
+        # At the end, first save what the last evaluation, the samples and final/ could lose.
+        if done and state.saved != state.step:
+            save_last(run, state)
+
         # Evaluate, every --val_steps and at the end.
         due = done or (cfg.val_steps and state.step % cfg.val_steps == 0)
         if run.val_loader and due and state.evaluated != state.step:
@@ -553,6 +557,8 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
         if state.saved != state.step and (due or stop or failure):
             run.saver.start(state.kept())
             state.saved = state.step
+        elif done and best:
+            run.saver.amend(state.kept())  # the last evaluation came after it
         if stop or failure or done:
             run.saver.commit()
             progress.close()
@@ -601,6 +607,18 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
         progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
         progress.update()
+
+
+def save_last(run: Run, state: TrainState) -> None:
+    """Save a checkpoint at the end, without --save_steps too, if the disk has room for it. Collective."""
+    try:
+        run.saver.start(state.kept())
+        run.saver.commit()
+        state.saved = state.step
+    except CheckpointError as error:
+        if run.cfg.save_steps:
+            raise
+        log(run.task.dist, f"warning: {error}")
 
 
 def iter_steps(loader: data.Loader, position: data.Position):
@@ -695,13 +713,19 @@ def find_failure(state: TrainState, total: Totals, cfg: Config) -> Exception | N
 
 
 def finish(run: Run) -> None:
-    """Write OUTPUT/final. Collective."""
+    """Write OUTPUT/final; without --save_steps the checkpoint of the last step goes then. Collective."""
     task, dist = run.task, run.task.dist
     with averaged(task.optimizer):
         if run.lora:
             log(dist, describe_changes(relative_changes(task.model)))
         model = task.model, run.config, run.tokenizer, run.lora
-        merging = write_final(run.output_dir, *model, base=run.base, merge_lora=run.cfg.merge_lora)
+        try:
+            merging = write_final(run.output_dir, *model, base=run.base, merge_lora=run.cfg.merge_lora)
+        except CheckpointError as error:
+            kept = f"; {run.saver.newest} is whole: mend this, then continue with --resume auto" if run.saver.newest else ""
+            raise CheckpointError(f"{error}{kept}") from None
+    if not run.cfg.save_steps:
+        run.saver.discard()
     if merging:
         log(dist, f"final/merged: {merging}")
     log(dist, f"finished: {run.output_dir / 'final'}")
