@@ -9,6 +9,8 @@ training    OUTPUT/checkpoints/step_N: each rank writes the rows it owns while t
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -29,12 +31,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from common import CheckpointError, read_json, sha256_of
+from common import CheckpointError, read_json, sha256_of, write_whole
 from config import base_revision
 from distributed import gather, own_rows, says_errors
 from export import layouts
 
+FORMAT = 2  # of training checkpoints; 1 had no "format", no lineage, no checksum of state.json and no base/
 STATE_FILE = "state.json"
+COMPANIONS = "base"  # folder in a checkpoint and in OUTPUT: the base's files beside its weights
+INDEX_FILE = "model.safetensors.index.json"
 DCP_PIECES = "DCP_SHARDING_INFO"  # the metadata in which DCP notes which rows of a tensor a safetensors file holds
 
 
@@ -76,8 +81,6 @@ def read_base_config(folder: Path) -> HiggsAudioConfig:
     kind = values.get("model_type")
     if kind not in layouts.LAYOUTS:
         raise CheckpointError(f"checkpoint {folder}: model_type is {kind!r}, expected {' or '.join(layouts.LAYOUTS)}")
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"checkpoint {folder}: no *.safetensors files")
     if layouts.LAYOUTS[kind] == "boson":
         return HiggsAudioConfig.from_dict(values)
     try:
@@ -106,14 +109,43 @@ def is_lora(name: str) -> bool:
     return ".lora_" in name
 
 
-def check_base(model: nn.Module, folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its state.json or its index names, else the only one.
+
+    raises: CheckpointError if there is none, if one is missing, or if it is not clear which ones count
+    """
+    index = folder / INDEX_FILE
+    if (folder / STATE_FILE).is_file():
+        names = [name for name in read_state(folder)["files"] if Path(name).parent == Path()]
+    elif index.is_file():
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: cannot be read: {error!r}") from None
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if len(names) > 1:
+            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            raise CheckpointError(
+                f"checkpoint {folder}: which of {shown} are its weights? Leave one file, or the {INDEX_FILE} that lists them"
+            )
+    if not names:
+        raise CheckpointError(f"checkpoint {folder}: no *.safetensors files")
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"checkpoint {folder}: {name} is missing")
+    return [folder / name for name in names]
+
+
+def check_base(model: nn.Module, folder: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> list[str]:
     """Compare names and shapes of the model's tensors with the folder's; opens only the files' headers.
 
+    shapes:  of tensors by the names of the original layout; default: those in the folder
     returns: names of tensors in the checkpoint that the model does not have
     raises:  CheckpointError if a tensor is missing or has another shape
     """
     targets = _base_tensors(model)
-    stored = {layouts.rename(name, "boson"): shape for name, shape in Stored(folder).shapes.items()}
+    stored = shapes or {layouts.rename(name, "boson"): shape for name, shape in Stored(folder).shapes.items()}
     missing = sorted(targets.keys() - stored.keys())
     if missing:
         hint = "; the transformers class keeps its text head only with use_text_head=True" * ("text_lm_head" in missing[0])
@@ -125,8 +157,15 @@ def check_base(model: nn.Module, folder: Path) -> list[str]:
 def load_base(model: nn.Module, folder: Path) -> None:
     """Stream the base weights into a sharded model; each rank reads only its own rows. Collective; `check_base` first."""
     stored_name = {layouts.rename(name, "boson"): name for name in Stored(folder).shapes}
-    targets = {stored_name[name]: tensor for name, tensor in _base_tensors(model).items()}
-    dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    _load({stored_name[name]: tensor for name, tensor in _base_tensors(model).items()}, folder)
+
+
+def _load(targets: dict[str, Tensor], folder: Path) -> None:
+    """Read tensors from `weight_files` alone, where DCP would read every safetensors file in the folder. Collective."""
+    files = list(map(str, weight_files(folder)))
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader.fs.ls = lambda path: files
+    dcp.load(targets, storage_reader=reader)
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -149,7 +188,7 @@ class Stored:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Any, list[int]]]] = {}  # by name: open file, offset of its rows
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             try:
                 self._add(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -190,13 +229,17 @@ class Saver:
 
     folder:    OUTPUT/checkpoints
     keep_last: checkpoints to keep; 0: all
+    identity:  what each checkpoint says about its run; see lineage.py
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int = 0):
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int = 0, identity: dict | None = None
+    ):
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.keep_last = keep_last
+        self.identity = identity or {}
         self.newest: Path | None = None  # the last one started
         self._thread = ThreadPoolExecutor(1, "save")
         self._state: dict = {}
@@ -219,7 +262,7 @@ class Saver:
         rows, offsets = _copy_own_rows(_training_tensors(self.model, self.optimizer))
         _start_writing(_unfinished(folder), sum(tensor.nbytes for tensor in rows.values()))
         self._state, self.newest = state, folder
-        self._written = self._thread.submit(_write_rows, _unfinished(folder), rows, offsets)
+        self._written = self._thread.submit(self._write, _unfinished(folder), rows, offsets)
 
     def commit(self) -> None:
         """Wait for the checkpoint that is being written, if any, and give it its name. Collective.
@@ -241,22 +284,57 @@ class Saver:
             _on_main(lambda: shutil.rmtree(_unfinished(self.newest), ignore_errors=True))
             raise CheckpointError(f"{self.newest}: cannot be written ({error}); earlier checkpoints are untouched")
 
+    def amend(self, state: dict) -> None:
+        """Note in the newest checkpoint, which has been committed, what is known by now; if there is one. Collective."""
+        if self.newest is None:
+            return
+        error = _on_main(lambda: self._write_state(self.newest, state | {"files": read_state(self.newest)["files"]}))
+        if error:
+            raise CheckpointError(f"{self.newest}: cannot be written ({error})")
+
+    def discard(self) -> None:
+        """Remove the newest checkpoint."""
+        if self.newest and dist.get_rank() == 0:
+            shutil.rmtree(self.newest, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # if it is empty
+
+    def _write(self, folder: Path, rows: dict[str, Tensor], offsets: dict[str, list[int]]) -> dict[str, dict]:
+        """This rank's files, and from rank 0 the base's companions, which make the checkpoint complete by itself."""
+        files = _write_rows(folder, rows, offsets)
+        companions = self.folder.parent / COMPANIONS
+        if dist.get_rank() == 0 and companions.is_dir():
+            shutil.copytree(companions, folder / COMPANIONS)
+            files |= {f"{COMPANIONS}/{path.name}": _describe(path) for path in (folder / COMPANIONS).iterdir()}
+        return files
+
     def _finish(self, files: dict[str, dict]) -> None:
         """The last file, then the name; then remove what is not to be kept."""
         temporary = _unfinished(self.newest)
-        (temporary / STATE_FILE).write_text(json.dumps(self._state | {"files": files}, indent=2))
-        _fsync(temporary / STATE_FILE)
+        self._write_state(temporary, self._state | {"files": files})
         shutil.rmtree(self.newest, ignore_errors=True)
         os.replace(temporary, self.newest)
         _fsync(self.folder)
         self._remove_old()
 
+    def _write_state(self, folder: Path, state: dict) -> None:
+        state = json.loads(json.dumps(state | self.identity | {"format": FORMAT}))  # as it will be read
+        content = json.dumps(state | {"sha256": _checksum(state)}, indent=2).encode()
+        write_whole(folder / STATE_FILE, lambda file: file.write(content))
+        _fsync(folder / STATE_FILE)
+
     def _remove_old(self) -> None:
-        best = self._state.get("best") or {}
-        for old in list_states(self.folder)[: -self.keep_last] if self.keep_last else []:
-            if old.name != f"step_{best.get('step')}":
+        """Keep the newest whole checkpoints and the best; damaged ones do not count, and go with the old ones."""
+        if not self.keep_last:
+            return
+        whole = [state for state in list_states(self.folder) if not find_damage(state, sizes_only=True)]
+        best = self.folder / f"step_{(self._state.get('best') or {}).get('step')}"
+        for old in set(list_states(self.folder)) - {*whole[-self.keep_last :], self.newest, best}:
+            try:
                 os.replace(old, _unfinished(old))  # no half checkpoint, should the run be killed now
                 shutil.rmtree(_unfinished(old))
+            except OSError as error:
+                print(f"warning: {old}: cannot be removed: {error}", file=sys.stderr, flush=True)
 
 
 def _unfinished(folder: Path) -> Path:
@@ -335,57 +413,76 @@ def _describe(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": sha256_of(file).hex()}
 
 
-def find_damage(folder: Path, part: slice = slice(None)) -> str | None:
-    """What is wrong with a checkpoint's files, or None; `part` of them, so that ranks can share the reading."""
+def find_damage(folder: Path, part: slice = slice(None), sizes_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files, or None.
+
+    part:       of the files, so that ranks can share the reading
+    sizes_only: do not read their content
+    """
     try:
-        files = read_state(folder).get("files", {})
+        files = read_state(folder)["files"]
     except CheckpointError as error:
         return str(error)
+    for path in (*folder.glob("*.safetensors"), *folder.glob("state*.json")):
+        if path.name not in files and path.name != STATE_FILE:
+            return f"{path.name} is not part of this checkpoint; move it away"
     for name, expected in list(files.items())[part]:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _describe(path)["sha256"] != expected["sha256"]:
+        if not sizes_only and _describe(path)["sha256"] != expected["sha256"]:
             return f"{name} has changed (its sha256 differs)"
     return None if files else "it lists no files"
 
 
-def check_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> dict:
-    """Check that `folder` was saved by a run with the settings `run` and the same tensors.
-
-    returns: the `state` that it was saved with
-    raises:  CheckpointError
-    """
-    state = read_state(folder)
-    saved = state.get("run", {})
-    other = {name: saved.get(name) for name, value in run.items() if saved.get(name) != value}
-    if other:
-        found = ", ".join(f"{name} was {value!r} and is {run[name]!r}" for name, value in other.items())
-        raise CheckpointError(f"--resume {folder}: this is not the same run: {found}")
+def check_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """CheckpointError unless the checkpoint has the very tensors that train."""
     targets, stored = _training_tensors(model, optimizer), Stored(folder).shapes
     different = sorted(targets.keys() ^ stored.keys())
     if different:
         raise CheckpointError(f"--resume {folder}: {len(different)} tensors are not the same, first {different[0]}")
     _check_shapes(folder, targets, stored)
-    return state
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore what a `Saver` wrote, on any number of ranks. Collective; `check_state` first."""
-    dcp.load(_training_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    _load(_training_tensors(model, optimizer), folder)
 
 
 def read_state(folder: Path) -> dict:
+    """What a training checkpoint says about itself; CheckpointError if that is missing, damaged or of a later version."""
     try:
-        return read_json(folder / STATE_FILE)
-    except (OSError, ValueError) as error:
+        state = read_json(folder / STATE_FILE)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a whole training checkpoint: {error}") from None
+    version = state.get("format", 1) if isinstance(state, dict) else None
+    if not isinstance(version, int) or not isinstance(state.get("step"), int) or not _are_described(state.get("files")):
+        raise CheckpointError(f"{folder} is not a training checkpoint: {STATE_FILE} does not describe one")
+    if version > FORMAT:
+        raise CheckpointError(f"{folder} was saved by a later version (format {version}, here {FORMAT}); update this code")
+    if version > 1 and state.get("sha256") != _checksum(state):
+        raise CheckpointError(f"{folder}: {STATE_FILE} has changed (its sha256 differs)")
+    return state
+
+
+def _are_described(files: object) -> bool:
+    """Whether these are files of a checkpoint by their names, each with its size and hash."""
+    return isinstance(files, dict) and all(
+        isinstance(about, dict) and about.keys() == {"bytes", "sha256"} and ".." not in name and not name.startswith("/")
+        for name, about in files.items()
+    )
+
+
+def _checksum(state: dict) -> str:
+    """Of everything that the state says, however the file is formatted."""
+    rest = {name: value for name, value in state.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def list_states(folder: Path) -> list[Path]:
-    """Whole checkpoints in OUTPUT/checkpoints, oldest first."""
+    """The checkpoints in OUTPUT/checkpoints, oldest first; they may be damaged."""
     found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / STATE_FILE).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 

@@ -120,6 +120,9 @@ class Config:
         choices=("loss", "text_loss", "audio_loss", "eos_loss", ""),
     )
     resume: str = _setting("none", "auto: the newest checkpoint in output_dir; or a checkpoint's path", const="auto")
+    resume_changed: bool = _setting(
+        False, "resume although the training data or the base checkpoint has changed since; the epoch begins again", const=True
+    )
     wandb: str = _setting("", "Weights & Biases project to log to as well", const="higgs-audio")
 
     # Health

@@ -567,8 +567,10 @@ def check_voices(records: Mixture) -> None:
 
 def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> tuple[ChatMLDataset, np.ndarray]:
     """The dataset without what exceeds --max_tokens, and its lengths, measured once and kept. Collective."""
-    key = hashlib.sha256(f"{dataset.records.digest} {len(dataset)} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
-    path = dataset.store.cache_dir / f"lengths-{key.hexdigest()[:16]}.npy"
+    store = dataset.store
+    frames = f"{store.num_codebooks} {store.codebook_size} {store.frame_rate_hz} {store.codec}"
+    key = hashlib.sha256(f"{dataset.records.digest} {frames} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
+    path = store.cache_dir / f"lengths-{key.hexdigest()[:16]}.npy"
     lengths = dist.from_main(np.load(path) if dist.is_main and path.is_file() else None)
     if lengths is None:
         log(dist, f"measuring {len(dataset)} records for --max_tokens")

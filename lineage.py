@@ -1,17 +1,36 @@
-"""The output folder of a run: who uses it, and which checkpoint a run continues from."""
+"""The lineage of a run: its output folder, which checkpoint it continues from, and whether that belongs to it.
+
+A checkpoint says of its run (`identify`): the run's id and the step that it continued from, all settings, what the tensors mean
+(`run`), which samples come in which order (`data`), the base checkpoint's fingerprint, and the commit of the code. A resumed run
+is compared with all of that (`compare`). Later checkpoints of the branch that it leaves are set aside, never removed.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import re
+import shutil
 import socket
+import subprocess
+import uuid
 from pathlib import Path
 from typing import IO
 
 import checkpoint
+from checkpoint import COMPANIONS, weight_files
 from common import CheckpointError, read_json
 from config import Config
+from data import Loader
 from distributed import Dist, log
+
+# Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
+SAME = ("lora_r", "lora_alpha", "lora_targets", "freeze", "ema")
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for a base's fingerprint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder
 
 
 def lock(output_dir: Path) -> IO:
@@ -43,16 +62,23 @@ def choose_resume(cfg: Config, dist: Dist) -> Path | None:
     raises: CheckpointError, on all ranks, for a folder in use without --resume, or a checkpoint that cannot be used
     """
     output_dir = Path(cfg.output_dir)
-    is_restart = dist.is_restart_of(read_launch(output_dir))
+    is_restart = dist.is_restart_of(read_config(output_dir).get("launch"))
     if cfg.resume == "none" and not is_restart:
         dist.together(lambda: refuse_used(output_dir))
         return None
-    found, passed_over = find_resume(output_dir, "auto" if is_restart else cfg.resume, dist)
-    for damage in passed_over:
-        log(dist, f"passed over {damage}")
-    if is_restart and not found and cfg.resume not in ("none", "auto"):
-        found, _ = find_resume(output_dir, cfg.resume, dist)
-    return found
+    is_named = cfg.resume not in ("none", "auto")
+    if is_restart or not is_named:
+        found = find_newest(output_dir, dist)
+        if found or (is_restart and not is_named):
+            return found
+    if is_named:
+        found = find_named(Path(cfg.resume), dist)
+        dist.together(lambda: None if is_restart or is_own(found, output_dir) else refuse_used(output_dir))
+        return found
+    steps_done = dist.together(lambda: refuse_unsaved(output_dir, cfg.save_steps))
+    if steps_done:
+        log(dist, f"{output_dir}: ended after step {steps_done}, before its first checkpoint; the run begins again")
+    return None
 
 
 def refuse_used(output_dir: Path) -> None:
@@ -65,33 +91,212 @@ def refuse_used(output_dir: Path) -> None:
         )
 
 
-def find_resume(output_dir: Path, resume: str, dist: Dist) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from: the one named, or with "auto" the newest whole one. Collective.
+def refuse_unsaved(output_dir: Path, save_steps: int) -> int:
+    """CheckpointError if `--resume auto` would begin again where a run has left results that it cannot continue.
 
-    returns: the checkpoint, if any, and what is wrong with the newer ones that were passed over
-    raises:  CheckpointError, on all ranks, if the named checkpoint is damaged or ranks see different folders
+    returns: the steps of a run that was killed before its first checkpoint, which may begin again
     """
-    named = resume != "auto"
-    candidates = [Path(resume)] if named else checkpoint.list_states(output_dir / "checkpoints")[::-1]
+    checkpoints = output_dir / "checkpoints"
+    has_results = (output_dir / "final").exists() or any(checkpoints.glob("step_*")) or any(checkpoints.glob("set_aside/*"))
+    steps_done = _steps_done(output_dir / "metrics.jsonl")
+    if has_results or steps_done > 2 * save_steps:  # the second checkpoint begins when the first is whole
+        raise CheckpointError(
+            f"--resume auto: {output_dir} holds a run, but no whole checkpoint to continue from; choose another folder"
+        )
+    return steps_done
+
+
+def _steps_done(metrics: Path) -> int:
+    """The last step that a run has logged."""
+    found = re.findall(rb'"step": (\d{1,15})', metrics.read_bytes()) if metrics.is_file() else []
+    return max(map(int, found), default=0)
+
+
+def find_newest(output_dir: Path, dist: Dist) -> Path | None:
+    """The newest whole checkpoint in the folder, if any; says which newer ones are damaged. Collective.
+
+    raises: CheckpointError, on all ranks, if ranks see different folders
+    """
+    candidates = checkpoint.list_states(output_dir / "checkpoints")[::-1]
     if len(set(map(tuple, dist.gather(candidates)))) > 1:
         raise CheckpointError(
             f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
         )
-    passed_over = []
-    share = slice(dist.rank, None, dist.world_size)
     for folder in candidates:
-        damage = next((found for found in dist.gather(checkpoint.find_damage(folder, share)) if found), None)
-        if damage and named:
-            raise CheckpointError(f"--resume {folder}: {damage}")
+        damage = _find_damage(folder, dist)
         if not damage:
-            return folder, passed_over
-        passed_over.append(f"{folder}: {damage}")
-    return None, passed_over
+            return folder
+        log(dist, f"passed over {folder}: {damage}")
+    return None
 
 
-def read_launch(output_dir: Path) -> str | None:
-    """The id of the launcher that started the run in this folder, by its config.json."""
+def find_named(folder: Path, dist: Dist) -> Path:
+    """The checkpoint of that name; CheckpointError, on all ranks, if it is damaged. Collective."""
+    damage = _find_damage(folder, dist)
+    if damage:
+        raise CheckpointError(f"--resume {folder}: {damage}")
+    return folder
+
+
+def _find_damage(folder: Path, dist: Dist) -> str | None:
+    """`checkpoint.find_damage`; ranks share the reading. Collective."""
+    mine = checkpoint.find_damage(folder, slice(dist.rank, None, dist.world_size))
+    return next((found for found in dist.gather(mine) if found), None)
+
+
+def is_own(folder: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run in `output_dir`, or a copy of one."""
+    if (output_dir / "checkpoints").resolve() in folder.resolve().parents:
+        return True
+    run_id = checkpoint.read_state(folder).get("run_id")
+    return run_id is not None and run_id == read_config(output_dir).get("run_id")
+
+
+def set_aside(output_dir: Path, step: int) -> list[Path]:
+    """Move the checkpoints after `step` to checkpoints/set_aside; returns where they are now."""
+    moved = []
+    for old in sorted((output_dir / "checkpoints").glob("step_*")):
+        number = old.name.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:
+            aside = old.parent / "set_aside" / old.name
+            names = [aside, *(aside.with_name(f"{aside.name}.{i}") for i in range(1, 1000))]
+            aside = next(path for path in names if not path.exists())
+            aside.parent.mkdir(exist_ok=True)
+            moved.append(old.rename(aside))
+    return moved
+
+
+def read_config(output_dir: Path) -> dict:
+    """OUTPUT/config.json, {} if there is none."""
     try:
-        return read_json(output_dir / "config.json").get("launch")
-    except (OSError, ValueError):
-        return None
+        return dict(read_json(output_dir / "config.json"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What belongs together
+
+
+def identify(cfg: Config, loader: Loader, val_loader: Loader | None, base: Path, dist: Dist) -> dict:
+    """What checkpoints of this run say about it. Collective.
+
+    raises: CheckpointError, on all ranks, if they see different base checkpoints
+    """
+    prints = dist.gather(fingerprint(base))
+    if len(set(prints)) > 1:
+        raise CheckpointError(f"--base_ckpt {cfg.base_ckpt}: rank {_first_other(prints)} has other weights there than rank 0")
+    lengths = loader.batching.lengths
+    return {
+        "run": {name: getattr(cfg, name) for name in SAME},
+        "data": {
+            "seed": cfg.seed,
+            "max_tokens": cfg.max_tokens,
+            "long": cfg.long,
+            "training_samples": loader.num_samples,
+            "weights": loader.weights,
+            "records": loader.dataset.records.digest,
+            "lengths": lengths is not None and hashlib.sha256(lengths.tobytes()).hexdigest(),
+        },
+        "validation": val_loader and val_loader.dataset.records.digest,
+        "base": {"name": cfg.base_ckpt, "folder": str(base.resolve()), "fingerprint": prints[0]},
+        "code": code_commit(),
+    }
+
+
+def _first_other(values: list) -> int:
+    return next(index for index, value in enumerate(values) if value != values[0])
+
+
+DIGESTS = {
+    "records": "the training records have changed, or are in another order",
+    "lengths": "the records' lengths have changed (by another tokenizer, codec or --long)",
+}
+
+
+def compare(folder: Path, now: dict, allow: bool) -> tuple[dict, list[str]]:
+    """Compare a checkpoint with the run that is to continue it; see `identify` for `now`.
+
+    allow:   take other data or another base, as long as the tensors fit; the epoch then begins again
+    returns: the checkpoint's state, and what is worth saying
+    raises:  CheckpointError
+    """
+    kept = checkpoint.read_state(folder)
+    then = {**kept.get("run", {}), **kept.get("data", {})}  # format 1 has no "data"
+    run = [_change(name, then[name], value) for name, value in now["run"].items() if then.get(name, value) != value]
+    if run:
+        raise CheckpointError(f"--resume {folder}: this is not the same run: {', '.join(run)}")
+    data = [_change(name, then[name], value) for name, value in now["data"].items() if then.get(name, value) != value]
+    base = kept.get("base", now["base"])
+    changes = data + [f"the base checkpoint {now['base']['name']} is not that of the run, {base['name']}"] * (
+        base["fingerprint"] != now["base"]["fingerprint"]
+    )
+    if changes and not allow:
+        raise CheckpointError(
+            f"--resume {folder}: this is not the same run: {', '.join(changes)}. With --resume_changed it is continued all the "
+            "same"
+        )
+    notes = [f"continued with changes: {', '.join(changes)}"] if changes else []
+    if data:
+        kept |= {"position": [kept["position"][0], 0], "best": {}}
+        notes.append(f"epoch {kept['position'][0] + 1} begins again, with the data as it is now")
+    if kept.get("validation", now["validation"]) != now["validation"]:
+        kept["best"] = {}
+        notes.append("the validation records have changed: the best evaluation so far does not count")
+    if "format" not in kept:
+        notes.append("saved by an earlier version, which noted neither records nor base: whether they are the same is unknown")
+    elif kept["code"] != now["code"]:
+        notes.append(f"saved by the code at commit {kept['code']}, continued at commit {now['code']}")
+    return kept, notes
+
+
+def _change(name: str, then: object, now: object) -> str:
+    return DIGESTS.get(name, f"{name} was {then!r} and is {now!r}")
+
+
+def ancestry(folder: Path | None, kept: dict, output_dir: Path) -> dict:
+    """The id of the run, and the step that it continues: {"run_id": ..., "parent": {"run_id": ..., "step": ...} or None}."""
+    if folder is None:
+        return {"run_id": uuid.uuid4().hex, "parent": None}
+    parent = {"run_id": kept.get("run_id"), "step": kept["step"]}
+    run_id = kept.get("run_id") if is_own(folder, output_dir) else None
+    return {"run_id": run_id or uuid.uuid4().hex, "parent": parent}
+
+
+def prepare_folder(output_dir: Path, base: Path) -> None:
+    """Copy the base's configuration and tokenizer into OUTPUT: each checkpoint and the end of the run need them.
+
+    raises: CheckpointError if the folder cannot be written
+    """
+    temporary = output_dir / f".{COMPANIONS}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for path in base.iterdir():
+            if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json") and path.is_file():
+                shutil.copyfile(path, temporary / path.name)
+        shutil.rmtree(output_dir / COMPANIONS, ignore_errors=True)
+        os.replace(temporary, output_dir / COMPANIONS)
+    except OSError as error:
+        raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint's configuration and weights: headers, sizes, and samples of each file, within a second."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(f"{path.name} {size} ".encode() + file.read(min(header, size)))
+            first, room = 8 + header, max(0, size - 8 - header - SAMPLE_BYTES)
+            for i in range(NUM_SAMPLES):
+                file.seek(first + room * i // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def code_commit() -> str | None:
+    """The commit of this code, None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None

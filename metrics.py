@@ -227,7 +227,7 @@ class Monitor:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:  # the last line of a run that was cut off
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off, or a line of another version
         return math.inf
 
 

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -38,7 +37,7 @@ import loss
 import metrics
 import model_patch
 from collate import Batch
-from common import AlignmentError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
+from common import AlignmentError, CheckpointError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
 from distributed import Dist, Signals, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
@@ -459,43 +458,50 @@ def build_run(cfg: Config, dist: Dist) -> Run:
 
 def start(run: Run) -> TrainState:
     """Resume, and open what the loop writes to. Collective."""
-    cfg, task, dist, state = run.cfg, run.task, run.task.dist, TrainState()
+    cfg, task, dist, kept = run.cfg, run.task, run.task.dist, {}
+    identity = lineage.identify(cfg, run.loader, run.val_loader, run.base, dist)
     if run.resumed_from:
-        same = same_run(cfg, run.loader)
-        kept = dist.together(lambda: checkpoint.check_state(run.resumed_from, task.model, task.optimizer, same))
-        checkpoint.load_state(run.resumed_from, task.model, task.optimizer)
-        state = TrainState.of(kept)
-        log(dist, f"resumed from {run.resumed_from}: {state.step} steps done")
-    settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples)
+        kept = resume(run, identity)
+    state = TrainState.of(kept) if kept else TrainState()
+    identity |= lineage.ancestry(run.resumed_from, kept, run.output_dir)
+    dist.together(lambda: lineage.prepare_folder(run.output_dir, run.base) if dist.is_main else None)
+    settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
     run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main))
     if cfg.sample_steps:
         dataset = (run.val_loader or run.loader).dataset
         run.sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
         log(dist, f"{len(run.sampler.prompts)} samples every {cfg.sample_steps} steps, into {run.sampler.folder}")
-    run.saver = checkpoint.Saver(run.output_dir / "checkpoints", task.model, task.optimizer, cfg.keep_last)
+    identity["settings"] = settings
+    run.saver = checkpoint.Saver(run.output_dir / "checkpoints", task.model, task.optimizer, cfg.keep_last, identity)
     if cfg.memory_snapshot:
         torch.cuda.memory._record_memory_history()
     task.model.train()
     return state
 
 
-def same_run(cfg: Config, loader: data.Loader) -> dict:
-    """What a resumed run has to have in common with the one it continues; batch size and ranks may differ."""
-    names = ("seed", "lora_r", "lora_alpha", "lora_targets", "freeze", "max_tokens", "ema")
-    return {name: getattr(cfg, name) for name in names} | {"training_samples": loader.num_samples}
+def resume(run: Run, identity: dict) -> dict:
+    """Load the checkpoint to continue from, if it belongs to this run; returns its state. Collective."""
+    folder, task, dist = run.resumed_from, run.task, run.task.dist
+    kept, notes = dist.together(lambda: lineage.compare(folder, identity, run.cfg.resume_changed))
+    dist.together(lambda: checkpoint.check_state(folder, task.model, task.optimizer))
+    checkpoint.load_state(folder, task.model, task.optimizer)
+    log(dist, f"resumed from {folder}: {kept['step']} steps done")
+    for note in notes:
+        log(dist, f"note: {note}")
+    aside = dist.together(lambda: lineage.set_aside(run.output_dir, kept["step"]) if dist.is_main else [])
+    log_list(dist, f"{len(aside)} later checkpoints are set aside, for you to remove", list(map(str, aside)))
+    return kept
 
 
 def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
     """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too. Collective."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
     packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
     record = dataclasses.asdict(cfg) | {
         "lr": cfg.peak_lr,
         **facts,
         "world_size": dist.world_size,
         "device": dist.device.type,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": lineage.code_commit(),
         "versions": {name: version(name) for name in packages},
         "launch": distributed.launch_id(),
     }
@@ -519,6 +525,10 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
     while True:
         done = state.step >= run.total_steps
 
+        # At the end, first save what the last evaluation, the samples and final/ could lose.
+        if done and state.saved != state.step:
+            save_last(run, state)
+
         # Evaluate, every --val_steps and at the end.
         due = done or (cfg.val_steps and state.step % cfg.val_steps == 0)
         if run.val_loader and due and state.evaluated != state.step:
@@ -539,8 +549,10 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
         best = state.best.get("step") == state.step
         due = cfg.save_steps and (state.step % cfg.save_steps == 0 or done or best)
         if state.saved != state.step and (due or stop or failure):
-            run.saver.start(state.kept() | {"run": same_run(cfg, run.loader)})
+            run.saver.start(state.kept())
             state.saved = state.step
+        elif done and best:
+            run.saver.amend(state.kept())  # the last evaluation came after it
         if stop or failure or done:
             run.saver.commit()
             progress.close()
@@ -589,6 +601,18 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
         progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
         progress.update()
+
+
+def save_last(run: Run, state: TrainState) -> None:
+    """Save a checkpoint at the end, without --save_steps too, if the disk has room for it. Collective."""
+    try:
+        run.saver.start(state.kept())
+        run.saver.commit()
+        state.saved = state.step
+    except CheckpointError as error:
+        if run.cfg.save_steps:
+            raise
+        log(run.task.dist, f"warning: {error}")
 
 
 def iter_steps(loader: data.Loader, position: data.Position):
@@ -683,13 +707,19 @@ def find_failure(state: TrainState, total: Totals, cfg: Config) -> Exception | N
 
 
 def finish(run: Run) -> None:
-    """Write OUTPUT/final. Collective."""
+    """Write OUTPUT/final; without --save_steps the checkpoint of the last step goes then. Collective."""
     task, dist = run.task, run.task.dist
     with averaged(task.optimizer):
         if run.lora:
             log(dist, describe_changes(relative_changes(task.model)))
         model = task.model, run.config, run.tokenizer, run.lora
-        merging = write_final(run.output_dir, *model, base=run.base, merge_lora=run.cfg.merge_lora)
+        try:
+            merging = write_final(run.output_dir, *model, base=run.base, merge_lora=run.cfg.merge_lora)
+        except CheckpointError as error:
+            kept = f"; {run.saver.newest} is whole: mend this, then continue with --resume auto" if run.saver.newest else ""
+            raise CheckpointError(f"{error}{kept}") from None
+    if not run.cfg.save_steps:
+        run.saver.discard()
     if merging:
         log(dist, f"final/merged: {merging}")
     log(dist, f"finished: {run.output_dir / 'final'}")

@@ -39,13 +39,14 @@ def describe(folder: Path) -> str:
         states = [path.name for path in checkpoint.list_states(folder / "checkpoints")]
         finished = "finished: final" if (folder / "final").is_dir() else "not finished"
         return f"{folder}: a run, {finished}; checkpoints: {', '.join(states) or 'none'}"
-    stored = Stored(folder)
-    count = sum(torch.Size(shape).numel() for shape in stored.shapes.values())
-    title = f"{folder}: {len(stored.shapes)} tensors, {count:,} numbers"
     if (folder / checkpoint.STATE_FILE).is_file():
         state = {name: value for name, value in checkpoint.read_state(folder).items() if name != "files"}
-        return "\n".join([title, "a training state", json.dumps(state, indent=2)])
-    return "\n".join([title, *_describe_model(open_model(folder))])
+        shapes, lines = Stored(folder).shapes, ["a training state", json.dumps(state, indent=2)]
+    else:
+        model = open_model(folder)
+        shapes, lines = model.shapes, _describe_model(model)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return "\n".join([f"{folder}: {len(shapes)} tensors, {count:,} numbers", *lines])
 
 
 def _describe_model(model: Full | Adapter) -> list[str]:

@@ -27,12 +27,15 @@ def write(folder: Path, make: Callable[[], str]) -> None:
         print(f"warning: {folder}: the model is whole, but has no model card: {error!r}", file=sys.stderr, flush=True)
 
 
-def of_run(output_dir: Path, last_step: float = math.inf) -> str:
-    """The card of a run's model after `last_step`, from OUTPUT/config.json and OUTPUT/metrics.jsonl."""
-    run = read_json(output_dir / "config.json")
+def of_run(run: dict, metrics: Path, last_step: float = math.inf) -> str:
+    """The card of a run's model after `last_step`.
+
+    run:     the content of OUTPUT/config.json
+    metrics: OUTPUT/metrics.jsonl, which may be missing
+    """
     known = {f.name: f for f in dataclasses.fields(Config)}
     changed = {name: run[name] for name, field in known.items() if name in run and run[name] != field.default}
-    lines = _read_metrics(output_dir / "metrics.jsonl", last_step)
+    lines = _read_metrics(metrics, last_step)
     kind = f"A LoRA adapter (r={run['lora_r']}) for" if run["lora_r"] else "A fine-tune of"
     revision = f" at revision `{run['base_revision']}`" if run["base_revision"] else ""
     ran = {"weights": f"moving average, decay {run['ema']} per step"} if run.get("ema") else {}
@@ -57,7 +60,9 @@ def of_model(what: str, command: str, source: Path, base: str = "", below: str =
     """
     card = ""
     if (source / checkpoint.STATE_FILE).is_file():
-        card = of_run(source.resolve().parent.parent, checkpoint.read_state(source)["step"])
+        state, output_dir = checkpoint.read_state(source), source.resolve().parent.parent
+        run = state["settings"] if "settings" in state else read_json(output_dir / "config.json")
+        card = of_run(run, output_dir / "metrics.jsonl", state["step"])
     elif (source / "README.md").is_file():
         card = (source / "README.md").read_text()
     card = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL).strip()
@@ -65,7 +70,7 @@ def of_model(what: str, command: str, source: Path, base: str = "", below: str =
 
 
 def _read_metrics(path: Path, last_step: float) -> dict[str, list[dict]]:
-    """The lines up to `last_step` by split; none where a resumed run had no step left."""
+    """The lines up to `last_step` by split; none for a run without a step of its own, or a checkpoint that was copied."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = [line for line in lines if line["step"] <= last_step]
     return {split: [line for line in lines if line["split"] == split] for split in ("train", "val", "sample")}

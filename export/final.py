@@ -12,8 +12,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from checkpoint import is_lora
-from common import CheckpointError
+from checkpoint import COMPANIONS, is_lora
+from common import CheckpointError, read_json
 from distributed import gather, whole
 from export import card
 from export.merge import merge
@@ -44,12 +44,12 @@ def write_final(
     try:
         if dist.get_rank() == 0:
             if lora is None:
-                write_full(folder, named, config, tokenizer, "boson", base)
+                write_full(folder, named, config, tokenizer, "boson", output_dir / COMPANIONS)
             else:
-                write_adapter(folder, named, lora, tokenizer)
-            card.write(folder, lambda: card.of_run(output_dir))
+                write_adapter(folder, named, lora, tokenizer, output_dir / COMPANIONS)
+            card.write(folder, lambda: card.of_run(read_json(output_dir / "config.json"), output_dir / "metrics.jsonl"))
             if merge_lora:
-                report = str(merge(open_model(folder), Full(base), folder / "merged"))
+                report = _merge(folder, base)
     except CheckpointError as caught:
         error = caught
     for _ in named:  # the other ranks, and rank 0 after an error, take part in the same collectives
@@ -57,6 +57,14 @@ def write_final(
     if error := gather(error)[0]:
         raise error
     return report
+
+
+def _merge(folder: Path, base: Path) -> str:
+    """Write final/merged; returns the report on it. The adapter is whole already, and stays so if this fails."""
+    try:
+        return str(merge(open_model(folder), Full(base), folder / "merged"))
+    except CheckpointError as error:
+        return f"warning: {error}. The adapter is whole: bash launch.sh merge {folder} BASE {folder / 'merged'}"
 
 
 def _gathered(model: nn.Module, adapter: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import checkpoint
+import lineage
 import model_patch
 from checkpoint import Stored
 from common import CheckpointError, read_json
@@ -24,27 +25,42 @@ ADAPTER_PREFIX = "base_model.model."  # PEFT's, before the name of a module
 class Full:
     """A full checkpoint in either layout, read one tensor at a time by the names of the original layout.
 
-    trained: a training state whose tensors replace the folder's
-    base:    the folder's name where that is more than its path: a repository on the Hub
-    raises:  CheckpointError if this is not a checkpoint
+    dtype:  what tensors are written as; None: as they are
+    raises: CheckpointError if this is not a checkpoint
     """
 
-    def __init__(self, folder: Path, trained: Stored | None = None, base: str = ""):
-        self.folder = trained.folder if trained else folder
-        self.config_folder, self.base = folder, base
+    dtype: torch.dtype | None = None
+
+    def __init__(self, folder: Path):
+        self.folder = self.config_folder = folder
+        self.base = ""  # the name of the base on the Hub, if it has one
         self.config = checkpoint.read_base_config(folder)
         self.tokenizer = checkpoint.load_tokenizer(folder)
-        self._stored, self._trained = Stored(folder), trained
-        self._names = {layouts.rename(name, "boson"): name for name in self._stored.shapes}
-        self.shapes = {name: self._stored.shapes[stored] for name, stored in self._names.items()}
-        # Float32 master weights are written in the base's dtype, as at the end of training; other tensors keep theirs.
-        self.dtype = (self.config.torch_dtype or torch.float32) if trained else None
+        stored = Stored(folder)
+        self._take({layouts.rename(name, "boson"): (stored, name) for name in stored.shapes})
+
+    @classmethod
+    def of_state(cls, folder: Path, stored: Stored, cfg: Config, base: dict) -> Full:
+        """The full model of a training checkpoint; what did not train comes from the base."""
+        self = cls.__new__(cls)
+        self.folder, self.config_folder, self.base = folder, _companions(folder, cfg), cfg.base_ckpt
+        self.config = checkpoint.read_base_config(self.config_folder)
+        self.tokenizer = checkpoint.load_tokenizer(self.config_folder)
+        # Float32 master weights are written in the base's dtype, as at the end of training.
+        self.dtype = self.config.torch_dtype or torch.float32
+        names = [name for name, _ in model_patch.build_on_meta(self.config).named_parameters()]
+        trained = {name: _state_name(name, stored) for name in names}
+        frozen = {} if all(trained.values()) else Full(_find_base(folder, cfg, base))._sources
+        self._take({name: (stored, trained[name]) if trained[name] else frozen[name] for name in names})
+        return self
+
+    def _take(self, sources: dict[str, tuple[Stored, str]]) -> None:
+        self._sources = sources
+        self.shapes = {name: stored.shapes[stored_name] for name, (stored, stored_name) in sources.items()}
 
     def read(self, name: str) -> Tensor:
-        trained = self._trained and _state_name(name, self._trained)
-        if trained:
-            return self._trained.read(trained)
-        return self._stored.read(self._names[name])
+        stored, stored_name = self._sources[name]
+        return stored.read(stored_name)
 
 
 class Adapter:
@@ -119,25 +135,46 @@ def open_model(folder: Path) -> Full | Adapter:
 
 
 def _open_state(folder: Path) -> Full | Adapter:
-    """OUTPUT/checkpoints/step_N as the model that the run would have written, had it ended there."""
+    """A training checkpoint as the model that the run would have written, had it ended there."""
     damage = checkpoint.find_damage(folder)
     if damage:
         raise CheckpointError(f"{folder}: {damage}")
-    path = folder.resolve().parent.parent / "config.json"
-    try:
-        run = read_json(path)
-        cfg = Config(**{f.name: run[f.name] for f in dataclasses.fields(Config) if f.name in run})
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: the run's settings cannot be read: {path}: {error}") from None
-    stored, base = Stored(folder), checkpoint.find_base(cfg.base_ckpt, cfg.revision)
+    state, stored = checkpoint.read_state(folder), Stored(folder)
+    cfg = _read_settings(folder, state)
     if not cfg.lora_r:
-        return Full(base, trained=stored, base=cfg.base_ckpt)
-    model = model_patch.build_on_meta(checkpoint.read_base_config(base))
+        return Full.of_state(folder, stored, cfg, state.get("base", {}))
+    companions = _companions(folder, cfg)
+    model = model_patch.build_on_meta(checkpoint.read_base_config(companions))
     lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
     lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     parameters = [name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")]
     names = {adapter_name(name): _state_name(name, stored) for name in parameters}
-    return Adapter(lora, names, stored, checkpoint.load_tokenizer(base))
+    return Adapter(lora, names, stored, checkpoint.load_tokenizer(companions))
+
+
+def _read_settings(folder: Path, state: dict) -> Config:
+    """The run's settings: in the checkpoint, or beside those of format 1."""
+    path = folder.resolve().parent.parent / "config.json"
+    try:
+        run = state["settings"] if "settings" in state else read_json(path)
+        return Config(**{f.name: run[f.name] for f in dataclasses.fields(Config) if f.name in run})
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the run's settings cannot be read: {path}: {error}") from None
+
+
+def _companions(folder: Path, cfg: Config) -> Path:
+    """Where the base's configuration and tokenizer are: in the checkpoint, or for format 1 in the base itself."""
+    own = folder / checkpoint.COMPANIONS
+    return own if own.is_dir() else checkpoint.find_base(cfg.base_ckpt, cfg.revision)
+
+
+def _find_base(folder: Path, cfg: Config, base: dict) -> Path:
+    """The base that a training checkpoint was made from; CheckpointError if it is another one now."""
+    known = Path(base.get("folder", ""))
+    found = known if known.is_absolute() and known.is_dir() else checkpoint.find_base(cfg.base_ckpt, cfg.revision)
+    if base.get("fingerprint", fingerprint := lineage.fingerprint(found)) != fingerprint:
+        raise CheckpointError(f"{folder}: {found} is not the base that it was trained from: its weights have changed")
+    return found
 
 
 def _state_name(name: str, state: Stored) -> str | None:

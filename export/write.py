@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,26 +34,40 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
 Named = Iterable[tuple[str, Tensor]]
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `folder` when everything has been written.
+    """A temporary folder that is renamed to `folder` when everything has been written. If that is a link, it stays one.
 
     raises: CheckpointError if the disk fails; an earlier `folder` is untouched then
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    target = Path(os.path.realpath(folder))
+    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
+    is_written = False
     try:
+        if old.exists() and not target.exists():  # killed between the renames below
+            os.replace(old, target)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        is_written = True
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from None
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        where = f"; the new one is whole in {temporary}" if is_written else ""
+        raise CheckpointError(f"{folder}: cannot be written: {error}{where}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not is_written:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_full(
@@ -74,8 +89,8 @@ def write_full(
         raise CheckpointError(f"{base}: {error}") from None
     same = layouts.layout_of(base) == layout
     with whole_folder(folder) as temporary:
-        _write_weights(temporary, ((layouts.rename(name, layout), tensor) for name, tensor in named), "model", index=True)
-        tokenizer.save_pretrained(temporary)
+        _write_weights(temporary, ((layouts.rename(name, layout), tensor) for name, tensor in named), "model")
+        _write_tokenizer(temporary, tokenizer, base)
         for name in COMPANIONS:
             if same and (base / name).is_file():
                 shutil.copy(base / name, temporary)
@@ -83,16 +98,32 @@ def write_full(
                 (temporary / name).write_text(json.dumps(made[name], indent=2) + "\n")
 
 
-def write_adapter(folder: Path, named: Named, lora: LoraConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """A PEFT adapter, from tensors by PEFT's names."""
+def write_adapter(
+    folder: Path, named: Named, lora: LoraConfig, tokenizer: PreTrainedTokenizerBase | None, base: Path | None = None
+) -> None:
+    """A PEFT adapter, from tensors by PEFT's names.
+
+    base: where the tokenizer came from, if that is not what it says itself
+    """
     with whole_folder(folder) as temporary:
-        _write_weights(temporary, named, "adapter_model", index=False)
+        _write_weights(temporary, named, "adapter_model")
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            _write_tokenizer(temporary, tokenizer, base or Path(tokenizer.name_or_path))
         dataclasses.replace(lora, inference_mode=True).save_pretrained(temporary)
 
 
-def _write_weights(folder: Path, named: Named, stem: str, index: bool) -> None:
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
+    """Save the tokenizer; one that cannot save itself, as files of another version may not, is copied from the base."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        print(f"warning: {folder}: the tokenizer is copied, it cannot be saved: {error!r}", file=sys.stderr, flush=True)
+        for name in TOKENIZER_FILES:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, folder / name)
+
+
+def _write_weights(folder: Path, named: Named, stem: str) -> None:
     """Tensors in files of at most MAX_FILE_BYTES; several files get the index that Hugging Face reads."""
     pending: dict[str, Tensor] = {}
     pending_bytes = total_bytes = num_files = 0
@@ -117,6 +148,6 @@ def _write_weights(folder: Path, named: Named, stem: str, index: bool) -> None:
         names = {1: f"{stem}.safetensors"}
     for i, name in names.items():
         os.replace(folder / f"{stem}-part{i}", folder / name)
-    if index and num_files > 1:
+    if num_files > 1:
         weights = {"metadata": {"total_size": total_bytes}, "weight_map": {n: names[i] for n, i in file_of.items()}}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(weights, indent=2))

@@ -51,7 +51,7 @@ def load_full(
             "generated with here; upstream's examples/generation.py can"
         )
     model = model_patch.build_on_meta(base.config)
-    checkpoint.check_base(model, base.config_folder)
+    checkpoint.check_base(model, base.folder, base.shapes)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or base.config.torch_dtype or torch.float32)
     model_patch.materialize(model, torch.device(device))

@@ -146,10 +146,13 @@ class Manifest(Sequence[Record]):
     @classmethod
     def of_values(cls, path: Path, folder: Path, values: Iterable[tuple[str, Any]]) -> Manifest:
         """values: (source, decoded JSON) of each record; source names it in messages"""
-        lines = [json.dumps(pair, ensure_ascii=False).encode("utf-8", "surrogatepass") for pair in values]
+        lines, digest = [], hashlib.sha256()  # of the values alone: a dataset that is moved stays the same
+        for source, value in values:
+            lines.append(json.dumps((source, value), ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            digest.update(json.dumps(value).encode())
         stops = np.cumsum([0, *map(len, lines)], dtype=np.int64)
         blob = b"".join(lines)
-        return cls(path, folder, np.stack([stops[:-1], stops[1:]], axis=1), None, hashlib.sha256(blob).hexdigest(), blob)
+        return cls(path, folder, np.stack([stops[:-1], stops[1:]], axis=1), None, digest.hexdigest(), blob)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -172,7 +175,9 @@ class Manifest(Sequence[Record]):
 
     def subset(self, indices: np.ndarray) -> Manifest:
         places = None if self.places is None else self.places[indices]
-        return Manifest(self.path, self.folder, self.spans[indices], places, self.digest, self._blob)
+        spans = self.spans[indices]
+        digest = hashlib.sha256(self.digest.encode() + spans.tobytes()).hexdigest()
+        return Manifest(self.path, self.folder, spans, places, digest, self._blob)
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -229,7 +229,8 @@ def test_a_run_stands_for_its_model(full_run, tmp_path, capsys):
     assert f"its model is {run / 'checkpoints' / 'step_4'}" in command(capsys, "export", run, tmp_path / "newest")
     assert same(weights(tmp_path / "newest"), weights(full_run / "final"))
     path = run / "checkpoints" / "step_4" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"best": {"metric": "loss", "value": 1.0, "step": 2}}))
+    state = json.loads(path.read_text()) | {"best": {"metric": "loss", "value": 1.0, "step": 2}}
+    path.write_text(json.dumps(state | {"sha256": checkpoint._checksum(state)}))
     assert f"its model is {run / 'checkpoints' / 'step_2'}" in command(capsys, "export", run, tmp_path / "best")
     command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
     assert same(weights(tmp_path / "best"), weights(tmp_path / "2"))
@@ -309,7 +310,7 @@ def test_the_card_of_an_earlier_step(lora_run, tmp_path):
     (tmp_path / "config.json").write_text((lora_run / "config.json").read_text())
     heard = [json.dumps({"split": "sample", "step": step, "epoch": 0, "stop_rate": step / 8}) for step in (1, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*heard, (lora_run / "metrics.jsonl").read_text()]))
-    text = card.of_run(tmp_path, last_step=2)
+    text = card.of_run(json.loads((tmp_path / "config.json").read_text()), tmp_path / "metrics.jsonl", last_step=2)
     assert "| steps | 2 |" in text and "| validation step | 2 |" in text and "| samples: stop_rate | 0.125 |" in text
 
 

@@ -152,7 +152,7 @@ def save_on_a_full_disk(dist, folder: str):
         except CheckpointError as error:
             messages.append(str(error))
     left = sorted(p.name for p in Path(folder).iterdir())
-    checkpoint.check_state(Path(folder) / "step_1", model, optimizer, {})
+    checkpoint.check_state(Path(folder) / "step_1", model, optimizer)
     checkpoint.load_state(Path(folder) / "step_1", model, optimizer)
     return messages, left, torch.equal(full(model.weight), before)
 
