@@ -228,7 +228,6 @@ class LossSums(Summable):
     text: Tally  # [1]
     audio: Tally  # [K]
     eos: Tally  # [] end-of-stream targets, which are among audio's
-    opening: Tally  # [] the first ten frames of each clip in the first codebook
     consistency: Tally  # [] pairs of voices
     changed: Tensor  # [] targets that differ from the input at the predicting position
     copied: Tensor  # [] those of them at which the input is predicted; evaluation only
@@ -240,7 +239,6 @@ class LossSums(Summable):
             text=Tally.of(text_scores, text.labels != IGNORE_INDEX),
             audio=Tally.of(audio_scores, audio.labels != IGNORE_INDEX),
             eos=Tally.among(audio_scores, audio.labels == stream_eos),
-            opening=Tally.among(audio_scores, first_frames(audio.labels, stream_eos, count=10)),
             consistency=Tally(zero, zero, zero),
             changed=(_is_changed(*text[1:]).sum() + _is_changed(*audio[1:]).sum()).float(),
             copied=(text_scores.is_copy.sum() + audio_scores.is_copy.sum()).float(),
@@ -262,16 +260,6 @@ class LossSums(Summable):
                 "they generate silence. Start again from the published checkpoint."
             )
         return share
-
-
-def first_frames(labels: Tensor, stream_eos: int, count: int) -> Tensor:
-    """[n, K] bool: the first `count` targets of each clip in the first codebook; labels: [n, K], clip after clip"""
-    first = labels[:, 0]
-    order = (first != IGNORE_INDEX).cumsum(0)  # targets so far; a clip's last one is its end of stream
-    before = F.pad(torch.where(first == stream_eos, order, 0), (1, 0))[:-1].cummax(0).values
-    chosen = torch.zeros_like(labels, dtype=torch.bool)
-    chosen[:, 0] = (first != IGNORE_INDEX) & (order - before <= count)
-    return chosen
 
 
 @dataclass(frozen=True)
