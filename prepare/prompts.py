@@ -161,3 +161,6 @@ def _scene(instruction: str, scene: str, described: Sequence[tuple[str, Any]]) -
             text += voice
     text += "\n<|scene_desc_end|>"
     return [*parts, {"type": "text", "text": text}] if parts else text
+
+
+DEFAULT_SYSTEMS = [context("", scene=scene)[0]["content"] for scene in ("", QUIET_ROOM)]  # without references
