@@ -248,7 +248,7 @@ def duration_sec(part: AudioPart) -> float:
         with open_audio(part) as file:
             start, stop = span(part, file.samplerate, len(file))
             return max(0, stop - start) / file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError):
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError):  # ValueError: a name no file can have
         return 0.0
 
 

@@ -31,6 +31,7 @@ from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Manifest, Record, scan
 from prepare.pair import transcripts
 from prepare.report import RENDERERS, Report, render_text
+from prepare.rows import add_reading_arguments, reading_of
 
 MAX_CLIPPED_SHARE = 0.001
 MAX_SILENT_SHARE = 0.5
@@ -53,11 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world_size", type=int, default=1, help="GPUs the epoch is divided among")
     parser.add_argument("--tokens_per_sec", type=float, default=0.0, help="speed of all GPUs together, for the epoch's time")
     parser.add_argument("--like", type=Path, help="take the speed from this run's metrics.jsonl")
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     check_arguments(args)
-    manifest, conversion = open_manifest(args.manifest, tolerant=True)
+    manifest, conversion = open_manifest(args.manifest, True, reading_of(args))
     folder = checkpoint.find_base(args.base_ckpt, args.base_revision or None) if args.base_ckpt else None
     config = checkpoint.read_base_config(folder) if folder else None
     speed = args.tokens_per_sec or (speed_of(args.like) if args.like else 0.0)
@@ -65,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if conversion:
         report.figures["form"] = f"{conversion.form}, read as ChatML"
         report.problems["broken records"] += conversion.problems
-        report.notices["repaired"] += [f"{count} x {what}" for what, count in conversion.repairs.most_common()]
+        report.notices["how it was read"] += conversion.summary()
+        report.notices["changed"] += [f"{count} x {what}" for what, count in conversion.repairs.most_common()]
+        report.notices["left out, they have no text"] += conversion.skipped
     records = valid_records(manifest, report, args.missing_audio == "skip")
     clips: dict[Key, Clip] = {}
     if not args.no_audio:

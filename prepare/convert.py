@@ -1,4 +1,4 @@
-"""Any known form of dataset -> ChatML JSONL. Prints the form it found and what it changed.
+"""Any known form of dataset -> ChatML. Prints the form it found, what became audio, text and speaker, and what it changed.
 
     bash launch.sh prepare convert wavs_and_texts/ train.jsonl
 
@@ -9,36 +9,42 @@ copied: paths become relative to the output if the audio is below its folder, ot
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from pathlib import Path
 
-from common import DataError, write_whole
+from common import DataError, listing, write_whole
 from prepare.forms import convert, recognise
 from prepare.manifest import read_manifest, report_problems
+from prepare.rows import add_reading_arguments, reading_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help="a file or folder in any known form (docs/datasets.md)")
-    parser.add_argument("output", type=Path, help="the JSONL to write")
+    parser.add_argument("output", type=Path, help="the JSONL to write, or the JSON list where the name ends in .json")
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    conversion = convert(args.input)
+    conversion = convert(args.input, reading_of(args))
     if args.output.exists() and not is_ours(args.output, args.input):
         raise DataError(f"{args.output}: choose another name for the output; only ChatML is written over, and never the input")
     lines = []
     for _, record in conversion.records:
         move_paths(record, conversion.folder, args.output.parent)
         # Half a character, which UTF-8 cannot hold, is written as a JSON escape.
-        lines.append((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+        lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     report_problems(conversion.problems)
     if not lines:
         raise DataError(f"{args.input}: {conversion.form} without any record")
-    write_whole(args.output, lambda file: file.writelines(lines))
+    begin, between, end = (b"[\n", b",\n", b"\n]\n") if args.output.suffix == ".json" else (b"", b"\n", b"\n")
+    write_whole(args.output, lambda file: file.writelines([begin, between.join(lines), end]))
     print(f"{args.input}: {conversion.form}, {len(lines)} records -> {args.output}")
-    for repair, count in conversion.repairs.most_common():
-        print(f"  {count} x {repair}")
+    changes = [f"{count} x {repair}" for repair, count in conversion.repairs.most_common()]
+    print("\n".join(f"  {line}" for line in [*conversion.summary(), *changes]))
+    if conversion.skipped:
+        print(listing(f"{len(conversion.skipped)} rows without a text were skipped:", conversion.skipped))
     return 0
 
 
@@ -55,15 +61,22 @@ def is_ours(output: Path, source: Path) -> bool:
 
 def move_paths(record: dict, old: Path, new: Path) -> None:
     """Change the audio paths of a ChatML record in place: they started from `old`, and now start from `new`."""
+    way = _way(old, new)
     for turn in record["messages"]:
         content = turn["content"]
         for part in content if isinstance(content, list) else [content]:
             for name in ("audio_url", "audio_label_url"):
                 if isinstance(part, dict) and isinstance(part.get(name), str) and part[name]:
-                    part[name] = moved(part[name], old, new)
+                    part[name] = _moved(part[name], old, way)
 
 
-def moved(url: str, old: Path, new: Path) -> str:
-    path = os.path.abspath(old / url)
-    relative = os.path.relpath(path, os.path.abspath(new))
-    return path if os.path.isabs(url) or relative.split(os.sep)[0] == os.pardir else relative
+@functools.cache
+def _way(old: Path, new: Path) -> str:
+    return os.path.relpath(old, new)
+
+
+def _moved(url: str, old: Path, way: str) -> str:
+    if os.path.isabs(url):
+        return os.path.normpath(url)
+    path = os.path.normpath(f"{way}/{url}")
+    return os.path.abspath(old / url) if path.split(os.sep)[0] == os.pardir else path

@@ -65,7 +65,10 @@ def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
 def encode_clips(store: AudioStore, clips: Sequence[Clip], dist: Dist, device: torch.device, num_threads: int = 4) -> list[str]:
     """Encode clips, divided among the ranks by their duration; returns what is wrong with clips. Collective."""
     seconds = measure(clips, dist, num_threads)
-    log(dist, f"{len(clips)} clips of {seconds.sum() / 60:.1f} minutes to encode with {store.codec}, on {dist.world_size} rank(s)")
+    log(
+        dist,
+        f"{len(clips)} clips of {seconds.sum() / 60:.1f} minutes to encode with {store.codec}, on {dist.world_size} rank(s)",
+    )
     started = time.perf_counter()
     mine = np.flatnonzero(split(seconds, dist.world_size) == dist.rank)
     outcomes = store.encode(lambda: load_codec(store.codec, device), [clips[i] for i in mine], num_threads)

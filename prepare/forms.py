@@ -1,81 +1,124 @@
-"""Any common form of dataset -> ChatML records, as manifest.py describes them.
+"""Any common form of dataset -> ChatML records, as manifest.py describes them. docs/datasets.md lists all of them:
 
-    messages      JSON or JSONL of chats: `<audio>` tags with an `audios` list (ms-swift), `input_audio` and `audio_url` parts
-                  (OpenAI), `conversations` with from / value (ShareGPT)
+    chats         JSON or JSONL of messages: ms-swift, OpenAI, ShareGPT
     samples       a metadata.json whose `samples` name audio_file, transcript_file, speaker_id, ref_audio_file, ref_speakers, ...
-    LJSpeech      metadata.csv with `id|text|normalised text`, clips in wavs/
-    audio folder  metadata.jsonl or metadata.csv with `file_name` and a transcript, as Hugging Face datasets writes them
-    Kaldi         wav.scp and text, and where they exist utt2spk and segments
-    pairs         a folder of x.wav (flac, ogg, mp3) beside x.txt; subfolders are speakers
-    table         CSV, TSV, JSON or JSONL rows whose columns have familiar names (rows.COLUMNS): Common Voice, NeMo, ...
+    tables        CSV, TSV, pipes, JSON or JSONL rows: LJSpeech, Common Voice, GPT-SoVITS, Piper, NeMo, audio folders, ...
+    folders       Kaldi; x.wav beside x.txt, x.lab or x.normalized.txt; folders with tables in them: LibriSpeech, AISHELL-3, ...
 
-chats.py and rows.py make a record of each chat or row. What is changed on the way is counted.
+chats.py and rows.py make a record of each chat or row. What is changed on the way is counted, what is unclear is an error.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import functools
+import itertools
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from common import DataError
+from prepare.audio import duration_sec
 from prepare.chats import chat_key, from_chat, is_chatml
-from prepare.manifest import Manifest, Mixture, check, parse_json, read_manifest, report_problems, shown, split_weights
-from prepare.rows import AUDIO_SUFFIXES, Origin, Row, columns_of
+from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists
+from prepare.manifest import (
+    AudioPart,
+    Manifest,
+    Mixture,
+    check,
+    parse_json,
+    read_manifest,
+    report_problems,
+    shown,
+    split_weights,
+)
+from prepare.rows import (
+    AUDIO_SUFFIXES,
+    DEFAULT_READING,
+    MissingTextError,
+    Origin,
+    Reading,
+    Row,
+    columns_of,
+    find_audio,
+)
+from prepare.tables import SAMPLED, Found, Rows, UnclearError, kind_of, numbered_lines, read_table, read_text
 
 FORMS = __doc__.split("\n\n")[1]
 PEEKED_BYTES = 10_000_000  # the form of a JSONL file is recognised by so much of its beginning
-
-Rows = Iterator[tuple[str, Any]]  # (source, a row or chat, or the DataError there is instead)
-
-
-@dataclass
-class Form:
-    """How a dataset was recognised: its name (None: plain ChatML), and the reader of its rows or chats."""
-
-    name: str | None
-    read: Callable[[Path], Rows]
+CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
+NUM_EXAMPLES = 3
+TABLES = (".csv", ".tsv", ".txt", ".list", ".lst", ".cleaned")
+PACKED = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "a tar archive", ".zip": "a zip archive", ".gz": "a gzip archive"}
 
 
 @dataclass
 class Conversion:
-    """What a dataset was recognised as, and its records."""
+    """What a dataset was recognised as, and its records. All but the first three is complete when the records were read."""
 
     form: str
-    folder: Path  # relative audio paths start from here
+    folder: Path  # relative audio paths start here
+    notes: dict[str, str] = field(default_factory=dict)  # what became audio, text, speaker
     records: Iterable[tuple[str, dict]] = ()  # (source, ChatML), made while they are read, once
-    num_records: int = 0  # of the manifest that `open_manifest` made of them
-    repairs: Counter[str] = field(default_factory=Counter)  # complete when all records have been read
-    problems: list[str] = field(default_factory=list)  # with records that were left out; complete then too
+    num_records: int = 0
+    repairs: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)  # with records that were left out
+    skipped: list[str] = field(default_factory=list)  # rows without a text, where that is allowed
+    used: Counter = field(default_factory=Counter)  # (meaning, column)
+    examples: list[tuple[str, str, str | None]] = field(default_factory=list)  # (clip, text, speaker)
+    speakers: Counter = field(default_factory=Counter)
+    texts: Counter = field(default_factory=Counter)
+
+    def summary(self) -> list[str]:
+        """What became audio, text and speaker; examples; the largest speakers; doubts. Empty for chats."""
+        if not self.examples:
+            return []
+        roles = {name: self.notes.get(name) or self._columns(name) for name in ("audio", "text", "speaker")}
+        lines = [f"{name:8} {role}" for name, role in roles.items()]
+        lines += [f"example  {clip} | {shown(text)} | {speaker or 'no speaker'}" for clip, text, speaker in self.examples]
+        return [*lines, *self.doubts()]
+
+    def _columns(self, meaning: str) -> str:
+        names = [meaning] if meaning != "text" else ["text", "text_file"]
+        found = {column: count for (name, column), count in self.used.items() if name in names and column}
+        return ", ".join(f"`{column}`" for column in sorted(found, key=found.get, reverse=True)) or "none"
+
+    def doubts(self) -> list[str]:
+        """What is often a mistake, though it need not be one."""
+        found = []
+        num_named = sum(self.speakers.values()) - self.speakers[None]
+        if self.examples and not num_named:
+            found.append("no clip has a speaker: if all are of one, give --speaker NAME; clips without one get no reference")
+        elif self.examples and self.speakers[None]:
+            found.append(f"{self.speakers[None]} clips have no speaker")
+        text, count = max(self.texts.items(), key=lambda item: item[1], default=("", 0))
+        if count >= 5 and count > 0.02 * self.num_records:
+            found.append(f"{count} clips have the same text: {shown(text)}")
+        return found
 
 
-def open_manifest(path: str | Path, tolerant: bool = False) -> tuple[Manifest, Conversion | None]:
+def open_manifest(
+    path: str | Path, tolerant: bool = False, reading: Reading = DEFAULT_READING
+) -> tuple[Manifest, Conversion | None]:
     """The records of a dataset in any known form; and, unless it is ChatML already, how it was converted.
 
     tolerant: leave out records that cannot be converted; they are in `Conversion.problems`
     raises: DataError naming file, record, field and remedy
     """
     path = Path(path)
-    if recognise(path) is None:
+    found = _recognise(path, reading)
+    if found.form is None and not reading.audio_root:
         return read_manifest(path), None
-    conversion = convert(path)
+    conversion = _convert(path, found, reading)
     manifest = Manifest.of_values(path, conversion.folder, conversion.records)
-    conversion.num_records = len(manifest)
     if not (tolerant and manifest):
         report_problems(conversion.problems)
     if not manifest:
         raise DataError(f"{path}: {conversion.form} without any record")
     return manifest, conversion
-
-
-CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
 
 
 def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[str], list[Conversion]]:
@@ -98,96 +141,196 @@ def open_records(spec: str, skip_missing: bool = False) -> tuple[Mixture, list[s
     return Mixture(parts, weights), skipped, conversions
 
 
-def recognise(path: str | Path) -> str | None:
+def recognise(path: str | Path, reading: Reading = DEFAULT_READING) -> str | None:
     """The name of the form, or None for ChatML that needs no conversion.
 
-    raises: DataError for a path that does not exist or an unknown form
+    raises: DataError for a path that does not exist, or an unknown or unclear form
     """
-    return _recognise(Path(path)).name
+    return _recognise(Path(path), reading).form
 
 
-def convert(path: str | Path) -> Conversion:
+def convert(path: str | Path, reading: Reading = DEFAULT_READING) -> Conversion:
     """Recognise a dataset in any known form, ChatML included; its records are read and converted one by one.
 
     raises: DataError if it cannot be read at all; what is wrong with single records is in `Conversion.problems`
     """
-    path = Path(path)
-    form = _recognise(path)
-    conversion = Conversion(form.name or "ChatML", path if path.is_dir() else path.parent)
-    conversion.records = _make_records(form.read(path), conversion)
+    return _convert(Path(path), _recognise(Path(path), reading), reading)
+
+
+def _convert(path: Path, found: Found, reading: Reading) -> Conversion:
+    folder = reading.audio_root or (path if path.is_dir() else path.parent)
+    conversion = Conversion(found.form or "ChatML", folder, found.notes)
+    rows_reading = replace(reading, columns={}) if found.notes else reading  # such a reader has used --columns itself
+    records = _make_records(found, path if path.is_dir() else path.parent, conversion, rows_reading)
+    conversion.records = records if found.is_chat else _judged(records, conversion, reading)
     return conversion
 
 
-def _make_records(rows: Rows, conversion: Conversion) -> Iterator[tuple[str, dict]]:
+def _make_records(found: Found, folder: Path, conversion: Conversion, reading: Reading) -> Iterator[tuple[str, dict]]:
     seen: dict[str, str] = {}
-    make = from_chat if conversion.form in ("ChatML", "messages") else lambda row, origin: Row(row, origin).record()
-    for source, value in rows:
-        origin = Origin(source, conversion.folder)
+    splits: set[str] = set()
+    for source, value in found.rows():
+        origin = Origin(source, folder, reading)
         try:
             if isinstance(value, DataError):
                 raise DataError(f"{source}: {value}")
-            record = make(value, origin)
+            record = moved(from_chat(value, origin), origin) if found.is_chat else Row(value, origin).record()
             identity = record.pop("id", None)
             if identity is not None and seen.setdefault(identity, source) != source:
                 raise DataError(f"{source}: id {identity!r} was used before, at {seen[identity]}; give each sample its own")
         except DataError as error:
-            conversion.problems.append(str(error))
-        else:
+            is_skipped = isinstance(error, MissingTextError) and reading.skip_missing_text
+            (conversion.skipped if is_skipped else conversion.problems).append(str(error))
+            continue
+        split = str(record.get("misc", {}).get("split", "")) if reading.split else ""
+        splits.add(split)
+        if split == reading.split:
             conversion.repairs += origin.repairs
+            conversion.used += origin.used
+            conversion.num_records += 1
             yield source, record
+    if reading.split and not conversion.num_records:
+        there = ", ".join(sorted(splits - {""})) or "none"
+        raise DataError(f"--split {reading.split}: no record of this split; its splits are: {there}")
+
+
+def moved(record: dict, origin: Origin) -> dict:
+    """A chat whose audio is looked for below --audio_root, in place."""
+    contents = [turn["content"] for turn in record["messages"]] if origin.reading.audio_root else []
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    for part in parts:
+        for name in ("audio_url", "audio_label_url") if isinstance(part, dict) else ():
+            if isinstance(part.get(name), str):
+                part[name] = find_audio(part[name], origin.root, origin.repairs, origin.root) or part[name]
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging rows
+
+
+def _judged(records: Iterator[tuple[str, dict]], conversion: Conversion, reading: Reading) -> Iterator[tuple[str, dict]]:
+    """The records, after a look at the first of them. raises: DataError if they would train something false"""
+    first = list(itertools.islice(records, SAMPLED))
+    if "text" not in reading.columns:
+        _judge_texts([text_of(record) for _, record in first], conversion)
+    if "offset" not in reading.columns:
+        _judge_spans([record["messages"][-1]["content"] for _, record in first], conversion.folder)
+    for source, record in itertools.chain(first, records):
+        text, speaker = text_of(record), record.get("speaker")
+        conversion.texts[text] += 1
+        conversion.speakers[speaker] += 1
+        if len(conversion.examples) < NUM_EXAMPLES:
+            conversion.examples.append((record["messages"][-1]["content"]["audio_url"] or "raw audio", text, speaker))
+        yield source, record
+
+
+def text_of(record: dict) -> str:
+    """The text of a record made of a row, as it was written."""
+    return record.get("misc", {}).get("text") or record["messages"][-2]["content"]
+
+
+def _judge_texts(texts: list[str], conversion: Conversion) -> None:
+    column = conversion.notes.get("text") or conversion._columns("text")
+    kind = kind_of(texts)
+    num_different = len(set(texts))
+    problem = None
+    if kind == "phonemes":
+        problem = "these are phonemes; the model reads written texts"
+    elif kind in ("number", "language", "label") and len(texts) >= 4:
+        problem = f"these are no sentences, but {kind}s"
+    elif all(text.lower().endswith(AUDIO_SUFFIXES) for text in texts) and texts:
+        problem = "these are names of files"
+    elif len(texts) >= 20 and num_different <= len(texts) / 10:
+        problem = f"only {num_different} different texts in {len(texts)} rows, as if they were speakers or labels"
+    if problem:
+        seen = ", ".join(shown(text) for text in list(dict.fromkeys(texts))[:3])
+        raise UnclearError(f"text from {column}: {problem} ({seen}); name the right column with --columns text=COLUMN")
+
+
+def _judge_spans(clips: list[dict], folder: Path) -> None:
+    """Spans that were cut already: files that are as long as the span, though it begins later."""
+    cut = [clip for clip in clips if clip.get("offset") and clip.get("duration") and clip["audio_url"]][:20]
+    whole = [duration_sec(AudioPart(folder / clip["audio_url"], None, None, True, "")) for clip in cut]
+    fitting = [clip for clip, sec in zip(cut, whole) if sec and abs(sec - clip["duration"]) < 0.15 and clip["offset"] > 0.2]
+    if len(fitting) > len(cut) / 2:
+        clip = fitting[0]
+        raise UnclearError(
+            f"{clip['audio_url']} is {clip['duration']:g} s long, as is its span from {clip['offset']:g} s on: the clips have "
+            "been cut already. Give --columns offset=none,end=none"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recognising
 
 
-def _recognise(path: Path) -> Form:
+def _recognise(path: Path, reading: Reading) -> Found:
     if path.is_dir():
-        return _recognise_folder(path)
+        return _recognise_folder(path, reading)
     if not path.is_file():
         raise DataError(f"{path}: no such manifest file or folder")
     if path.name == "wav.scp":
-        return Form("Kaldi", lambda path: _read_kaldi(path.parent))
-    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        return _recognise_table(path)
+        return Found("Kaldi", lambda: read_kaldi(path.parent))
+    if path.suffix.lower() in PACKED:
+        raise _unknown(path, PACKED[path.suffix.lower()])
+    if path.suffix.lower() in TABLES:
+        return _recognise_table(path, reading)
     first = _peek_json(path)
     if isinstance(first, dict) and isinstance(first.get("samples"), list):
-        return Form("samples", _read_samples)
+        return Found("samples", lambda: _read_samples(path))
     values = first if isinstance(first, list) else [first]
     objects = [value for value in values if isinstance(value, dict)]
     chats = [value for value in objects if chat_key(value)]
     if chats or not values:  # broken records are left to the reader
-        return Form(None if all(map(is_chatml, chats)) else "messages", _read_values)
-    if objects and "audio" in columns_of(objects[0]):
-        return Form("table", _read_values)
+        return Found(None if all(map(is_chatml, chats)) else "messages", lambda: _read_values(path), is_chat=True)
+    if objects and "audio" in columns_of(objects[0], reading.columns):
+        return Found("table", lambda: _read_values(path))
     raise _unknown(path, f"keys {sorted(map(str, objects[0]))}" if objects else shown(values[:1]))
 
 
-def _recognise_folder(folder: Path) -> Form:
-    names = sorted(os.listdir(folder))
-    if "metadata.json" in names:
-        return Form("samples", lambda path: _read_samples(path / "metadata.json"))
-    if "wav.scp" in names:
-        return Form("Kaldi", _read_kaldi)
-    if "metadata.jsonl" in names:
-        return Form("audio folder", lambda path: _read_values(path / "metadata.jsonl"))
-    if "metadata.csv" in names:
-        form = _recognise_table(folder / "metadata.csv")
-        return Form("audio folder" if form.name == "table" else form.name, lambda path: form.read(path / "metadata.csv"))
-    if any(path.with_suffix(".txt").is_file() for path in _audio_files(folder)):
-        return Form("pairs", _read_pairs)
-    raise _unknown(folder, f"files {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}" if names else "an empty folder")
+def _recognise_folder(folder: Path, reading: Reading) -> Found:
+    listing = Listing(folder)
+    if "metadata.json" in listing:
+        return Found("samples", lambda: _read_samples(folder / "metadata.json"))
+    if "wav.scp" in listing:
+        return Found("Kaldi", lambda: read_kaldi(folder))
+    if "metadata.jsonl" in listing:
+        return Found("audio folder", lambda: _read_values(folder / "metadata.jsonl"))
+    if "metadata.csv" in listing:
+        found = _recognise_table(folder / "metadata.csv", reading, listing)
+        found.form = {"table": "audio folder", "table without header": "LJSpeech"}[found.form]
+        return found
+    found = read_beside(listing, reading) or read_lists(listing, reading)
+    if found:
+        return found
+    raise _unknown(folder, _what_is_there(listing))
 
 
-def _recognise_table(path: Path) -> Form:
-    first = next(iter(_lines(path)), (1, ""))[1]
+def _what_is_there(listing: Listing) -> str:
+    if not listing.files:
+        return "an empty folder"
+    for suffix, name in PACKED.items():
+        if listing.with_suffix(suffix):
+            return f"{name} ({listing.with_suffix(suffix)[0]})"
+    names = sorted({path.partition("/")[0] + "/" * ("/" in path) for path in listing.files})
+    kinds = Counter(Path(path).suffix.lower() for path in listing.clips)
+    clips = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
+    texts = f"; {clips}, and no text for most of them (x.txt, x.lab beside x.wav, or a table)" if clips else ""
+    return f"files {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}{texts}"
+
+
+def _recognise_table(path: Path, reading: Reading, listing: Listing | None = None) -> Found:
+    root = reading.audio_root or path.parent
+    find = Finder(root, "", listing)
+    if reading.audio_root:
+        find = functools.partial(find_audio, root=root, repairs=Counter(), moved_to=root)
+    found = read_table(path, reading, find)
+    if found:
+        return found
+    first = next(iter(numbered_lines(path)), (1, ""))[1]
     header = [name.strip().strip('"') for name in re.split(r"[|,;\t]", first)]
-    columns = columns_of(dict.fromkeys(header, True))
-    if "audio" in columns and ("text" in columns or "text_file" in columns):
-        return Form("table", _read_table)
-    if first.count("|") in (1, 2):
-        return Form("LJSpeech", _read_ljspeech)
-    raise _unknown(path, f"a first line of {shown(header)}")
+    raise _unknown(path, f"a first line of {shown(header)}, where no field names a clip that exists (--audio_root, --columns)")
 
 
 def _unknown(path: Path, found: str) -> DataError:
@@ -195,11 +338,11 @@ def _unknown(path: Path, found: str) -> DataError:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readers
+# JSON
 
 
 def _read_samples(path: Path) -> Rows:
-    values = parse_json(_text(path), path, line=1)
+    values = parse_json(read_text(path), path, line=1)
     samples = values.get("samples") if isinstance(values, dict) else None
     if not isinstance(samples, list):
         raise DataError(f"{path}: no `samples` list in it; found {shown(values)}")
@@ -210,139 +353,6 @@ def _read_values(path: Path) -> Rows:
     """The decoded JSON of each record of a JSON list or JSONL file."""
     manifest = read_manifest(path)
     return (manifest.value(index) for index in range(len(manifest)))
-
-
-def _read_table(path: Path) -> Rows:
-    text = _text(path)
-    header = next(line for line in text.split("\n") if line.strip())
-    return _table_rows(path, text, max("|,;\t", key=header.count))
-
-
-def _table_rows(path: Path, text: str, delimiter: str) -> Rows:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=_quoting(text, delimiter), strict=True)
-    header, line = [], 1
-    try:
-        for values in reader:
-            source, line = f"{path} line {line}", reader.line_num + 1
-            if not any(values):
-                continue
-            if not header:
-                header = [name.strip() for name in values]
-            elif len(values) == len(header):
-                yield source, {name: None if v in ("nan", "NaN") else v for name, v in zip(header, values)}
-            else:
-                remedy = f"a text that holds {delimiter!r} or a line break needs quotes"
-                yield source, DataError(f"{len(values)} fields under a header of {len(header)}; {remedy}")
-    except csv.Error as error:
-        raise DataError(f"{path} line {line}: broken table: {error}; a quote inside a quoted text is written twice") from None
-
-
-def _quoting(text: str, delimiter: str) -> int:
-    """Whether quotes are syntax. Tables with tabs have both kinds: in Common Voice quotes are plain characters."""
-    if delimiter == "\t":
-        try:
-            widths = {len(row) for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row}
-        except csv.Error:
-            return csv.QUOTE_NONE
-        return csv.QUOTE_MINIMAL if len(widths) == 1 else csv.QUOTE_NONE
-    return csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
-
-
-def _read_ljspeech(path: Path) -> Rows:
-    return ((f"{path} line {number}", _ljspeech_row(line)) for number, line in _lines(path))
-
-
-def _ljspeech_row(line: str) -> dict | DataError:
-    """id|text or id|text|normalised text; the last is the transcript."""
-    name, *texts = line.split("|")
-    is_path = Path(name).suffix.lower() in AUDIO_SUFFIXES
-    filled = [text for text in texts if text.strip()]
-    if len(texts) > (1 if is_path else 2):  # a speaker, or the number of one, must not be taken for the text
-        return DataError(f"{len(texts) + 1} fields; name them in a first line such as audio|text|speaker")
-    return {"audio": name if is_path else f"wavs/{name}.wav", "id": name} | ({"text": filled[-1]} if filled else {})
-
-
-def _read_pairs(folder: Path) -> Rows:
-    return ((str(path), _pair_row(path.relative_to(folder))) for path in _audio_files(folder))
-
-
-def _pair_row(clip: Path) -> dict:
-    speaker = clip.parts[0] if len(clip.parts) > 1 else None
-    name = str(clip.with_suffix(""))  # as an id: two clips beside one text are a mistake
-    return {"audio": str(clip), "text_file": f"{name}.txt", "speaker": speaker, "id": name}
-
-
-def _audio_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kaldi
-
-KaldiTable = dict[str, tuple[int, str]]  # key -> (line number, rest of the line)
-
-
-def _read_kaldi(folder: Path) -> Rows:
-    tables = {name: _kaldi_table(folder / name) for name in ("wav.scp", "text", "utt2spk", "segments")}
-    for name in ("wav.scp", "text"):
-        if not tables[name]:
-            raise DataError(f"{folder / name}: missing or empty; a Kaldi folder has wav.scp and text")
-    return _kaldi_rows(folder, tables)
-
-
-def _kaldi_rows(folder: Path, tables: dict[str, KaldiTable]) -> Rows:
-    for utterance, (line, text) in tables["text"].items():
-        yield f"{folder / 'text'} line {line}", _kaldi_row(utterance, text, tables)
-    listed = "segments" if tables["segments"] else "wav.scp"
-    for utterance, (line, _) in tables[listed].items():
-        if utterance not in tables["text"]:
-            problem = f"{utterance!r} has no line in text; add it, or take this one out"
-            yield f"{folder / listed} line {line}", DataError(problem)
-
-
-def _kaldi_row(utterance: str, text: str, tables: dict[str, KaldiTable]) -> dict | DataError:
-    recording, span = utterance, {}
-    if tables["segments"]:
-        fields = tables["segments"].get(utterance, (0, ""))[1].split()
-        if len(fields) < 3:
-            return DataError(f"{utterance!r} has no line `utterance recording start end` in segments")
-        recording, start, end = fields[:3]
-        span = {"offset": start} | ({} if end.startswith("-") else {"end": end})  # -1: up to the recording's end
-    audio = tables["wav.scp"].get(recording, (0, ""))[1]
-    if not audio:
-        return DataError(f"{recording!r} has no line in wav.scp")
-    if audio.endswith("|"):
-        return DataError(f"wav.scp gives a command for {recording!r}; commands are not run: write the audio to a file")
-    return {"audio": audio, "text": text, "speaker": tables["utt2spk"].get(utterance, (0, None))[1], **span}
-
-
-def _kaldi_table(path: Path) -> KaldiTable:
-    """raises: DataError for a key that occurs twice"""
-    table: KaldiTable = {}
-    for number, line in _lines(path) if path.is_file() else ():
-        key, rest = (line.split(maxsplit=1) + [""])[:2]
-        if key in table:
-            raise DataError(f"{path} line {number}: {key!r} was used before, in line {table[key][0]}; give each its own")
-        table[key] = (number, rest.strip())
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """(number, line) of the lines that are not blank."""
-    return [(number, line) for number, line in enumerate(_text(path).split("\n"), start=1) if line.strip()]
 
 
 def _peek_json(path: Path) -> Any:
@@ -358,7 +368,7 @@ def _peek_json(path: Path) -> Any:
         return [value for _, value in _read_values(path)]
     lines = [line for line in text.split("\n") if line.strip()]
     if lines and not _decoded(lines[0]):
-        for value in _decoded(text if is_whole else _text(path)):  # one object on several lines
+        for value in _decoded(text if is_whole else read_text(path)):  # one object on several lines
             return value
     values = [value for line in lines for value in _decoded(line)]
     return values[0] if is_whole and len(lines) == len(values) == 1 else values

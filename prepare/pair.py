@@ -3,8 +3,9 @@
     bash launch.sh prepare pair lines.jsonl paired --val_share 0.02 --test_share 0.02
 
 A plain line (a text, its audio and a `speaker`) gets another line of the same speaker as its reference: as an earlier
-exchange (`turn`) or in the system turn (`system`), as the official inference does. A line that has a system turn keeps it,
-and its reference is an earlier exchange. All other records stay as they are.
+exchange (`turn`) or in the system turn (`system`), as the official inference does; a share of all lines gets the official
+scene. A line with a system turn of its own keeps it, and its reference is an earlier exchange. All other records stay as
+they are.
 
 Records that share audio (the same content, overlapping parts of a file) or a speaker's text go into one split, and a
 reference comes from the split of its line. So val and test hold nothing that training has seen. Held-out lines are taken a
@@ -37,7 +38,8 @@ from prepare import prompts
 from prepare.convert import move_paths
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Manifest, Record, check
-from prepare.prompts import Voice
+from prepare.prompts import Phrasing, Voice
+from prepare.rows import Reading
 
 SPLITS = ("train", "val", "test")
 STYLES = ("turn", "system")
@@ -72,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ref_per_line", type=int, default=1, help="records made of each line, with different references")
     parser.add_argument("--ref_drop", type=float, default=0.1, help="share of records that get no reference")
-    parser.add_argument("--styles", default="turn=0.7,system=0.3", help="mixture of phrasings")
+    parser.add_argument("--styles", default="turn=0.7,system=0.3", help="where references go, as shares")
+    parser.add_argument(
+        "--scene_share", type=float, default=Phrasing.scene_share, help="share of records with the official scene"
+    )
     parser.add_argument("--val_share", type=float, default=0.02, help="share of the input's records for val.jsonl")
     parser.add_argument("--test_share", type=float, default=0.0, help="share of the input's records for test.jsonl")
     parser.add_argument(
@@ -84,12 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     styles = parse_styles(args.styles)
-    if args.ref_per_line < 1 or not 0 <= args.ref_drop <= 1:
-        raise DataError("--ref_per_line is 1 or more, --ref_drop between 0 and 1")
+    if args.ref_per_line < 1 or not (0 <= args.ref_drop <= 1 and 0 <= args.scene_share <= 1):
+        raise DataError("--ref_per_line is 1 or more, --ref_drop between 0 and 1, --scene_share too")
     if not (min(args.val_share, args.test_share) >= 0 and args.val_share + args.test_share < 1):
         raise DataError("--val_share and --test_share leave nothing to train on, or are negative")
     refuse_used(args.output_dir)
-    manifest, _ = check(open_manifest(args.input)[0])
+    manifest, _ = check(open_manifest(args.input, reading=Reading(phrasing=None))[0])
     lines = list(read_lines(manifest))
     group_lines(lines)
     shares = {"test": args.test_share, "val": args.val_share}
@@ -379,17 +384,20 @@ def make_records(
         references = find_references(line, pools.get((line.split, line.speaker), []), args.ref_per_line, rng)
         for reference in references or [None]:
             record = moved_value(manifest, line, args.output_dir)
+            system = own_system(record)
+            voice = style = None
             if reference is None:
-                count[
+                kind = (
                     "without a speaker" if line.speaker is None else "no other line of the speaker that shares nothing with it"
-                ] += 1
+                )
             elif rng.random() < args.ref_drop:
-                count["reference dropped"] += 1
+                kind = "reference dropped"
             else:
-                style = choose_style(record, styles, rng)
-                count[f"reference: {style}"] += 1
-                record = with_reference(record, moved_value(manifest, reference, args.output_dir), style)
-            yield record
+                (style,) = rng.choices(list(styles), list(styles.values())) if system is None else ["turn"]
+                kind, voice = f"reference: {style}", moved_value(manifest, reference, args.output_dir)
+            count[kind] += 1
+            scene = prompts.QUIET_ROOM if system is None and rng.random() < args.scene_share else ""
+            yield phrased(record, voice, style, system, scene)
 
 
 def find_references(line: Line, pool: Sequence[Sequence[Line]], count: int, rng: random.Random) -> list[Line]:
@@ -398,20 +406,24 @@ def find_references(line: Line, pool: Sequence[Sequence[Line]], count: int, rng:
     return [rng.choice(group) for group in groups if group[0].group != line.group][:count]
 
 
-def choose_style(record: dict, styles: dict[str, float], rng: random.Random) -> str:
-    (style,) = rng.choices(list(styles), list(styles.values()))
-    return "turn" if record["messages"][0]["role"] == "system" else style
+def own_system(record: dict) -> Any:
+    """The content of a system turn that is not the official default; None if there is none."""
+    first = record["messages"][0]
+    is_own = first["role"] == "system" and first["content"] not in prompts.DEFAULT_SYSTEMS
+    return first["content"] if is_own else None
 
 
-def with_reference(record: dict, reference: dict, style: str) -> dict:
-    """The record with a reference before it, both plain lines. A reference does not train and needs no label audio."""
-    *before, user, assistant = record["messages"]
-    *_, ref_user, ref_assistant = reference["messages"]
-    voice = {name: value for name, value in sole(ref_assistant["content"]).items() if name != "audio_label_url"}
-    transcript = sole_text(ref_user["content"]) if style == "turn" else None
+def phrased(record: dict, reference: dict | None, style: str | None, system: Any, scene: str) -> dict:
+    """A plain line as the official inference would ask for it, after a reference (another plain line) or without one."""
+    *_, user, assistant = record["messages"]
+    voices = []
+    if reference:
+        *_, ref_user, ref_assistant = reference["messages"]
+        clip = {name: value for name, value in sole(ref_assistant["content"]).items() if name != "audio_label_url"}
+        transcript = reference.get("misc", {}).get("text") or sole_text(ref_user["content"])  # references are not normalised
+        voices = [Voice(clip, transcript if style == "turn" else None)]
     text, clip = sole_text(user["content"]), sole(assistant["content"])
-    system = before[0]["content"] if before else None
-    made = prompts.record(text, clip, [Voice(voice, transcript)], system=system, speaker=record.get("speaker"))
+    made = prompts.record(text, clip, voices, scene, system, record.get("speaker"))
     return made | {name: record[name] for name in ("misc",) if name in record}
 
 

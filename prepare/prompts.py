@@ -3,6 +3,7 @@
     context(text, voices, scene, system)    the turns before a text
     record(text, clip, voices, ...)         the same with the text and its clip: a training record
     normalise(text)                         a text to be spoken, in the form that the model gets to see
+    Phrasing                                a mixture of phrasings, for data that does not say which
 
 The turns before a text depend on what is known of its speakers:
 
@@ -18,8 +19,9 @@ The turns before a text depend on what is known of its speakers:
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common import DataError
@@ -34,13 +36,15 @@ SEVERAL_SPEAKERS = (
 QUIET_ROOM = "Audio is recorded from a quiet room."  # the official default scene
 TAG = re.compile(r"\[(SPEAKER\d+)\]")
 SPANS = (("humming", "Humming"), ("music", "Music"), ("sing", "Singing"))
-REPLACED = {
-    **dict(zip("，。：；？！【】《》“”「」『』‘’、—…·", [", ", *".:;?![]<>", *'""' * 3, *"'',-", "...", "."])),
-    **dict.fromkeys("()（）", " "),
+CHARACTERS = str.maketrans(
+    {
+        **dict(zip("，。：；？！【】《》“”「」『』‘’、—…·", [", ", *".:;?![]<>", *'""' * 3, *"'',-", "...", "."])),
+        **dict.fromkeys("()（）", " "),
+    }
+)
+WORDS = {
     "°F": " degrees Fahrenheit",
     "°C": " degrees Celsius",
-}
-SOUNDS = {
     **{f"[{sound}]": f"<SE>[{sound.title()}]</SE>" for sound in ("music", "applause", "cheering", "cough")},
     **{f"[{name} start]": f"<SE_s>[{tag}]</SE_s>" for name, tag in SPANS},
     **{f"[{name} end]": f"<SE_e>[{tag}]</SE_e>" for name, tag in SPANS},
@@ -100,13 +104,34 @@ def record(
     return made | ({"speaker": speaker} if speaker else {})
 
 
+@dataclass(frozen=True)
+class Phrasing:
+    """Shares of the phrasings that inference uses. What a record gets depends on the seed and the record alone."""
+
+    scene_share: float = 0.5  # of records that get the official default scene
+    system_share: float = 0.3  # of references with transcripts that go into the system turn
+    seed: int = 0
+
+    def choose(self, record: str, voices: Sequence[Voice], scene: str) -> tuple[Sequence[Voice], str]:
+        """The voices and the scene of a record, for `context`; a record's own scene stays. record: its text and clip, say"""
+        if not scene and self._draw(record, "scene") < self.scene_share:
+            scene = QUIET_ROOM
+        if voices and self._draw(record, "system") < self.system_share:
+            voices = [replace(voice, text=None) for voice in voices]
+        return voices, scene
+
+    def _draw(self, record: str, what: str) -> float:
+        return zlib.crc32(f"{self.seed} {what} {record}".encode("utf-8", "surrogatepass")) / 2**32
+
+
 def normalise(text: str) -> str:
     """A text as upstream's example changes it before the model sees it. Transcripts of references are not changed there.
 
     Full-width punctuation becomes ASCII, brackets become blanks, `[laugh]` and the like become tags such as
     `<SE>[Laughter]</SE>`, blanks are merged, empty lines go, and a text ends with punctuation.
     """
-    for before, after in (REPLACED | SOUNDS).items():
+    text = text.translate(CHARACTERS)
+    for before, after in WORDS.items() if "[" in text or "°" in text else ():
         text = text.replace(before, after)
     text = "\n".join(" ".join(line.split()) for line in text.split("\n") if line.strip())
     return text if text.endswith(ENDS) else text + "."
@@ -136,3 +161,6 @@ def _scene(instruction: str, scene: str, described: Sequence[tuple[str, Any]]) -
             text += voice
     text += "\n<|scene_desc_end|>"
     return [*parts, {"type": "text", "text": text}] if parts else text
+
+
+DEFAULT_SYSTEMS = [context("", scene=scene)[0]["content"] for scene in ("", QUIET_ROOM)]  # without references

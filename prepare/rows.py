@@ -1,54 +1,170 @@
 """A row of a table -> a ChatML record: a user turn with the text, an assistant turn with the audio, references before them.
 
-What a column means is told by its name (COLUMNS). What is changed on the way is counted in `Origin.repairs`.
+What a column means is told by its name (COLUMNS) or by --columns. What is changed on the way is counted in `Origin.repairs`.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import itertools
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from common import DataError
+from common import ConfigError, DataError, split_list
 from prepare import prompts
 from prepare.manifest import leaves_folder, shown
-from prepare.prompts import Voice
+from prepare.prompts import Phrasing, Voice
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".m4a", ".aac", ".npy", ".safetensors")
-AUDIO_FOLDERS = ("clips", "wavs")  # where Common Voice and LJSpeech keep the files they name without a folder
+# Folders of clips that tables name without a folder, and folders that never name a speaker.
+AUDIO_FOLDERS = ("clips", "wavs", "wav", "audio", "audios", "flac", "mp3")
+KINDS_OF_FILES = (
+    "wav|flac|mp3|ogg|opus|txt|text|lab|label|transcript|transcription|audio|clip|data|dataset|recording|segment|corpus"
+)
+STORAGE = re.compile(rf"({KINDS_OF_FILES})s?([\d_.\-].*)?", re.IGNORECASE)
+SPLIT = re.compile(
+    r"(train|training|dev|test|val|valid|validation|validated|eval|evaluation)([-_]?(clean|other|set|data|split|\d+))*",
+    re.IGNORECASE,
+)
+NOBODY = {"", "-", "?", "n/a", "nan", "none", "null", "unknown", "unk", "speaker"}  # what tables write for "no speaker"
+PROFILE = "profile:"  # of a `ref_audio` that describes a voice in words
 # Names of columns and keys, in order of preference; upper and lower case are the same.
 COLUMNS = {
     "audio": (
         *("audio", "audio_file", "audio_path", "audio_filepath", "audio_url", "file_name", "wav", "wav_path", "wav_file"),
-        *("path", "filepath", "file", "filename"),
+        *("path", "filepath", "file", "filename", "wav_filename", "source"),
     ),
-    "text": ("text", "transcript", "transcription", "normalized_text", "normalised_text", "sentence", "raw_text"),
-    "text_file": ("transcript_file", "transcript_path", "text_file", "txt"),
+    "text": (
+        *("text_normalized", "normalized_text", "normalised_text", "text", "transcript", "raw_transcription", "transcription"),
+        *("sentence", "raw_text", "txt", "target"),
+    ),
+    "text_file": ("transcript_file", "transcript_path", "text_file", "txt_file"),
     "speaker": ("speaker", "speaker_id", "spk", "spk_id", "speaker_name", "client_id"),
     "ref_audio": ("ref_audio", "ref_audio_file", "ref_audio_path", "reference_audio", "prompt_audio", "ref_wav", "prompt_wav"),
     "ref_text": ("ref_text", "ref_transcript", "reference_text", "prompt_text"),
     "ref_text_file": ("ref_transcript_file", "ref_text_file"),
+    "scene": ("scene",),
+    "system": ("system",),
     "offset": ("offset", "start", "start_sec", "start_time"),
     "end": ("end", "end_sec", "end_time"),
     "duration": ("duration", "duration_sec"),
+    "channel": ("channel",),
     "ref_speakers": ("ref_speakers",),
     "id": ("id", "utt_id", "sample_id"),
+    "split": ("split",),
 }
+
+
+DEFAULT_PHRASING = Phrasing()
+
+
+class MissingTextError(DataError):
+    """A row without a text."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are to be read; the flags of `add_reading_arguments`."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    speaker: str = ""
+    speaker_from: int | re.Pattern | None = None
+    audio_root: Path | None = None
+    skip_missing_text: bool = False
+    split: str = ""
+    normalize: bool = True
+    phrasing: Phrasing | None = DEFAULT_PHRASING  # None: a row without scene and reference gets no system turn
+    unpack_to: Path | None = None  # a folder for audio that is inside other files
+
+
+DEFAULT_READING = Reading()
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how rows are read (ChatML is never changed)").add_argument
+    add(
+        "--columns",
+        default="",
+        help="audio=wav_filename,text=transcript,speaker=voice; numbers in a table without header; =none",
+    )
+    add("--speaker", default="", metavar="NAME", help="the speaker of all clips")
+    add(
+        "--speaker_from",
+        default="",
+        metavar="HOW",
+        help="folder:1 of the clip's path (-1: the last), or regex:PATTERN with a group",
+    )
+    add(
+        "--audio_root",
+        type=Path,
+        metavar="DIR",
+        help="audio paths start here, and absolute ones that are gone are looked for here",
+    )
+    add("--missing_text", choices=("error", "skip"), default="error", help="for rows without a text")
+    add("--split", default="", help="read only this split")
+    add("--normalize", choices=("yes", "no"), default="yes", help="change texts as upstream's example does")
+    add("--scene_share", type=float, default=Phrasing.scene_share, help="share of records with the official scene")
+    add("--system_share", type=float, default=Phrasing.system_share, help="share of references in the system turn")
+
+
+def reading_of(args: argparse.Namespace, unpack_to: Path | None = None) -> Reading:
+    """raises: ConfigError for an impossible flag"""
+    columns = {name.strip(): column.strip() for name, _, column in (item.partition("=") for item in split_list(args.columns))}
+    if not all(name in COLUMNS and column for name, column in columns.items()):
+        raise ConfigError(f"--columns {args.columns}: expected audio=COLUMN,text=COLUMN; the names are {', '.join(COLUMNS)}")
+    if args.audio_root and not args.audio_root.is_dir():
+        raise ConfigError(f"--audio_root {args.audio_root}: no such folder")
+    if not (0 <= args.scene_share <= 1 and 0 <= args.system_share <= 1):
+        raise ConfigError("--scene_share and --system_share are between 0 and 1")
+    return Reading(
+        columns,
+        args.speaker,
+        _speaker_from(args.speaker_from),
+        args.audio_root,
+        args.missing_text == "skip",
+        args.split,
+        args.normalize == "yes",
+        Phrasing(args.scene_share, args.system_share, getattr(args, "seed", 0)),
+        unpack_to,
+    )
+
+
+def _speaker_from(spec: str) -> int | re.Pattern | None:
+    """The number of a folder, or a pattern. raises: ConfigError"""
+    kind, _, rest = spec.partition(":")
+    try:
+        if not spec:
+            return None
+        if kind == "folder" and int(rest):
+            return int(rest)
+        if kind == "regex" and re.compile(rest).groups:
+            return re.compile(rest)
+    except (ValueError, re.error):
+        pass
+    raise ConfigError(f"--speaker_from {spec}: expected folder:1, folder:-1, or regex:PATTERN with a group: 'regex:([^_]+)_'")
 
 
 @dataclass
 class Origin:
-    """Where a record comes from: its source (for messages), the folder of its paths, and what was changed in it."""
+    """Where a record comes from, how it is read, and what was found and changed on the way."""
 
-    source: str
-    folder: Path
+    source: str  # for messages
+    folder: Path  # of the dataset
+    reading: Reading = DEFAULT_READING
     repairs: Counter = field(default_factory=Counter)
+    used: Counter = field(default_factory=Counter)  # (meaning, column)
+
+    @property
+    def root(self) -> Path:
+        """Relative audio paths start here."""
+        return self.reading.audio_root or self.folder
 
 
 class Row:
@@ -57,22 +173,31 @@ class Row:
     def __init__(self, row: Any, origin: Origin):
         if not isinstance(row, dict):
             raise DataError(f"{origin.source}: expected an object with an audio and a text, found {shown(row)}")
-        self.row, self.origin, self.columns = row, origin, columns_of(row)
+        self.row, self.origin, self.columns = row, origin, columns_of(row, origin.reading.columns)
 
     def record(self) -> dict:
-        """The ChatML record, with the row's `id` beside it."""
-        text, clip, speaker = self.text("text"), self.clip("audio"), self.get("speaker")
-        if not text:
-            raise DataError(f"{self.origin.source}: no text; expected a column of {', '.join(COLUMNS['text'])}")
-        if not isinstance(speaker, (str, int, float, type(None))):
-            raise DataError(f"{self.where('speaker')}: expected a name, found {shown(speaker)}")
-        speaker = None if speaker is None else str(speaker)
-        voices = [Voice(voice.clip("ref_audio"), voice.text("ref_text")) for voice in self.voices()]
-        system = None if voices else ""
-        record = prompts.record(text, clip | self.span(), voices, system=system, speaker=speaker)
+        """The ChatML record, with the row's `id` beside it. raises: DataError, MissingTextError"""
+        written, clip, speaker = self.text("text"), self.clip("audio"), self.speaker()
+        if not written:
+            raise MissingTextError(f"{self.origin.source}: no text; expected a column of {names_of('text')}")
+        reading, misc = self.origin.reading, self.rest()
+        text = prompts.normalise(written) if reading.normalize else written
+        if text != written:
+            misc.setdefault("text", written)
+            self.origin.repairs["texts were changed as upstream's example does (--normalize no leaves them)"] += 1
+        voices, scene, system = self.voices(), self.plain("scene") or "", self.plain("system")
+        if system is None and reading.phrasing:
+            voices, scene = reading.phrasing.choose(f"{text} {clip['audio_url']}", voices, scene)
+        elif not voices and not scene:
+            system = system or ""
+        try:
+            record = prompts.record(text, clip | self.span(), voices, scene, system, speaker)
+        except DataError as error:
+            raise DataError(f"{self.origin.source}: {error}") from None
         if "id" in self.columns:
             record["id"] = str(self.get("id"))
-        misc = self.rest()
+        for name in ("audio", "text" if "text" in self.columns else "text_file", "speaker"):
+            self.origin.used[name, self.columns.get(name)] += 1
         return record | ({"misc": misc} if misc else {})
 
     def get(self, name: str) -> Any:
@@ -93,9 +218,29 @@ class Row:
             text = f"{self.row['speaker_tag']} {text}"
         return text or None
 
+    def plain(self, name: str) -> str | None:
+        value = self.get(name)
+        if not isinstance(value, (str, type(None))):
+            raise DataError(f"{self.where(name)}: expected text, found {shown(value)}")
+        return value
+
+    def speaker(self) -> str | None:
+        value, reading = self.get("speaker"), self.origin.reading
+        if not isinstance(value, (str, int, float, type(None))):
+            raise DataError(f"{self.where('speaker')}: expected a name, found {shown(value)}")
+        if reading.speaker:
+            return reading.speaker
+        if reading.speaker_from is not None:
+            return _speaker_in_path(self.get("audio"), reading.speaker_from, self.origin.source)
+        name = "" if value is None else str(value).strip()
+        if name and (name.lower() in NOBODY or STORAGE.fullmatch(name) or SPLIT.fullmatch(name)):
+            self.origin.repairs[f"{name!r} is not the name of a speaker: left out"] += 1
+            return None
+        return name or None
+
     def clip(self, name: str) -> dict:
         if name not in self.columns:
-            raise DataError(f"{self.origin.source}: no {name}; expected a column of {', '.join(COLUMNS[name])}")
+            raise DataError(f"{self.origin.source}: no {name}; expected a column of {names_of(name)}")
         return audio_part(self.get(name), self.where(name), self.origin)
 
     def span(self) -> dict[str, float]:
@@ -105,32 +250,68 @@ class Row:
         names = [name for name in ("offset", "end", "duration") if name in self.columns]
         sec = {name: _seconds(self.get(name), self.where(name)) for name in names}
         if "end" in sec:
-            sec["duration"] = sec.pop("end") - sec.setdefault("offset", 0.0)
+            sec["duration"] = round(sec.pop("end") - sec.setdefault("offset", 0.0), 6)
         return sec
 
-    def voices(self) -> Iterator[Row]:
-        """The row itself, or objects in it, that name a reference."""
-        if "ref_audio" in self.columns:
-            yield self
+    def voices(self) -> list[Voice]:
+        """The references in this row, and in the objects of its `ref_speakers`."""
+        clips, texts = self.listed("ref_audio"), self.listed("ref_text")
+        if texts and len(texts) != len(clips):
+            problem = f"{len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none"
+            raise DataError(f"{self.origin.source}: {problem}")
+        voices = [self.voice(clip, text) for clip, text in itertools.zip_longest(clips, texts)]
         several = self.get("ref_speakers") or []
         if not isinstance(several, list):
             raise DataError(f"{self.where('ref_speakers')}: expected a list, found {shown(several)}")
-        for number, voice in enumerate(several):
-            source = f"{self.origin.source}: ref_speakers[{number}]"
-            yield Row(voice, Origin(source, self.origin.folder, self.origin.repairs))
+        for number, value in enumerate(several):
+            row = Row(value, replace(self.origin, source=f"{self.origin.source}: ref_speakers[{number}]"))
+            row.clip("ref_audio")  # it has to have one
+            voices += row.voices()
+        return voices
+
+    def listed(self, name: str) -> list:
+        value = self.get(name)
+        if isinstance(value, list):
+            return value
+        value = self.text(name) if name == "ref_text" else value
+        return [] if value is None else [value]
+
+    def voice(self, clip: Any, text: Any) -> Voice:
+        if isinstance(clip, str) and clip.startswith(PROFILE):
+            return Voice(profile=clip.removeprefix(PROFILE).strip())
+        if not isinstance(text, (str, type(None))):
+            raise DataError(f"{self.where('ref_text')}: expected text, found {shown(text)}")
+        return Voice(audio_part(clip, self.where("ref_audio"), self.origin), text or None)
 
     def rest(self) -> dict:
-        """The simple values of columns without a meaning."""
-        extra = {name: v for name, v in self.row.items() if name not in self.columns.values() and not is_absent(v)}
+        """The simple values of columns without a meaning, and the split."""
+        meant = set(self.columns.values())
+        extra = {name: v for name, v in self.row.items() if name not in meant and not is_absent(v)}
+        extra |= {"split": self.get("split")} if "split" in self.columns else {}
         kept = {name: v for name, v in extra.items() if isinstance(v, (str, int, float))}
         self.origin.repairs.update(f"`{name}` was left out" for name in extra if name not in kept)
         return kept
 
 
-def columns_of(row: dict) -> dict[str, str]:
-    """Meaning -> the row's key for it, among the keys that have a value."""
-    keys = {str(key).strip().lower(): key for key, value in row.items() if not is_absent(value)}
-    return {name: keys[alias] for name, aliases in COLUMNS.items() for alias in reversed(aliases) if alias in keys}
+def names_of(meaning: str) -> str:
+    """The column names of a meaning, the usual ones first; or others, given by --columns."""
+    return ", ".join(sorted(COLUMNS[meaning], key=lambda name: "normal" in name)) + f", or --columns {meaning}=COLUMN"
+
+
+def columns_of(row: dict, given: dict[str, str] | None = None) -> dict[str, str]:
+    """Meaning -> the row's key for it, among the keys that have a value. given: --columns"""
+    return _meanings(tuple(key for key, value in row.items() if not is_absent(value)), tuple((given or {}).items()))
+
+
+@functools.lru_cache(maxsize=1000)
+def _meanings(present: tuple[Any, ...], given: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    keys = {str(key).strip().lower(): key for key in present}
+    found = {name: keys[alias] for name, aliases in COLUMNS.items() for alias in reversed(aliases) if alias in keys}
+    for name, column in given:
+        found.pop(name, None)
+        if column.lower() in keys:
+            found[name] = keys[column.lower()]
+    return found
 
 
 def is_absent(value: Any) -> bool:
@@ -138,10 +319,26 @@ def is_absent(value: Any) -> bool:
 
 
 def _seconds(value: Any, where: str) -> float:
+    """Seconds, or hours, minutes and seconds as 1:02:03.5 (SRT: 01:02:03,5)."""
     try:
-        return float(value)
+        *larger, sec = str(value).replace(",", ".").split(":")
+        return sum(60**power * int(part) for power, part in enumerate(reversed(larger), 1)) + float(sec)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{where}: expected seconds, found {shown(value)}") from None
+
+
+def _speaker_in_path(audio: Any, how: int | re.Pattern, source: str) -> str:
+    path = PurePath(str(audio.get("path") if isinstance(audio, dict) else audio).replace("\\", "/"))
+    if isinstance(how, re.Pattern):
+        found = how.search(path.as_posix())
+        if found and found[1]:
+            return found[1]
+        raise DataError(f"{source}: --speaker_from regex:{how.pattern} does not match {path}")
+    folders = [name for name in path.parts[:-1] if name != "/"]
+    try:
+        return folders[how - 1 if how > 0 else how]
+    except IndexError:
+        raise DataError(f"{source}: --speaker_from folder:{how}, but {path} has {len(folders)} folders") from None
 
 
 def _text_file(name: Any, where: str, folder: Path) -> str:
@@ -171,20 +368,33 @@ def audio_part(value: Any, where: str, origin: Origin) -> dict:
     if value.startswith("file://"):
         value = unquote(urlparse(value).path)
     try:
-        return {"type": "audio", "audio_url": _find_file(value, origin)}
+        return {
+            "type": "audio",
+            "audio_url": find_audio(value, origin.root, origin.repairs, origin.reading.audio_root) or value,
+        }
     except (OSError, ValueError):  # a name the file system cannot hold
         raise DataError(f"{where}: {shown(value)} is not a path") from None
 
 
-def _find_file(name: str, origin: Origin) -> str:
-    """The path of the file from the dataset's folder; the name itself if there is no such file, which the parser reports."""
-    if (origin.folder / name).is_file():
+def find_audio(name: str, root: Path, repairs: Counter, moved_to: Path | None = None) -> str | None:
+    """The path of the file that a table names, from `root` or absolute; None if there is no such file.
+
+    moved_to: where the file may be if an absolute path is gone
+    """
+    if (root / name).is_file():
         return name
+    if "\\" in name:
+        return find_audio(name.replace("\\", "/"), root, repairs, moved_to)
     for place in AUDIO_FOLDERS:
-        if not leaves_folder(name) and (origin.folder / place / name).is_file():
-            origin.repairs[f"clips were found in {place}/"] += 1
+        if not leaves_folder(name) and (root / place / name).is_file():
+            repairs[f"clips were found in {place}/"] += 1
             return os.path.join(place, name)
+    parts = PurePath(name).parts
+    for first in range(1, len(parts)) if moved_to else ():
+        if (moved_to / Path(*parts[first:])).is_file():
+            repairs["paths were found again below --audio_root"] += 1
+            return os.path.join(*parts[first:])
     if Path(name).is_file():
-        origin.repairs["paths that started from the working directory are absolute now"] += 1
+        repairs["paths that started from the working directory are absolute now"] += 1
         return os.path.abspath(name)
-    return name
+    return None

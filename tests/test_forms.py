@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 import train
 from common import DataError
 from config import to_argv
-from prepare import forms
+from prepare import forms, prompts
 from prepare.__main__ import main as prepare
 from prepare.forms import convert, open_manifest, recognise
 from prepare.manifest import check, parse_record, read_manifest
+from prepare.rows import Reading
 
 
 @pytest.fixture()
@@ -200,7 +201,9 @@ def rows(folder: Path) -> Path:
     )
 
 
+BARE = Reading(normalize=False, phrasing=None)  # rows as they are written
 SYSTEM = {"role": "system", "content": "Speak."}
+QUIET = {"role": "system", "content": f"{prompts.INSTRUCTION}\n\n<|scene_desc_start|>\nquiet\n<|scene_desc_end|>"}
 VOICE = [
     {"type": "text", "text": "Generate audio following instruction.\n\n<|scene_desc_start|>\nSPEAKER0: "},
     {"type": "audio", "audio_url": "r.wav"},
@@ -245,7 +248,7 @@ BY_HAND = {
     samples: (
         "samples",
         [
-            line("Hello", "a.wav", speaker="anna"),
+            {"messages": [QUIET, *exchange("Hello", "a.wav")], "speaker": "anna"},
             WITH_REFERENCE,
             {"messages": [{"role": "system", "content": VOICE}, *exchange("Bye", "b.wav")]},
             {"messages": TWO_VOICES + exchange("[SPEAKER0] Hi [SPEAKER1] Bye", "b.wav"), "start_index": 5},
@@ -272,7 +275,7 @@ def test_every_form_is_the_chatml_written_by_hand(make, folder, tokenizer, tmp_p
     path = make(folder)
     form, expected = BY_HAND[make]
     assert recognise(path) == form
-    opened, conversion = open_manifest(path)
+    opened, conversion = open_manifest(path, reading=BARE)
     records = list(check(opened)[0])
     assert len(records) == len(expected) and conversion.form == form
     for record, wanted in zip(records, expected):
@@ -318,23 +321,23 @@ def test_repairs_are_counted(folder):
     assert repairs["`lang` went to `misc`"] == 1
     repairs = open_manifest(exported_chats(folder))[1].repairs
     assert repairs == {"turns whose `loss` is off stand before `start_index` now": 1}
-    assert open_manifest(common_voice(folder))[1].repairs == {"clips were found in clips/": 2}
+    assert open_manifest(common_voice(folder), reading=BARE)[1].repairs == {"clips were found in clips/": 2}
 
 
 def test_what_is_known_beside_goes_to_misc_or_is_counted(folder):
     path = write_lines(folder / "r.jsonl", {"audio": "a.wav", "text": "x", "lang": "en", "words": ["x"], "age": None})
-    (_, record), *_ = (conversion := convert(path)).records
+    (_, record), *_ = (conversion := convert(path, BARE)).records
     assert record["misc"] == {"lang": "en"} and conversion.repairs == {"`words` was left out": 1}
 
 
 def test_offsets_are_kept(folder):
-    first, second = (record for _, record in convert(rows(folder)).records)
+    first, second = (record for _, record in convert(rows(folder), BARE).records)
     assert first["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.05, "duration": 0.05}
-    _, (_, segment) = convert(kaldi(folder)).records
+    _, (_, segment) = convert(kaldi(folder), BARE).records
     assert segment["messages"][1]["content"] == {"type": "audio", "audio_url": "wavs/b.wav", "offset": 0.05, "duration": 0.05}
     assert "offset" not in second["messages"][3]["content"]
     (folder / "t.csv").write_text("path,text,start_time,end_time\na.wav,Hello,0.5,0.75\n")
-    ((_, third),) = convert(folder / "t.csv").records
+    ((_, third),) = convert(folder / "t.csv", BARE).records
     assert third["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.5, "duration": 0.25}
 
 
@@ -408,7 +411,11 @@ def test_plain_chatml_is_left_alone(folder):
             r"table\.csv line 2: 3 fields under a header of 2; a text that holds ','",
         ),
         ("table.csv", 'audio,text\n"a.wav","two\nlines"\n\nb.wav\n', r"table\.csv line 5: 1 fields under"),
-        ("list.txt", "wavs/a.wav|Hello|3\n", r"list\.txt line 1: 3 fields; name them in a first line"),
+        (
+            "list.txt",
+            "wavs/a.wav|Hello|anna\n",
+            r'list\.txt: unclear which field is what \(1: "wavs/a.wav" \| 2: "Hello" \| 3: "anna"\); say it with --columns audio=1,text=2',
+        ),
         ("metadata.csv", "a|one\na|two\n", r"line 2: id 'a' was used before, at .*line 1; give each sample its own"),
         ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "../x/a.txt"}', "transcript_file: .*leaves the dataset's folder"),
         ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "/dev/zero"}', "there is no such file"),

@@ -413,12 +413,13 @@ def test_references_are_of_the_speaker(paired):
     for record in read_lines(manifest):
         for clip in heard(record, manifest.parent, known):
             speaker_of.setdefault(frozenset(clip), set()).add(record.get("speaker"))
-    styles = {"turn": 0, "system": 0, "none": 0}
+    styles, scenes = {"turn": 0, "system": 0, "none": 0}, 0
     for record in read_lines(out / "train.jsonl"):
         if "speaker" not in record or "and on" in [turn["content"] for turn in record["messages"]]:
             continue
         roles = [turn["role"] for turn in record["messages"]]
-        if roles == ["user", "assistant"]:
+        scenes += "quiet room" in json.dumps(record["messages"][0]["content"])
+        if roles == ["system", "user", "assistant"] and isinstance(record["messages"][0]["content"], str):
             styles["none"] += 1
             continue
         assert record["speaker"] in speaker_of[frozenset(heard(record, out, known)[0])]
@@ -426,10 +427,11 @@ def test_references_are_of_the_speaker(paired):
             styles["system"] += 1
         else:
             styles["turn"] += 1
-            assert roles == ["user", "assistant"] * 2 and record["start_index"] == 3
+            assert roles[-4:] == ["user", "assistant"] * 2 and record["start_index"] == len(roles) - 1
     referenced = styles["turn"] + styles["system"]
     # wanted are 0.7 and at least 0.2; found were 0.70 and 0.22
     assert 0.65 < styles["turn"] / referenced < 0.75 and 0.15 < styles["none"] / (referenced + styles["none"]) < 0.3
+    assert 0.47 < scenes / sum(styles.values()) < 0.53
 
 
 PLAIN = [f"say {name}" for name in ("one", "two")]
@@ -439,19 +441,23 @@ SPOKEN = "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"
 SCENE = "Generate audio following instruction.\n\n<|scene_desc_start|>\n"
 HEARD = f"{SCENE}SPEAKER0: <|audio_bos|><|AUDIO|><|audio_eos|>\n<|scene_desc_end|><|eot_id|>"
 KEPT = f"{SYSTEM}{SCENE}A quiet room.\n<|scene_desc_end|><|eot_id|>"
+QUIET = KEPT.replace("A quiet room.", "Audio is recorded from a quiet room.")
 AS_TURN = f"{USER}REF<|eot_id|>{ASSISTANT}{SPOKEN}"
 
 
 @pytest.mark.parametrize(
-    ("style", "scene", "before"),
+    ("style", "scene", "share", "before"),
     [
-        ("turn", None, AS_TURN),
-        ("system", None, SYSTEM + HEARD),
-        ("turn", "A quiet room.", KEPT + AS_TURN),
-        ("system", "A quiet room.", KEPT + AS_TURN),
+        ("turn", None, "0", AS_TURN),
+        ("system", None, "0", SYSTEM + HEARD),
+        ("turn", None, "1", QUIET + AS_TURN),
+        ("system", None, "1", SYSTEM + HEARD.replace("SPEAKER0", "Audio is recorded from a quiet room.\n\nSPEAKER0")),
+        ("turn", "Audio is recorded from a quiet room.", "0", AS_TURN),
+        ("turn", "A quiet room.", "1", KEPT + AS_TURN),
+        ("system", "A quiet room.", "1", KEPT + AS_TURN),
     ],
 )
-def test_a_reference_is_phrased_as_the_official_inference_does(style, scene, before, tmp_path, tokenizer):
+def test_a_reference_is_phrased_as_the_official_inference_does(style, scene, share, before, tmp_path, tokenizer):
     """The prompts of upstream's examples/generation.py, literally, through the official `prepare_chatml_sample`."""
     records = []
     for number, text in enumerate(PLAIN):
@@ -462,7 +468,8 @@ def test_a_reference_is_phrased_as_the_official_inference_does(style, scene, bef
             records[-1]["messages"].insert(0, turn)
         records[-1] |= {"speaker": "anna", "misc": {"number": number}}
     manifest = str(write_manifest(tmp_path / "m.jsonl", records))
-    assert prepare(["pair", manifest, str(tmp_path / "out"), "--styles", f"{style}=1", "--ref_drop", "0"]) == 0
+    options = ["--styles", f"{style}=1", "--ref_drop", "0", "--scene_share", share]
+    assert prepare(["pair", manifest, str(tmp_path / "out"), *options]) == 0
     paired = read_manifest(tmp_path / "out" / "train.jsonl")
     for number, record in enumerate(paired):
         own, other = PLAIN[number], PLAIN[1 - number]
@@ -474,6 +481,20 @@ def test_a_reference_is_phrased_as_the_official_inference_does(style, scene, bef
         assert [part.path.name for part in record.audio] == [f"{1 - number}.npy", f"{number}.npy"]
         assert [part.label_path is None for part in record.audio] == [True, False]
         assert record.chatml.speaker == "anna" and record.chatml.misc == {"number": number}
+
+
+def test_references_keep_their_transcript_as_it_was_written(tmp_path):
+    """Rows are normalised, and so are the texts to be spoken; upstream's example does not normalise transcripts."""
+    for number in range(2):
+        np.save(tmp_path / f"{number}.npy", np.full((8, 5), number, np.int16))
+    rows = [{"audio": f"{number}.npy", "text": f"number {number} (of 2)", "speaker": "anna"} for number in range(2)]
+    manifest = str(write_manifest(tmp_path / "rows.jsonl", rows))
+    assert (
+        prepare(["pair", manifest, str(tmp_path / "out"), "--styles", "turn=1", "--ref_drop", "0", "--scene_share", "0"]) == 0
+    )
+    for number, record in enumerate(read_lines(tmp_path / "out" / "train.jsonl")):
+        reference, _, user, _ = record["messages"]
+        assert reference["content"] == f"number {1 - number} (of 2)" and user["content"] == f"number {number} of 2."
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path, capsys):
