@@ -25,7 +25,7 @@ from prepare.__main__ import main as prepare
 from prepare.audio import expected_frames
 from prepare.forms import open_manifest
 from prepare.manifest import check, read_manifest
-from prepare.rows import Reading
+from prepare.rows import COLUMNS, Reading
 
 BARE = Reading(normalize=False, phrasing=None)
 ONE, TWO, THREE = "The first sentence.", "And here is another one!", "A third, of someone else?"
@@ -765,3 +765,12 @@ def test_tar_shards_are_unpacked(tmp_path):
             shard.addfile(member, io.BytesIO(content))
     assert convert_packed(tmp_path / "EN-B000.tar", tmp_path) == [(sounds[0], ONE, "EN_s1", None), (sounds[1], TWO, None, None)]
     assert not (tmp_path.parent / "EN_1.wav").exists()
+
+
+def test_the_documentation_lists_the_same_layouts():
+    text = (Path(__file__).parent.parent / "docs" / "datasets.md").read_text(encoding="utf-8")
+    listed = text.split("| layout |")[1].split("\n\n")[0].splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in listed] == list(LAYOUTS)
+    assert len(LAYOUTS) >= 40
+    for meaning, names in COLUMNS.items():
+        assert f"| {meaning} | {', '.join(f'`{name}`' for name in names)} |" in text
