@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    conversion = convert(args.input, reading_of(args))
+    conversion = convert(args.input, reading_of(args, args.output.parent / f"{args.output.stem}_audio"))
     if args.output.exists() and not is_ours(args.output, args.input):
         raise DataError(f"{args.output}: choose another name for the output; only ChatML is written over, and never the input")
     lines = []

@@ -9,6 +9,7 @@ read_beside    a text file for each clip, beside it or in a folder of texts: Lib
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from common import DataError
 from prepare.rows import AUDIO_FOLDERS, AUDIO_SUFFIXES, SPLIT, STORAGE, Reading, columns_of
 from prepare.tables import Found, Rows, UnclearError, numbered_lines, read_table, read_text
+from prepare.timed import Segment, read_timed, timed_rows
 
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".json", ".original.txt")  # of a clip's text, the preferred one first
 LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".list", ".lst")
@@ -29,6 +31,7 @@ MICROPHONE = re.compile(r"_mic(\d)$")  # of VCTK, which has every sentence from 
 CHAPTER = re.compile(r"(chapter|ch|disc|cd|part|batch|session|ep|episode|vol|volume|take)[ _-]?\d+", re.IGNORECASE)
 AUDIO_PLACES = [f"{folder}/" for folder in AUDIO_FOLDERS]
 MAX_FILES = 2_000_000
+PEEKED = 20  # files of a kind that are opened to see whether they have times
 
 
 class Listing:
@@ -271,8 +274,35 @@ def _rows_beside(listing: Listing, texts: dict[tuple, str], speaker: Callable[[s
         yield source, row
 
 
+def read_timed_beside(listing: Listing, reading: Reading) -> Found | None:
+    """Recordings with a transcript of the same name that has times; None if there is none."""
+    clip_of = {_key(clip): clip for clip in listing.clips}
+    found: dict[str, tuple[Path, list[Segment]]] = {}  # clip -> its transcript
+    for suffix in (".srt", ".vtt", ".textgrid", ".json", ".txt"):
+        beside = [(path, clip_of[_key(path)]) for path in listing.with_suffix(suffix) if _key(path) in clip_of]
+        if any(read_timed(listing.root / path) for path, _ in beside[:PEEKED]):
+            for path, clip in beside:
+                segments = read_timed(listing.root / path)
+                if segments and clip not in found:  # of several kinds the first counts
+                    found[clip] = (listing.root / path, segments)
+    if not found:
+        return None
+    speaker, note = speaker_in(list(found), reading)
+    notes = {"audio": "the recordings", "text": "the segments beside them", "speaker": f"of the segment, or {note}"}
+    rows = (timed_rows(path, clip, segments, speaker(clip)) for clip, (path, segments) in found.items())
+    return Found("transcripts with times", lambda: itertools.chain.from_iterable(rows), notes)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kaldi
+
+# Commands that only decode a file, which is then read itself: flac -c -d -s a.flac |, sph2pipe -f wav a.sph |, sox a.wav -t wav - |
+NAME = r"([^\s|;&$`<>-][^\s|;&$`<>]*)"
+KALDI_PIPE = re.compile(
+    rf"flac (?:-[cds]+ )+{NAME} \|"
+    rf"|sph2pipe (?:-[fpc] \w+ |-p )*{NAME} \|"
+    rf"|sox {NAME} (?:-[rtbec] [\w-]+ )*- \|"
+)
 
 KaldiTable = dict[str, tuple[int, str]]  # key -> (line number, rest of the line)
 
@@ -307,7 +337,10 @@ def _kaldi_row(utterance: str, text: str, tables: dict[str, KaldiTable]) -> dict
     if not audio:
         return DataError(f"{recording!r} has no line in wav.scp")
     if audio.endswith("|"):
-        return DataError(f"wav.scp gives a command for {recording!r}; commands are not run: write the audio to a file")
+        named = KALDI_PIPE.fullmatch(audio)
+        if not named:
+            return DataError(f"wav.scp gives a command for {recording!r}; commands are not run: write the audio to a file")
+        audio = named[1] or named[2] or named[3]
     return {"audio": audio, "text": text, "speaker": tables["utt2spk"].get(utterance, (0, None))[1], **span}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from common import DataError
 from prepare.audio import duration_sec
 from prepare.chats import chat_key, from_chat, is_chatml
-from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists
+from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists, read_timed_beside
 from prepare.manifest import (
     AudioPart,
     Manifest,
@@ -35,6 +35,7 @@ from prepare.manifest import (
     shown,
     split_weights,
 )
+from prepare.packed import PACKED, read_packed
 from prepare.rows import (
     AUDIO_SUFFIXES,
     DEFAULT_READING,
@@ -46,13 +47,14 @@ from prepare.rows import (
     find_audio,
 )
 from prepare.tables import SAMPLED, Found, Rows, UnclearError, kind_of, numbered_lines, read_table, read_text
+from prepare.timed import SUBTITLES, is_cut, read_cuts, read_timed, timed_rows
 
 FORMS = __doc__.split("\n\n")[1]
 PEEKED_BYTES = 10_000_000  # the form of a JSONL file is recognised by so much of its beginning
 CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
 NUM_EXAMPLES = 3
 TABLES = (".csv", ".tsv", ".txt", ".list", ".lst", ".cleaned")
-PACKED = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "a tar archive", ".zip": "a zip archive", ".gz": "a gzip archive"}
+ARCHIVES = {".zip": "a zip archive", ".gz": "a gzip archive", ".tgz": "a tar archive", ".rar": "a rar archive"}
 
 
 @dataclass
@@ -273,15 +275,25 @@ def _recognise(path: Path, reading: Reading) -> Found:
     if path.name == "wav.scp":
         return Found("Kaldi", lambda: read_kaldi(path.parent))
     if path.suffix.lower() in PACKED:
-        raise _unknown(path, PACKED[path.suffix.lower()])
-    if path.suffix.lower() in TABLES:
-        return _recognise_table(path, reading)
+        return read_packed([path], reading)
+    if path.name.endswith((".jsonl.gz",)):
+        return Found("Lhotse", lambda: read_cuts(path))
+    if path.suffix.lower() in ARCHIVES:
+        raise _unknown(path, f"{ARCHIVES[path.suffix.lower()]}; unpack it first")
+    if path.suffix.lower() in (*SUBTITLES, ".textgrid"):
+        return _recognise_timed(path, reading)
+    if path.suffix.lower() in TABLES and not _begins_as_json(path):
+        return _recognise_timed(path, reading) or _recognise_table(path, reading)
     first = _peek_json(path)
+    if isinstance(first, dict) and isinstance(first.get("segments"), list):
+        return _recognise_timed(path, reading)
     if isinstance(first, dict) and isinstance(first.get("samples"), list):
         return Found("samples", lambda: _read_samples(path))
     values = first if isinstance(first, list) else [first]
     objects = [value for value in values if isinstance(value, dict)]
     chats = [value for value in objects if chat_key(value)]
+    if objects and is_cut(objects[0]):
+        return Found("Lhotse", lambda: read_cuts(path))
     if chats or not values:  # broken records are left to the reader
         return Found(None if all(map(is_chatml, chats)) else "messages", lambda: _read_values(path), is_chat=True)
     if objects and "audio" in columns_of(objects[0], reading.columns):
@@ -291,6 +303,11 @@ def _recognise(path: Path, reading: Reading) -> Found:
 
 def _recognise_folder(folder: Path, reading: Reading) -> Found:
     listing = Listing(folder)
+    packed = next((found for suffix in PACKED if (found := listing.with_suffix(suffix))), None)
+    if packed:
+        return read_packed([folder / path for path in packed], reading)
+    if "train.jsonl" in listing and "leakage.json" in listing:
+        return _of_splits(listing, reading)
     if "metadata.json" in listing:
         return Found("samples", lambda: _read_samples(folder / "metadata.json"))
     if "wav.scp" in listing:
@@ -301,7 +318,7 @@ def _recognise_folder(folder: Path, reading: Reading) -> Found:
         found = _recognise_table(folder / "metadata.csv", reading, listing)
         found.form = {"table": "audio folder", "table without header": "LJSpeech"}[found.form]
         return found
-    found = read_beside(listing, reading) or read_lists(listing, reading)
+    found = read_timed_beside(listing, reading) or read_beside(listing, reading) or read_lists(listing, reading)
     if found:
         return found
     raise _unknown(folder, _what_is_there(listing))
@@ -310,7 +327,7 @@ def _recognise_folder(folder: Path, reading: Reading) -> Found:
 def _what_is_there(listing: Listing) -> str:
     if not listing.files:
         return "an empty folder"
-    for suffix, name in PACKED.items():
+    for suffix, name in ARCHIVES.items():
         if listing.with_suffix(suffix):
             return f"{name} ({listing.with_suffix(suffix)[0]})"
     names = sorted({path.partition("/")[0] + "/" * ("/" in path) for path in listing.files})
@@ -318,6 +335,24 @@ def _what_is_there(listing: Listing) -> str:
     clips = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
     texts = f"; {clips}, and no text for most of them (x.txt, x.lab beside x.wav, or a table)" if clips else ""
     return f"files {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}{texts}"
+
+
+def _of_splits(listing: Listing, reading: Reading) -> Found:
+    """A folder that `prepare pair` made: train.jsonl, or the split that was asked for."""
+    path = listing.root / f"{reading.split or 'train'}.jsonl"
+    if not path.is_file():
+        raise DataError(f"--split {reading.split}: there is no {path}")
+    return Found("paired", lambda: _read_values(path), is_chat=True)
+
+
+def _recognise_timed(path: Path, reading: Reading) -> Found | None:
+    """A transcript with times, given by itself: its recording has the same name."""
+    segments = read_timed(path)
+    clip = Finder(reading.audio_root or path.parent)(path.stem) if segments else None
+    if segments and not clip:
+        raise DataError(f"{path}: a transcript with times, but no recording of its name beside it ({path.stem}.wav, .mp3, ...)")
+    notes = {"audio": str(clip), "text": "its segments", "speaker": "as the transcript says"}
+    return Found("transcript with times", lambda: timed_rows(path, clip, segments, None), notes) if segments else None
 
 
 def _recognise_table(path: Path, reading: Reading, listing: Listing | None = None) -> Found:
@@ -353,6 +388,12 @@ def _read_values(path: Path) -> Rows:
     """The decoded JSON of each record of a JSON list or JSONL file."""
     manifest = read_manifest(path)
     return (manifest.value(index) for index in range(len(manifest)))
+
+
+def _begins_as_json(path: Path) -> bool:
+    """Whether a list, as those of WeNet, holds JSON."""
+    with open(path, "rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b'{"', b"[{"))
 
 
 def _peek_json(path: Path) -> Any:

@@ -30,6 +30,7 @@ LANGUAGES = {
 }
 LABELS = {*("angry", "happy", "sad", "neutral", "surprise", "fear", "disgust", "calm"), *("m", "f", "male", "female")}
 IPA = re.compile(r"[ˈˌːɹɾʁɐɜʊɪʌɡ]")
+LETTERS = re.compile(r"(\S ){2,}\| .*")  # of FLEURS: t h e | f i r s t |
 SPELT = re.compile(r"([a-z]+[1-5]|[A-Z]{1,2}[0-2]?)( ([a-z]+[1-5]|[A-Z]{1,2}[0-2]?))+")  # pinyin, ARPABET
 MIXED = re.compile(r"(\S+ [a-z]+[1-5]\s*)+")  # characters, each with its pinyin: AISHELL-3
 SENTENCE = re.compile(r"\s|[.,;:!?。，、；：！？…]|.{20}", re.DOTALL)
@@ -236,7 +237,7 @@ def kind_of(values: Sequence[str]) -> str:
         return "language"
     if are(lambda v: v.lower() in LABELS, 1.0):
         return "label"
-    if are(lambda v: IPA.search(v) or SPELT.fullmatch(v), 0.5):
+    if are(lambda v: IPA.search(v) or SPELT.fullmatch(v) or LETTERS.fullmatch(v), 0.5):
         return "phonemes"
     return "words" if are(SENTENCE.search, 0.3) else "name"
 
@@ -261,10 +262,11 @@ def _guess(path: Path, names: Sequence[str] | None, sample: list[list[str]], aud
     if speaker is None and language is not None and text == [language + 1]:
         speaker = language - 1 if language - 1 != audio else None
     elif speaker is None and not names and reading.columns.get("speaker") != "none":
-        rest = [i for i, kind in kinds.items() if i not in text and (kind == "name" or _is_whole(columns[i]) or i in left)]
+        rest = [i for i in left if i not in text]
+        numbers = [i for i in kinds if _is_number_of_speaker(columns[i])]
         if len(rest) > 1:
             raise UnclearError(_unclear(path, names, sample, audio, kinds))
-        speaker = rest[0] if rest else None
+        speaker = rest[0] if rest else numbers[0] if len(numbers) == 1 else None
     return Fields(audio, text, speaker, [i for i, kind in kinds.items() if kind == "phonemes" and i not in text])
 
 
@@ -275,9 +277,10 @@ def _given_or_named(path: Path, meaning: str, names: Any, named: dict, width: in
     return _given(path, meaning, width, reading)
 
 
-def _is_whole(values: Sequence[str]) -> bool:
-    """Whether the values are whole numbers, as the numbers of speakers are."""
-    return all(value.strip().isdecimal() for value in values if value.strip()) and any(map(str.strip, values))
+def _is_number_of_speaker(values: Sequence[str]) -> bool:
+    """Whether all values are whole numbers, and not each row has another."""
+    values = [value.strip() for value in values]
+    return all(value.isdecimal() for value in values) and (len(values) < 6 or len(set(values)) < len(values))
 
 
 def _text_fields(columns: list[tuple], kinds: dict[int, str], left: list[int]) -> list[int]:
@@ -292,7 +295,8 @@ def _text_fields(columns: list[tuple], kinds: dict[int, str], left: list[int]) -
         pairs = zip(columns[words[0]], columns[words[-1]])
         ratios = [SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in list(pairs)[:20] if a.strip() and b.strip()]
         is_same = len(words) == 2 and (not ratios or sum(ratios) / len(ratios) > SIMILAR)
-        return words[::-1] if is_same else []  # the text, then its normalised form
+        is_bare = not any(re.search(r"[A-Z.,;:!?。，、！？]", value) for value in columns[words[-1]])
+        return (words if is_bare else words[::-1]) if is_same else []  # the second is normalised; without capitals, for ASR
     names = [i for i in left if kinds[i] == "name" and not is_repeated(columns[i])]
     return words or (names if len(left) == 1 else [])
 

@@ -5,7 +5,10 @@ docs/datasets.md lists the same layouts. What is refused is in REFUSED.
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
+import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +22,10 @@ from common import DataError
 from config import to_argv
 from prepare import prompts
 from prepare.__main__ import main as prepare
+from prepare.audio import expected_frames
 from prepare.forms import open_manifest
 from prepare.manifest import check, read_manifest
-from prepare.rows import Reading
+from prepare.rows import COLUMNS, Reading
 
 BARE = Reading(normalize=False, phrasing=None)
 ONE, TWO, THREE = "The first sentence.", "And here is another one!", "A third, of someone else?"
@@ -249,6 +253,143 @@ LAYOUTS = {
         },
         [("test/b.wav", TWO, None), ("train/a.wav", ONE, None)],
     ),
+    "subtitles (.srt)": Layout(
+        "talk.wav",
+        {
+            "talk.srt": f"1\n00:00:00,000 --> 00:00:00,150\n[SPEAKER_00]: {ONE}\n\n2\n00:00:00,200 --> 00:00:00,400\n<i>And here is\nanother one!</i>\n"
+        },
+        [("talk.wav", ONE, "SPEAKER_00", 0.0, 0.15), ("talk.wav", TWO, None, 0.2, 0.2)],
+    ),
+    "subtitles (.vtt), given by the file": Layout(
+        "talk.wav",
+        {
+            "talk.vtt": f"WEBVTT\n\n00:00.000 --> 00:00.150 align:start\n<v Anna>{ONE}\n\n00:00.200 --> 00:00.400\n<v Ben>{TWO}</v>\n"
+        },
+        [("talk.wav", ONE, "Anna", 0.0, 0.15), ("talk.wav", TWO, "Ben", 0.2, 0.2)],
+        "talk.vtt",
+    ),
+    "Whisper and WhisperX": Layout(
+        "anna/talk.mp3 ben/talk.mp3",
+        {
+            "anna/talk.json": json.dumps({"text": "x", "segments": [{"id": 0, "start": 0.0, "end": 0.15, "text": f" {ONE}"}]}),
+            "ben/talk.json": json.dumps(
+                {"segments": [{"start": 0.2, "end": 0.4, "text": TWO, "speaker": "SPEAKER_01", "words": []}]}
+            ),
+        },
+        [("anna/talk.mp3", ONE, "anna", 0.0, 0.15), ("ben/talk.mp3", TWO, "SPEAKER_01", 0.2, 0.2)],
+    ),
+    "TextGrid": Layout(
+        "talk.wav",
+        {
+            "talk.TextGrid": 'File type = "ooTextFile"\nObject class = "TextGrid"\n\nxmin = 0\nxmax = 0.4\ntiers? <exists>\nsize = 2\nitem []:\n'
+            '    item [1]:\n        class = "IntervalTier"\n        name = "utt"\n        xmin = 0\n        xmax = 0.4\n'
+            '        intervals: size = 3\n        intervals [1]:\n            xmin = 0\n            xmax = 0.15\n            text = "'
+            + ONE
+            + '"\n        intervals [2]:\n            xmin = 0.15\n            xmax = 0.2\n            text = ""\n'
+            '        intervals [3]:\n            xmin = 0.2\n            xmax = 0.4\n            text = "'
+            + TWO
+            + '"\n    item [2]:\n        class = "IntervalTier"\n        name = "phones"\n        xmin = 0\n        xmax = 0.4\n'
+            '        intervals: size = 1\n        intervals [1]:\n            xmin = 0\n            xmax = 0.4\n            text = "AH0"\n'
+        },
+        [("talk.wav", ONE, None, 0.0, 0.15), ("talk.wav", TWO, None, 0.2, 0.2)],
+    ),
+    "labels of Audacity": Layout(
+        "talk.wav",
+        {"talk.txt": f"0.000000\t0.150000\t{ONE}\n\\\t100.0\t200.0\n0.200000\t0.400000\t{TWO}\n"},
+        [("talk.wav", ONE, None, 0.0, 0.15), ("talk.wav", TWO, None, 0.2, 0.2)],
+    ),
+    "a table of hours, minutes and seconds": Layout(
+        "talk.wav",
+        {"t.csv": f"audio,text,start,end\ntalk.wav,{ONE},00:00:00.00,00:00:00.15\ntalk.wav,{TWO},0:00:00.20,0:00:00.40\n"},
+        [("talk.wav", ONE, None, 0.0, 0.15), ("talk.wav", TWO, None, 0.2, 0.2)],
+        "t.csv",
+    ),
+    "Lhotse cuts": Layout(
+        "talk.wav",
+        {
+            "cuts.jsonl": "".join(
+                json.dumps(
+                    {
+                        "id": name,
+                        "start": start,
+                        "duration": 0.15,
+                        "channel": 0,
+                        "supervisions": [
+                            {
+                                "id": name,
+                                "recording_id": "talk",
+                                "start": 0.0,
+                                "duration": 0.15,
+                                "text": text,
+                                "speaker": "anna",
+                            }
+                        ],
+                        "recording": {
+                            "id": "talk",
+                            "sources": [{"type": "file", "channels": [0], "source": "talk.wav"}],
+                            "duration": 0.4,
+                        },
+                        "type": "MonoCut",
+                    }
+                )
+                + "\n"
+                for name, start, text in (("a", 0.0, ONE), ("b", 0.2, TWO))
+            )
+        },
+        [("talk.wav", ONE, "anna", 0.0, 0.15), ("talk.wav", TWO, "anna", 0.2, 0.15)],
+        "cuts.jsonl",
+    ),
+    "NeMo": Layout(
+        "a.wav b.wav",
+        {
+            "m.json": f'{{"audio_filepath": "a.wav", "duration": 0.4, "text": "1. x", "text_normalized": "{ONE}"}}\n'
+            f'{{"audio_filepath": "b.wav", "duration": 0.4, "text": "2. x", "text_normalized": "{TWO}"}}\n'
+        },
+        [("a.wav", ONE, None), ("b.wav", TWO, None)],
+        "m.json",
+    ),
+    "WeNet": Layout(
+        "a.wav b.wav",
+        {"data.list": f'{{"key": "a", "wav": "a.wav", "txt": "{ONE}"}}\n{{"key": "b", "wav": "b.wav", "txt": "{TWO}"}}\n'},
+        [("a.wav", ONE, None), ("b.wav", TWO, None)],
+        "data.list",
+    ),
+    "FunASR": Layout(
+        "a.wav b.wav",
+        {
+            "train.jsonl": f'{{"key": "a", "source": "a.wav", "target": "{ONE}"}}\n{{"key": "b", "source": "b.wav", "target": "{TWO}"}}\n'
+        },
+        [("a.wav", ONE, None), ("b.wav", TWO, None)],
+        "train.jsonl",
+    ),
+    "FLEURS": Layout(
+        "audio/train/1.wav audio/dev/2.wav",
+        {
+            "train.tsv": "903\t1.wav\tThe first Sentence.\tthe first sentence\tt h e | f i r s t | s e n t e n c e |\t6400\tMALE\n",
+            "dev.tsv": "904\t2.wav\tAnd here, another One!\tand here another one\ta n d | h e r e | a n o t h e r | o n e |\t6400\tFEMALE\n",
+        },
+        [("audio/train/1.wav", "The first Sentence.", None), ("audio/dev/2.wav", "And here, another One!", None)],
+    ),
+    "Kaldi with commands that name a file": Layout(
+        "a.flac b.wav",
+        {"wav.scp": "a flac -c -d -s a.flac |\nb sox b.wav -t wav - |\n", "text": f"a {ONE}\nb {TWO}\n"},
+        [("a.flac", ONE, None), ("b.wav", TWO, None)],
+    ),
+    "a folder made by pair": Layout(
+        "a.wav",
+        {
+            "leakage.json": "{}",
+            "train.jsonl": json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": ONE},
+                        {"role": "assistant", "content": {"type": "audio", "audio_url": "a.wav"}},
+                    ]
+                }
+            ),
+        },
+        [("a.wav", ONE, None)],
+    ),
     "Kaldi": Layout(
         "rec.wav a.wav",
         {"wav.scp": "a a.wav\nb rec.wav\n", "text": f"a {ONE}\nb {TWO}\n", "utt2spk": "a anna\nb ben\n"},
@@ -302,8 +443,9 @@ def test_every_layout_trains(codec_dir, toys, tmp_path, capsys):
     flags |= {"mixed_precision": "no", "device": "cpu", "num_workers": 0}
     assert train.main(to_argv(flags)) == 0
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    frames = 10  # of 0.4 s; each codebook has one more target, the end of the stream
-    assert [step["audio_targets"] for step in steps] == [8 * (frames + 1) * num_records] * 2
+    seconds = [record[4] if len(record) > 3 else 0.4 for layout in LAYOUTS.values() for record in layout.expected]
+    frames = [expected_frames(sec, ratios=(8, 10, 12)) for sec in seconds]
+    assert [step["audio_targets"] for step in steps] == [8 * sum(count + 1 for count in frames)] * 2  # with the stream's end
 
 
 # ---- what is not certain is refused, and says which flag settles it
@@ -358,7 +500,7 @@ REFUSED = {
         "one.txt, other.txt all name clips; give the one that counts",
     ),
     "clips alone": ("a.wav b.wav", {}, "", r"2 \.wav, and no text for most of them"),
-    "Parquet": ("", {"data/train-00000.parquet": "PAR1"}, "", "found Parquet"),
+    "an archive": ("", {"data.zip": "PK"}, "", "found a zip archive"),
 }
 
 
@@ -559,3 +701,76 @@ def test_texts_of_rows_are_normalised_and_chatml_is_not(tmp_path, capsys):
     chatml.write_text(chatml.read_text().replace(" <SE>[Laughter]</SE> 20 degrees Celsius.", "（笑）"))
     messages = open_manifest(chatml)[0][0].chatml.messages
     assert [turn.role for turn in messages] == ["user", "assistant"] and messages[0].content == "你好, 世界（笑）"
+
+
+# ---- audio inside other files
+
+
+def sound(tmp_path: Path, number: int) -> bytes:
+    path = tmp_path / f"sound{number}.wav"
+    soundfile.write(path, 0.1 * np.sin(np.arange(6400) / (9 + number)), 16000)
+    return path.read_bytes()
+
+
+def convert_packed(source: Path, folder: Path) -> list[tuple]:
+    """(bytes of the clip, text, speaker, split) of each record after `prepare convert`, which may be run again."""
+    out = folder / "lines.jsonl"
+    for _ in range(2):
+        assert prepare(["convert", str(source), str(out), "--normalize", "no", "--scene_share", "0"]) == 0
+    found = []
+    for record in check(read_manifest(out))[0]:
+        assert record.audio[-1].path.parent == folder / "lines_audio"
+        chatml = record.chatml
+        content = record.audio[-1].path.read_bytes()
+        found.append((content, chatml.messages[-2].content, chatml.speaker, (chatml.misc or {}).get("split")))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_tables_of_hugging_face_datasets_are_unpacked(kind, tmp_path, capsys):
+    """`{bytes, path}` audio as the Hub keeps it, and as `save_to_disk` writes it."""
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet and Arrow need pyarrow")
+    parquet, ipc = (importlib.import_module(f"pyarrow.{name}") for name in ("parquet", "ipc"))
+    sounds = [sound(tmp_path, number) for number in range(2)]
+    audio = [{"bytes": sounds[0], "path": "a.wav"}, {"bytes": sounds[1], "path": None}]
+    table = pyarrow.table({"audio": audio, "text": [ONE, TWO], "speaker_id": [7, 8]})
+    folder = tmp_path / "set" / ("data" if kind == "parquet" else "train")
+    folder.mkdir(parents=True)
+    if kind == "parquet":
+        parquet.write_table(table, folder / "train-00000-of-00001.parquet")
+    else:
+        with ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as file:
+            file.write_table(table)
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"holds the audio itself; unpack it: bash launch.sh prepare convert .* lines.jsonl"):
+        open_manifest(tmp_path / "set")
+    assert convert_packed(tmp_path / "set", tmp_path) == [(sounds[0], ONE, "7", "train"), (sounds[1], TWO, "8", "train")]
+    (folder / "broken.parquet").write_bytes(b"PAR1")
+    assert prepare(["convert", str(folder / "broken.parquet"), str(tmp_path / "x.jsonl")]) == 2
+    assert "broken.parquet: cannot be read" in capsys.readouterr().err
+
+
+def test_tar_shards_are_unpacked(tmp_path):
+    """As Emilia has them; names in a shard do not say where anything is written."""
+    sounds = [sound(tmp_path, number) for number in range(2)]
+    with tarfile.open(tmp_path / "EN-B000.tar", "w") as shard:
+        for name, content in {
+            "../EN_1.json": json.dumps({"text": ONE, "speaker": "EN_s1", "wav": "EN_1.mp3"}).encode(),
+            "../EN_1.wav": sounds[0],
+            "x/EN_2.wav": sounds[1],
+            "x/EN_2.txt": TWO.encode(),
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    assert convert_packed(tmp_path / "EN-B000.tar", tmp_path) == [(sounds[0], ONE, "EN_s1", None), (sounds[1], TWO, None, None)]
+    assert not (tmp_path.parent / "EN_1.wav").exists()
+
+
+def test_the_documentation_lists_the_same_layouts():
+    text = (Path(__file__).parent.parent / "docs" / "datasets.md").read_text(encoding="utf-8")
+    listed = text.split("| layout |")[1].split("\n\n")[0].splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in listed] == list(LAYOUTS)
+    assert len(LAYOUTS) >= 40
+    for meaning, names in COLUMNS.items():
+        assert f"| {meaning} | {', '.join(f'`{name}`' for name in names)} |" in text
