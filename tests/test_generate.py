@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import soundfile
 import torch
 from boson_multimodal.data_types import ChatMLSample, Message
 from conftest import run_ranks, write_manifest
+from safetensors.torch import save_file
 from test_codec import write_wav
 from test_train import run_here, settings
 
@@ -272,10 +274,12 @@ def test_mistakes(toys, tmp_path, capsys):
         assert problem in error("--lines", tmp_path / "l.jsonl", *CODES)
     assert "no config.json" in error("--ckpt", tmp_path, "--text", "x", *CODES)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gone"}))
+    factor = "base_model.model.layers.0.self_attn.q_proj.lora_"
+    weights = {f"{factor}A.weight": torch.zeros(8, 128), f"{factor}B.weight": torch.zeros(128, 8)}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
     assert "checkpoint gone: neither a folder" in error("--ckpt", tmp_path, "--text", "x", *CODES)
-    (tmp_path / "config.json").write_text((toys / "checkpoint" / "config.json").read_text())
-    (tmp_path / "adapter_config.json").unlink()
-    assert "no *.safetensors" in error("--ckpt", tmp_path, "--text", "x", *CODES)
+    bare = shutil.copytree(toys / "checkpoint", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "no *.safetensors" in error("--ckpt", bare, "--text", "x", *CODES)
 
 
 def test_a_silent_model_is_reported(toys, tmp_path, capsys):
