@@ -43,6 +43,7 @@ from data import build_loaders, check_agreement, read_records
 from distributed import Dist, Signals, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
+from generate.batched import check as check_batched
 from generate.pictures import media
 from generate.samples import Sampler, describe
 from loss import LabelSpec, LossSums, Objective, Tally
@@ -469,6 +470,7 @@ def start(run: Run) -> TrainState:
     run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main))
     if cfg.sample_steps:
         dataset = (run.val_loader or run.loader).dataset
+        check_batched(run.config)
         run.sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
         log(dist, f"{len(run.sampler.prompts)} samples every {cfg.sample_steps} steps, into {run.sampler.folder}")
     identity["settings"] = settings

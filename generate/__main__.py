@@ -19,109 +19,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from torch import Tensor
 
 from common import ConfigError, DataError
 from config import Config
-from data import ChatMLDataset
 from distributed import Dist, says_errors, setup_distributed
+from generate.engine import Engine, Job
 from generate.files import write_both, write_only, write_results
 from generate.lines import Chunking, Line, line_of_request, read_lines
 from generate.models import load_model
-from generate.official import Sampling, as_prompt, generate_one, join
+from generate.official import Sampling
 from generate.scores import Score, table
 from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
 from prepare.manifest import Record
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Line -> codes
-
-
-@dataclass
-class Engine:
-    """A model and what it takes to generate lines with it.
-
-    codec:   None where there are only codes
-    context: earlier chunks of a long text that stay in the prompt
-    scratch: for clips that are encoded, and chunks that are generated, on the way
-    """
-
-    model: HiggsAudioModel
-    tokenizer: Any
-    codec: Any
-    sampling: Sampling
-    store: AudioStore
-    scratch: Path
-    force_audio: bool = False
-    context: int = 2
-
-    def encode(self, record: Record) -> None:
-        """Encode the record's waveforms where that is not done yet; raises DataError for what is no audio."""
-        if missing := self.store.missing([record]):
-            for problem in filter(None, self.store.encode(lambda: self.codec, missing)):
-                raise DataError(problem)
-
-    def generate(self, line: Line) -> tuple[Tensor, bool]:
-        """The codes [K, T] of all chunks, one after the other, and whether each answer ended by itself."""
-        clips, history, stopped = [], [], True
-        sampling = self.sampling if line.seed is None else dataclasses.replace(self.sampling, seed=line.seed)
-        for number, chunk in enumerate(line.chunks):
-            record = line.record(history[-2 * self.context :] if self.context else [], chunk)
-            self.encode(record)
-            prompt = as_prompt(ChatMLDataset([record], self.tokenizer, self.store)[0], self.tokenizer, self.force_audio)
-            answer = generate_one(self.model, self.tokenizer, prompt, **sampling.arguments())
-            codes = join(answer.codes, self.store.num_codebooks)
-            clips.append(codes)
-            stopped = stopped and answer.stopped
-            if codes.shape[1]:  # an empty chunk is no example for the next
-                clip = self.scratch / f"{line.name}.{number}.npy"
-                np.save(clip, codes.numpy())
-                part = {"type": "audio", "audio_url": str(clip.resolve())}
-                history += [{"role": "user", "content": chunk}, {"role": "assistant", "content": part}]
-        return join(clips, self.store.num_codebooks), stopped
-
-    def target(self, line: Line) -> Tensor | None:
-        """The right answer, [K, T]."""
-        if not line.target:
-            return None
-        self.encode(Record(None, line.target, line.source))
-        return join([self.store.codes(part, line.source) for part in line.target], self.store.num_codebooks)
-
-    def answer(self, line: Line, write: Callable[[Tensor], dict]) -> tuple[dict, Score | None]:
-        """Generate a line and write its codes; returns its line of results.jsonl, and its score where there is a target."""
-        started = time.perf_counter()
-        codes, stopped = self.generate(line)
-        target = self.target(line)
-        result = {
-            "name": line.name,
-            "kind": line.kind,
-            "text": line.text,
-            "source": line.source,
-            "seed": self.sampling.seed if line.seed is None else line.seed,
-            "chunks": len(line.chunks),
-            "frames": codes.shape[1],
-            "stopped": stopped,
-            "seconds": round(time.perf_counter() - started, 2),
-            **write(codes),
-        }
-        if target is None:
-            return result, None
-        score = Score.of(codes, stopped, target)
-        return result | {"target_frames": target.shape[1], "code_match": score.code_match}, score
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -151,6 +68,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--chunk_words", type=int, default=100, help="longer texts are generated in chunks; 0: never")
     parser.add_argument("--chunk_turns", type=int, default=0, help="most speaker turns in a chunk; 0: any number")
     parser.add_argument("--chunk_context", type=int, default=2, help="earlier chunks that stay in the prompt")
+    parser.add_argument("--batch_size", type=int, default=0, help="prompts that are generated together; 0: as many as fit")
+    parser.add_argument("--official", action="store_true", help="one at a time, by the official generate()")
     for f in dataclasses.fields(Sampling):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default)
     parser.add_argument("--force_audio", action="store_true", help="the prompt ends with <|audio_out_bos|>, so the answer is audio")
@@ -169,13 +88,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def _find_problems(args: argparse.Namespace) -> list[str]:
     problems = [
         f"--{name} {getattr(args, name)}: must be 0 or more"
-        for name in ("chunk_words", "chunk_turns", "chunk_context", "temperature", "top_k", "ras_win_len", "seed")
+        for name in ("chunk_words", "chunk_turns", "chunk_context", "temperature", "top_k", "ras_win_len", "seed", "batch_size")
         if getattr(args, name) < 0
     ]
     if not 0 < args.top_p <= 1:
         problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if args.max_new_tokens < 1:
         problems.append(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
+    if args.official and args.batch_size > 1:
+        problems.append("--official --batch_size: the official generate() takes one prompt at a time")
     if args.lines and any(value is not None for value in (args.ref_audio, args.ref_text, args.scene, args.system)):
         problems.append("--lines: references, scene and system turn belong into the lines themselves")
     if not args.lines and args.out.suffix not in ((".wav", ".npy") if args.codec else (".npy",)):
@@ -207,7 +128,8 @@ def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record],
     needed = dist.together(lambda: store.missing(records)) or (args.codec and args.out.suffix != ".npy")
     codec = dist.main_first(lambda: load_codec(args.codec, dist.device)) if needed else None
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
-    return Engine(model, tokenizer, codec, sampling, store, scratch, args.force_audio, args.chunk_context)
+    batching = {"batch_size": args.batch_size, "official": args.official}
+    return Engine(model, tokenizer, codec, sampling, store, scratch, args.force_audio, args.chunk_context, **batching)
 
 
 def run(argv: Sequence[str]) -> tuple[list[dict], dict[str, Score]]:
@@ -227,8 +149,8 @@ def run(argv: Sequence[str]) -> tuple[list[dict], dict[str, Score]]:
         if args.lines:
             results, scores = generate_lines(engine, lines, args.out, dist)
         else:
-            write = functools.partial(write_only, args.out, codec=engine.codec)
-            results, scores = [dist.together(lambda: engine.answer(lines[0], write))[0]], {}
+            (job,) = dist.together(lambda: list(engine.generate(lines)))
+            results, scores = [result_of(job) | write_only(args.out, job.codes, engine.codec)], {}
     if dist.is_main:
         _report(results, args.out, time.perf_counter() - started, engine.store.frame_rate_hz)
     return results, scores
@@ -236,19 +158,41 @@ def run(argv: Sequence[str]) -> tuple[list[dict], dict[str, Score]]:
 
 def generate_lines(engine: Engine, lines: Sequence[Line], folder: Path, dist: Dist) -> tuple[list[dict], dict[str, Score]]:
     """Generate lines into a folder, shared among the ranks; see `run`. Collective."""
-    write = {line.name: functools.partial(write_both, folder / line.name, codec=engine.codec) for line in lines}
-    mine = lines[dist.rank :: dist.world_size]
-    answers = dist.together(lambda: [engine.answer(line, write[line.name]) for line in mine])
-    shares = dist.gather(answers)
-    answers = [shares[i % dist.world_size][i // dist.world_size] for i in range(len(lines))]
-    results = [result for result, _ in answers]
+    answers = dist.together(lambda: dict(_generate_into(engine, lines[dist.rank :: dist.world_size], folder)))
+    answers = {name: answer for share in dist.gather(answers) for name, answer in share.items()}
+    results = [answers[line.name][0] for line in lines]
     if dist.is_main:
         write_results(folder, results)
     scores: dict[str, Score] = {}
-    for line, (_, score) in zip(lines, answers):
-        if score:
+    for line in lines:
+        if score := answers[line.name][1]:
             scores[line.kind] = scores.get(line.kind, Score()) + score
     return results, scores
+
+
+def _generate_into(engine: Engine, lines: Sequence[Line], folder: Path) -> Iterator[tuple[str, tuple[dict, Score | None]]]:
+    """(name, (line of results.jsonl, score where the target is known)) of each line as it is done."""
+    targets = {line.name: engine.target(line) for line in lines}
+    for job in engine.generate(lines):
+        target = targets[job.line.name]
+        score = None if target is None else Score.of(job.codes, job.stopped, target)
+        yield job.line.name, (result_of(job, score) | write_both(folder / job.line.name, job.codes, engine.codec), score)
+
+
+def result_of(job: Job, score: Score | None = None) -> dict:
+    """A line of results.jsonl, without its files."""
+    result = {
+        "name": job.line.name,
+        "kind": job.line.kind,
+        "text": job.line.text,
+        "source": job.line.source,
+        "seed": job.seed,
+        "chunks": len(job.clips),
+        "frames": job.codes.shape[1],
+        "stopped": job.stopped,
+        "seconds": round(job.seconds, 2),
+    }
+    return result | ({"target_frames": score.target_frames, "code_match": score.code_match} if score else {})
 
 
 def _report(results: Sequence[dict], out: Path, seconds: float, frame_rate_hz: float) -> None:

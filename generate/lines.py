@@ -18,8 +18,8 @@ from common import DataError
 from generate.files import file_name
 from generate.scores import WORD
 from prepare.manifest import AudioPart, Record, parse_record, read_manifest
+from prepare.prompts import Voice, context
 
-INSTRUCTION = "Generate audio following instruction."
 LINE_KEYS = ("text", "ref_audio", "ref_text", "scene", "system", "id", "seed")
 
 
@@ -95,13 +95,15 @@ def line_of_request(value: Any, name: str, folder: Path, source: str, chunking: 
         raise DataError(f"{source}: seed: expected a whole number, 0 or more, found {seed!r}")
     clips, texts = (_as_list(value.get(key), f"{source}: {key}") for key in ("ref_audio", "ref_text"))
     scene, system = value.get("scene") or "", value.get("system")
-    if problem := _contradiction(clips, texts, scene, system):
-        raise DataError(f"{source}: {problem}")
+    if texts and len(texts) != len(clips):
+        raise DataError(f"{source}: {len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none")
+    parts = [{"type": "audio", "audio_url": path} for path in clips]
+    voices = [Voice(part, text) for part, text in itertools.zip_longest(parts, texts)]
     try:
         chunks = split_text(value["text"], chunking)
-    except ValueError as error:
-        raise DataError(f"{source}: text: {error}") from None
-    turns = context(clips, texts, scene, system)
+        turns = context(value["text"], voices, scene, system)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
     return Line(file_name(str(value.get("id", name))), turns, chunks, folder, source, seed)
 
 
@@ -110,42 +112,6 @@ def _as_list(value: Any, what: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
         raise DataError(f"{what}: expected text, or a list with one for each speaker")
     return values
-
-
-def _contradiction(clips: Sequence[str], texts: Sequence[str], scene: str, system: str | None) -> str:
-    """What of these would be ignored, "" for nothing."""
-    if texts and len(texts) != len(clips):
-        return f"{len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none"
-    if system is not None and scene:
-        return "system replaces the system turn, where the scene would be; write the scene into it"
-    if system is not None and clips and not texts:
-        return "system replaces the system turn, where ref_audio without ref_text would be; give ref_text as well"
-    return ""
-
-
-def context(clips: Sequence[str], texts: Sequence[str], scene: str = "", system: str | None = None) -> list[dict]:
-    """The turns before the text, phrased as the official inference phrases them.
-
-    clips, texts: a reference clip for each speaker, and their transcripts; or no transcripts
-    system:       the system turn's text instead of the official one; "" for no such turn
-    """
-    parts = [{"type": "audio", "audio_url": path} for path in clips]
-    exchanges = []
-    for number, (clip, text) in enumerate(zip(parts, texts)):
-        tag = f"[SPEAKER{number}] " if len(parts) > 1 else ""
-        exchanges += [{"role": "user", "content": tag + text}, {"role": "assistant", "content": clip}]
-    if system is not None:
-        content: Any = system
-    elif parts and not texts:
-        content = [f"{INSTRUCTION}\n\n<|scene_desc_start|>\n" + (f"{scene}\n\n" if scene else "")]
-        for number, clip in enumerate(parts):
-            content += [f"SPEAKER{number}: ", clip, "\n"]
-        content[-1] += "<|scene_desc_end|>"
-    elif scene:
-        content = f"{INSTRUCTION}\n\n<|scene_desc_start|>\n{scene}\n<|scene_desc_end|>"
-    else:
-        content = "" if parts else INSTRUCTION
-    return [{"role": "system", "content": content}, *exchanges] if content else exchanges
 
 
 def split_answer(record: Record) -> tuple[Record, list[AudioPart]]:
@@ -176,14 +142,14 @@ def split_text(text: str, chunking: Chunking = Chunking()) -> list[str]:
     """Chunks of at most so many words and speaker turns, cut between turns, else between sentences, else between words.
 
     A chunk that begins inside a turn begins with its `[SPEAKERn]` again.
-    raises: ValueError for a speaker tag without a text
+    raises: DataError for a speaker tag without a text
     """
     chunks: list[str] = []
     words = turns = 0
     for turn in filter(str.strip, TURN.split(text)):
         tag = TAG.match(turn)
         if not turn[tag.end() :]:
-            raise ValueError(f"nothing follows {turn.strip()}")
+            raise DataError(f"text: nothing follows {turn.strip()}")
         for index, piece in enumerate(_pieces(turn[tag.end() :], chunking.words)):
             opens, size = index == 0, len(WORD.findall(piece))
             if chunks and words + size <= (chunking.words or math.inf) and not (opens and turns == chunking.turns > 0):

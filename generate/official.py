@@ -2,7 +2,7 @@
 
     as_prompt           a sample that ends with the user's turn -> a prompt
     generate_one        a prompt -> codes
-    generate_sharded    the same call for a model under FSDP
+    generate_each       requests -> answers
     undelay             generated ids -> codes
 
 Legend: K codebooks, T frames, L delayed columns.
@@ -11,7 +11,9 @@ Legend: K codebooks, T frames, L delayed columns.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,16 @@ class Sampling:
 
 
 @dataclass
+class Request:
+    """A prompt (see `as_prompt`) among others, and what is its own."""
+
+    prompt: ChatMLDatasetSample
+    seed: int = 0
+    max_new_tokens: int = 2048
+    key: Any = None  # the caller's
+
+
+@dataclass
 class Answer:
     """What the model generated for one prompt."""
 
@@ -56,6 +68,7 @@ class Answer:
     delayed: list[Tensor]  # the same as generated: [K, T + K + 1], with stream ids
     token_ids: list[int]  # text tokens after the prompt; a clip is one <|AUDIO_OUT|>
     stopped: bool  # ended by itself: <|audio_eos|>, then <|eot_id|> or <|end_of_text|>
+    seconds: float = 0.0  # since the model was given the prompt
 
 
 def as_prompt(sample: ChatMLDatasetSample, tokenizer, force_audio: bool = False) -> ChatMLDatasetSample:
@@ -96,9 +109,10 @@ def generate_one(
 ) -> Answer:
     """The official `generate()` of a prompt (see `as_prompt`); greedy unless `sampling` says otherwise.
 
-    generate: another way to call it, for instance a PEFT wrapper's or `generate_sharded`
+    generate: another way to call it, for instance a PEFT wrapper's
     sampling: arguments of the official `generate()`, see `Sampling.arguments`
     """
+    started = time.perf_counter()
     model.set_audio_special_tokens(tokenizer)
     batch: HiggsAudioBatchInput = official_collator(model.config)([prompt])
     device = next(model.parameters()).device
@@ -115,7 +129,15 @@ def generate_one(
     )
     new_ids = token_ids[0, len(prompt.input_ids) :].tolist()
     delayed = [clip.cpu() for clip in delayed]
-    return Answer([undelay(clip, model.config) for clip in delayed], delayed, new_ids, has_stopped(new_ids, tokenizer))
+    return make_answer(delayed, new_ids, tokenizer, model.config, started)
+
+
+def make_answer(
+    delayed: list[Tensor], new_ids: list[int], tokenizer, config: HiggsAudioConfig, started: float
+) -> Answer:
+    """started: time.perf_counter() when the model was given the prompt"""
+    codes = [undelay(clip, config) for clip in delayed]
+    return Answer(codes, delayed, new_ids, has_stopped(new_ids, tokenizer), time.perf_counter() - started)
 
 
 def has_stopped(new_ids: Sequence[int], tokenizer) -> bool:
@@ -124,16 +146,14 @@ def has_stopped(new_ids: Sequence[int], tokenizer) -> bool:
     return new_ids[-1] in ends and tokenizer.convert_tokens_to_ids("<|audio_eos|>") in new_ids[-2:-1]
 
 
-def generate_sharded(model: HiggsAudioModel, **arguments):
-    """The official `generate()` of a model under FSDP. Collective: every rank has a prompt of its own.
-
-    `generate` is decorated with inference mode, in which FSDP cannot gather weights; without gradients
-    is enough. A rank that has finished continues with forward passes whose results are not used until
-    all ranks have finished, because every forward pass gathers weights.
-    """
-    several = torch.distributed.get_world_size() > 1
-    with torch.no_grad():
-        return HiggsAudioModel.generate.__wrapped__(model, synced_gpus=several, **arguments)
+def generate_each(
+    model: HiggsAudioModel, tokenizer, requests: deque[Request], sampling: Sampling
+) -> Iterator[tuple[Request, Answer]]:
+    """Answer the requests one after the other, as `batched.generate_many` answers them together."""
+    while requests:
+        request = requests.popleft()
+        own = {"seed": request.seed, "max_new_tokens": request.max_new_tokens}
+        yield request, generate_one(model, tokenizer, request.prompt, **sampling.arguments() | own)
 
 
 def undelay(delayed: Tensor, config: HiggsAudioConfig) -> Tensor:

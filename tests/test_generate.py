@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,18 @@ import soundfile
 import torch
 from boson_multimodal.data_types import ChatMLSample, Message
 from conftest import run_ranks, write_manifest
+from safetensors.torch import save_file
 from test_codec import write_wav
 from test_train import run_here, settings
 
 from export import merge, read
 from generate import __main__ as generate
-from generate.lines import INSTRUCTION, Chunking, context, split_text
+from generate import engine
+from generate.lines import Chunking, line_of_request, split_text
 from generate.official import Sampling, join
 from generate.scores import Score
+from prepare import prompts
 from prepare.audio import import_codec, load_codec
-from prepare.manifest import parse_record
 from tools import toys as demo
 
 CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
@@ -47,7 +50,7 @@ def test_codes_equal_the_official_engines(loud_dir, codec_dir, tmp_path):
         str(loud_dir), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[128, 256]
     )
     argv = f"--ckpt {loud_dir} --device cpu --seed 3 --max_new_tokens 30 --force_audio --text hello --temperature"
-    prompt = ChatMLSample([Message("system", INSTRUCTION), Message("user", "hello")])
+    prompt = ChatMLSample([Message("system", prompts.INSTRUCTION), Message("user", "hello")])
     for temperature in (0.0, 1.0):
         expected = engine.generate(prompt, 30, temperature, top_k=50, force_audio_gen=True, seed=3)
         delayed = expected.generated_audio_tokens
@@ -88,12 +91,12 @@ def test_every_kind_of_checkpoint(toys, tmp_path):
 def test_context_is_the_official_phrasing(tmp_path):
     """The turns before the text, for the cases of upstream's examples/generation.py."""
 
-    def prompt(*args, **kwargs) -> list[tuple]:
-        turns = context(*args, **kwargs)
-        for clip in ("a.npy", "b.npy"):
+    def prompt(clips: list[str], texts: list[str], scene: str = "", system: str | None = None) -> list[tuple]:
+        request = {"text": "text", "ref_audio": clips, "ref_text": texts, "scene": scene, "system": system}
+        for clip in clips:
             np.save(tmp_path / clip, np.zeros((8, 2), np.int64))
-        messages = [*turns, {"role": "user", "content": "text"}]
-        messages = parse_record({"messages": messages}, tmp_path, "here", to_train=False).chatml.messages
+        line = line_of_request(request, "a", tmp_path, "here", Chunking())
+        messages = line.record([], line.chunks[0]).chatml.messages
         parts = [(m.role, m.content if isinstance(m.content, list) else [m.content]) for m in messages]
         return [(role, "".join(getattr(p, "text", "<clip>") if not isinstance(p, str) else p for p in c)) for role, c in parts]
 
@@ -143,14 +146,15 @@ def test_chunks_carry_their_context(loud_dir, tmp_path, monkeypatch):
     reference = np.random.default_rng(0).integers(0, 64, (8, 5))
     np.save(tmp_path / "ref.npy", reference)
     prompts, answers = [], []
-    original = generate.generate_one
+    original = engine.generate_many
 
-    def spy(model, tokenizer, prompt, **sampling):
-        prompts.append(prompt)
-        answers.append(original(model, tokenizer, prompt, **sampling))
-        return answers[-1]
+    def spy(model, tokenizer, requests, sampling, batch_size):
+        for request, answer in original(model, tokenizer, requests, sampling, batch_size):
+            prompts.append(request.prompt)
+            answers.append(answer)
+            yield request, answer
 
-    monkeypatch.setattr(generate, "generate_one", spy)
+    monkeypatch.setattr(engine, "generate_many", spy)
     argv = ["--ckpt", loud_dir, "--ref_audio", tmp_path / "ref.npy", "--ref_text", "me", *CODES, "--max_new_tokens", "25"]
     said = say(tmp_path, *argv, "--text", "One. Two. Three. Four.", "--chunk_words", 1)
     clips = [join(answer.codes, 8) for answer in answers]
@@ -250,12 +254,12 @@ def test_mistakes(toys, tmp_path, capsys):
     assert "text: nothing follows [SPEAKER0]" in error("--text", "[SPEAKER0]", *CODES)
     assert "text: nothing follows [SPEAKER1]" in error("--text", "[SPEAKER0] hi\n[SPEAKER1] ", *CODES)
     one = ("--text", "x", "--ref_audio", "a.npy", *CODES)
-    assert "ref_audio without ref_text would be; give ref_text" in error(*one, "--system", "s")
-    assert "ref_audio without ref_text would be; give ref_text" in error(*one, "--system", "")
-    assert "where the scene would be; write the scene into it" in error("--text", "x", "--system", "s", "--scene", "r", *CODES)
+    assert "a system turn of your own replaces the one that holds reference clips" in error(*one, "--system", "s")
+    assert "a system turn of your own replaces the one that holds reference clips" in error(*one, "--system", "")
+    assert "a system turn of your own replaces the one that holds the scene" in error("--text", "x", "--system", "s", "--scene", "r", *CODES)
     assert "no.npy does not exist" in error("--text", "x", "--ref_audio", "no.npy", *CODES)
     write_wav(tmp_path / "a.wav", 0.1)
-    assert "no codec was given" in error("--text", "x", "--ref_audio", tmp_path / "a.wav", *CODES)
+    assert "which need a codec: give --audio_tokenizer" in error("--text", "x", "--ref_audio", tmp_path / "a.wav", *CODES)
     assert "no.txt: cannot be read" in error("--text_file", tmp_path / "no.txt", *CODES)
     for line, problem in {
         '{"txt": "x"}': 'record 0 (line 1): expected {"text": ...}',
@@ -270,10 +274,12 @@ def test_mistakes(toys, tmp_path, capsys):
         assert problem in error("--lines", tmp_path / "l.jsonl", *CODES)
     assert "no config.json" in error("--ckpt", tmp_path, "--text", "x", *CODES)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gone"}))
+    factor = "base_model.model.layers.0.self_attn.q_proj.lora_"
+    weights = {f"{factor}A.weight": torch.zeros(8, 128), f"{factor}B.weight": torch.zeros(128, 8)}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
     assert "checkpoint gone: neither a folder" in error("--ckpt", tmp_path, "--text", "x", *CODES)
-    (tmp_path / "config.json").write_text((toys / "checkpoint" / "config.json").read_text())
-    (tmp_path / "adapter_config.json").unlink()
-    assert "no *.safetensors" in error("--ckpt", tmp_path, "--text", "x", *CODES)
+    bare = shutil.copytree(toys / "checkpoint", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "no *.safetensors" in error("--ckpt", bare, "--text", "x", *CODES)
 
 
 def test_a_silent_model_is_reported(toys, tmp_path, capsys):

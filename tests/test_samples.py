@@ -197,7 +197,7 @@ def test_sounds_judgements_and_tensorboard(judges, codec_dir, toys, tmp_path):
     sampler = Sampler.build(cfg, loader.dataset, dist)
     first, second = sampler.prompts
     silence = torch.zeros((8, 0), dtype=torch.long)
-    figures = sampler._keep(5, [(0, [first.target[:, :-1]], True, 0.1), (1, [silence], False, 0.1)])
+    figures = sampler._keep(5, [([first.target[:, :-1]], True, 0.1), ([silence], False, 0.1)])
     assert figures["stop_rate"] == 0.5 and figures["exact_clips"] == 0
     assert -1 <= figures["speaker_similarity"] <= 1 and figures["word_error_rate"] > 0
     folder = tmp_path / "samples" / "step_5"

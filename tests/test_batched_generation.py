@@ -1,0 +1,233 @@
+"""Generated together, every prompt gets token for token what the official generate() gives it alone.
+
+float32 on a CPU. Logits of a batch differ from those of one prompt by rounding (measured: at most 4e-6), so a draw
+within that of a threshold could differ; none of those here does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import deque
+
+import pytest
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from conftest import make_model, make_sample, run_ranks
+
+import model_patch
+from common import CheckpointError
+from generate import batched
+from generate.batched import generate_many
+from generate.official import Answer, Request, Sampling, as_prompt, generate_each, official_collator
+from tools import toys as demo
+
+LONGEST = 48
+GREEDY = Sampling(temperature=0, ras_win_len=0, max_new_tokens=LONGEST)
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "greedy, repetition-aware": Sampling(temperature=0, max_new_tokens=LONGEST),
+    "official": Sampling(max_new_tokens=LONGEST),
+    "hot": Sampling(1.0, top_k=0, top_p=1.0, ras_win_len=3, ras_win_max_num_repeat=1, max_new_tokens=LONGEST),
+    "few": Sampling(1.3, top_k=5, top_p=0.5, max_new_tokens=LONGEST),
+}
+
+
+def phrasings(i: int) -> list[list[tuple]]:
+    """Turns of every phrasing of the official inference, of lengths that depend on i."""
+    text, scene = ("user", "say this" * (1 + i % 3)), "<|scene_desc_start|>\nA quiet room.\n<|scene_desc_end|>"
+    speakers = ("system", "<|scene_desc_start|>\nSPEAKER0: ", 4 + i, "\nSPEAKER1: ", 7, "\n<|scene_desc_end|>")
+    exchange = [("user", "reference"), ("assistant", 3 + 5 * i)]
+    dialogue = [("user", "[SPEAKER0] ab"), ("assistant", 6), ("user", "[SPEAKER1] cd"), ("assistant", 2 + i)]
+    return [
+        [text],
+        [("system", "Generate audio following instruction."), text],
+        [("system", scene), text],
+        [*exchange, text],
+        [*dialogue, ("user", "[SPEAKER0] ef\n[SPEAKER1] gh")],
+        [("system", "voice: ", 5 + i, "."), text],
+        [speakers, ("user", "[SPEAKER0] ef\n[SPEAKER1] gh")],
+        [("system", scene), *exchange, ("user", "first part"), ("assistant", 9 + i), text],
+    ]
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    """32: four lengths of eight phrasings, half of which begin with audio."""
+    turns = [(turns, i) for i in range(4) for turns in phrasings(i)]
+    return [as_prompt(make_sample(tokenizer, *t, seed=n), tokenizer, n % 2 > 0) for n, (t, _) in enumerate(turns)]
+
+
+def make_talkative(tokenizer, prompts) -> HiggsAudioModel:
+    """A random model whose answers begin, end and begin again: those tokens' logits are raised along the mean hidden state."""
+    model = make_model(demo.tiny_config(tokenizer))
+    batch = official_collator(model.config)([dataclasses.replace(p, label_ids=None) for p in prompts[3:4]])
+    with torch.no_grad():
+        output = model(**vars(batch), output_hidden_states=True)
+        heads, hidden = model.audio_decoder_proj, output.hidden_states[-1][0]
+        for weight, ids, mean, height in (
+            (heads.text_lm_head.weight, ["<|eot_id|>", "<|audio_out_bos|>"], hidden[~output.audio_out_mask[0]].mean(0), 7.0),
+            (heads.audio_lm_head.weight, [65, 66 * 3 + 65], hidden[output.audio_out_mask[0]].mean(0), 3.0),
+        ):
+            for token in ids:
+                row = tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else token
+                weight[row] += height * mean / mean.square().sum()
+    return model
+
+
+def make_adapted(model: HiggsAudioModel) -> HiggsAudioModel:
+    """The same with PEFT layers that change something."""
+    model = copy.deepcopy(model)
+    model_patch.add_lora(model, r=4, alpha=8, dropout=0.0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    return model.eval()
+
+
+def merged(model: HiggsAudioModel) -> HiggsAudioModel:
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer, prompts) -> dict[str, HiggsAudioModel]:
+    full = make_talkative(tokenizer, prompts)
+    adapted = make_adapted(full)
+    return {"full": full, "adapter": adapted, "merged": merged(adapted)}
+
+
+def requests_of(prompts) -> deque[Request]:
+    """Each with a seed and a longest answer of its own."""
+    return deque(Request(prompt, 100 + i, LONGEST - i % 5, i) for i, prompt in enumerate(prompts))
+
+
+def one_by_one(model, tokenizer, prompts, sampling) -> list[Answer]:
+    return [answer for _, answer in generate_each(model, tokenizer, requests_of(prompts), sampling)]
+
+
+def together(model, tokenizer, prompts, sampling, size: int) -> list[Answer]:
+    answers = {r.key: answer for r, answer in generate_many(model, tokenizer, requests_of(prompts), sampling, size)}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def differing(some: list[Answer], others: list[Answer]) -> list[int]:
+    """Which answers are not the same to the last token."""
+    return [i for i, (one, other) in enumerate(zip(some, others, strict=True)) if parts(one) != parts(other)]
+
+
+def parts(answer: Answer) -> tuple:
+    return answer.token_ids, answer.stopped, *([clip.tolist() for clip in clips] for clips in (answer.delayed, answer.codes))
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_equals_the_official_call(name, models, prompts, tokenizer):
+    """Any number of rows; and the answers do what answers can do, or this would show little."""
+    expected = one_by_one(models["full"], tokenizer, prompts, SAMPLINGS[name])
+    for size in (1, 3, 16):
+        assert differing(together(models["full"], tokenizer, prompts, SAMPLINGS[name], size), expected) == []
+    assert len({len(answer.token_ids) for answer in expected}) > 1 and sum(len(a.codes) > 0 for a in expected) >= 16
+    if name in ("official", "hot"):
+        assert any(a.stopped for a in expected) and not all(a.stopped for a in expected)
+        assert any(len(a.codes) > 1 for a in expected), "no answer has a second clip"
+
+
+@pytest.mark.parametrize("name", ["greedy", "official"])
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_adapters(kind, name, models, prompts, tokenizer):
+    expected = one_by_one(models[kind], tokenizer, prompts, SAMPLINGS[name])
+    assert differing(together(models[kind], tokenizer, prompts, SAMPLINGS[name], 16), expected) == []
+    assert differing(one_by_one(models["full"], tokenizer, prompts[:4], SAMPLINGS[name]), expected[:4]), "it changes nothing"
+
+
+def test_a_model_patched_for_training(models, prompts, tokenizer):
+    """As samples while training; afterwards the model is as it was."""
+    model = model_patch.patch_for_training(copy.deepcopy(models["full"]))
+    expected = one_by_one(models["full"], tokenizer, prompts[:8], SAMPLINGS["official"])
+    assert differing(together(model, tokenizer, prompts[:8], SAMPLINGS["official"], 8), expected) == []
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert differing(one_by_one(model, tokenizer, prompts[:8], SAMPLINGS["official"]), expected) == []
+
+
+def test_neighbours_do_not_matter(models, prompts, tokenizer):
+    """Another order gives other neighbours and other rows."""
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = deque(requests_of(prompts)[i] for i in order)
+    found = {r.key: a for r, a in generate_many(models["full"], tokenizer, shuffled, SAMPLINGS["official"], 5)}
+    expected = together(models["full"], tokenizer, prompts, SAMPLINGS["official"], 7)
+    assert differing([found[i] for i in range(32)], expected) == []
+
+
+def test_requests_may_be_added_between_answers(models, prompts, tokenizer):
+    """Each answer is followed by a request of the same prompt with the next seed, as by a next chunk."""
+    requests, found = requests_of(prompts[:6]), {}
+    for request, answer in generate_many(models["full"], tokenizer, requests, SAMPLINGS["official"], 4):
+        found[request.key] = answer
+        if request.key < 6:
+            requests.appendleft(Request(request.prompt, request.seed + 50, request.max_new_tokens, request.key + 6))
+    assert len(found) == 12
+    again = [Request(r.prompt, r.seed + 50, r.max_new_tokens) for r in requests_of(prompts[:6])]
+    expected = deque([*requests_of(prompts[:6]), *again])
+    expected = [answer for _, answer in generate_each(models["full"], tokenizer, expected, SAMPLINGS["official"])]
+    assert differing([found[i] for i in range(12)], expected) == []
+
+
+def sharded(dist, state: dict, prompts, sampling: Sampling) -> dict[int, tuple]:
+    """This rank's share of the prompts, by a sharded model: rank 0 has many more than rank 1."""
+    tokenizer = demo.make_tokenizer()
+    model = make_model(demo.tiny_config(tokenizer))
+    model.load_state_dict(state)
+    model = model_patch.patch_for_training(model)
+    model_patch.shard(model, dist.mesh, param_dtype=torch.float32)
+    requests = requests_of(prompts)
+    mine = deque(list(requests)[:6] if dist.rank == 0 else list(requests)[6:])
+    answers = generate_many(model.eval(), tokenizer, mine, sampling, 4, dist.any)
+    return {request.key: parts(answer) for request, answer in answers}
+
+
+@pytest.mark.parametrize("num_prompts", [6, 8])
+def test_sharded_ranks(num_prompts, models, prompts, tokenizer):
+    """Two ranks with shares of different sizes, one perhaps with nothing to do, under FSDP2."""
+    expected = one_by_one(models["full"], tokenizer, prompts[:num_prompts], SAMPLINGS["official"])
+    shares = run_ranks(sharded, 2, models["full"].state_dict(), prompts[:num_prompts], SAMPLINGS["official"])
+    assert [len(share) for share in shares] == [6, num_prompts - 6]
+    found = shares[0] | shares[1]
+    assert [found[i] for i in range(num_prompts)] == [parts(answer) for answer in expected]
+
+
+def test_the_cache_grows(models, tokenizer, monkeypatch):
+    """A cache that has to grow within an answer holds what it held."""
+    prompts = [as_prompt(make_sample(tokenizer, ("user", "a b c" * n), seed=n), tokenizer, True) for n in range(1, 4)]
+    expected = together(models["full"], tokenizer, prompts, SAMPLINGS["official"], 3)
+    monkeypatch.setattr(batched, "CACHE_STEP", 8)
+    assert differing(together(models["full"], tokenizer, prompts, SAMPLINGS["official"], 3), expected) == []
+
+
+def test_errors(models, prompts, tokenizer):
+    """A model it cannot run, and tokens that the tokenizer lacks, as the official call has it."""
+    config = demo.tiny_config(tokenizer, audio_dual_ffn_layers=[0, 2])
+    with pytest.raises(CheckpointError, match=r"cannot generate many prompts together.*--official"):
+        next(generate_many(HiggsAudioModel(config), tokenizer, requests_of(prompts), GREEDY, 2))
+    model = copy.deepcopy(models["full"])
+    head = model.audio_decoder_proj.text_lm_head
+    head.weight.data = torch.cat([head.weight.data, 100 * head.weight.data[:50]])
+    for generate in (generate_each, lambda *a: generate_many(*a, 2)):
+        with pytest.raises(ValueError, match="token"):
+            list(generate(model, tokenizer, requests_of(prompts), Sampling(max_new_tokens=LONGEST)))
+
+
+def test_rows_that_fit(models, monkeypatch):
+    """Keys and values: 3 layers x 2 x 2 heads x 32 x 4 bytes a position, of half the free memory."""
+    size = 3 * 2 * 2 * 32 * 4 * (batched.USUAL_PROMPT + 100)
+    memory = type("Memory", (), {"available": size * 10 + 1000})()
+    monkeypatch.setattr(batched.psutil, "virtual_memory", lambda: memory)
+    assert batched.rows_that_fit(models["full"], 100) == 5
+    memory.available = 10
+    assert batched.rows_that_fit(models["full"], 100) == 1
+    memory.available = 1 << 50
+    assert batched.rows_that_fit(models["full"], 100) == batched.MOST_ROWS["cpu"]
