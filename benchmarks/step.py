@@ -259,7 +259,7 @@ def measure(turns: dict[str, tuple[Ours | Reference, Sequence[Micro]]], flops: m
             found, work = figures[name], micro.ours.packing.work()
             found.step_sec.append(seconds)
             found.tokens_per_sec.append(work[0] / seconds)
-            found.audio_sec_per_sec.append(micro.ours.num_frames() / synthetic.FRAME_RATE_HZ / seconds)
+            found.audio_sec_per_sec.append(micro.ours.num_frames / synthetic.FRAME_RATE_HZ / seconds)
             found.utilisation.append(flops.total(*work) / seconds / peaks[-1])
     return figures, statistics.median(peaks)
 
