@@ -122,15 +122,21 @@ class Gpu:
     memory_gb: int  # as it is sold
     memory_gib: float  # as the driver reports it
     bf16_flops: float  # per second, dense, accumulated in float32
+    memory_rate: float  # bytes per second
+    link_rate: float  # bytes per second to other GPUs of the node, in one direction: NVLink or PCIe
 
 
 GPUS = (
-    Gpu("RTX 4090", 24, 23.6, 165e12),
-    Gpu("L40S", 48, 44.5, 362e12),
-    Gpu("A100", 80, 79.1, 312e12),
-    Gpu("H100", 80, 79.1, 989e12),
-    Gpu("H200", 141, 139.8, 989e12),
-    Gpu("B200", 180, 178.4, 2250e12),
+    Gpu("RTX 4060", 8, 7.6, 30e12, 272e9, 16e9),
+    Gpu("RTX 3060", 12, 11.6, 25e12, 360e9, 32e9),
+    Gpu("RTX 4080", 16, 15.7, 97e12, 717e9, 32e9),
+    Gpu("RTX 4090", 24, 23.6, 165e12, 1008e9, 32e9),
+    Gpu("RTX 5090", 32, 31.4, 209e12, 1792e9, 64e9),
+    Gpu("L40S", 48, 44.5, 362e12, 864e9, 32e9),
+    Gpu("H100", 80, 79.1, 989e12, 3350e9, 450e9),
+    Gpu("A100", 80, 79.1, 312e12, 2039e9, 300e9),
+    Gpu("H200", 141, 139.8, 989e12, 4800e9, 450e9),
+    Gpu("B200", 180, 178.4, 2250e12, 8000e9, 900e9),
 )
 
 

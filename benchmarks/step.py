@@ -53,7 +53,8 @@ from common import write_whole  # noqa: E402
 from config import Config, parse_config, to_argv  # noqa: E402
 from distributed import Dist, setup_distributed  # noqa: E402
 from loss import IGNORE_INDEX  # noqa: E402
-from tools import plan, synthetic  # noqa: E402
+from tools import synthetic  # noqa: E402
+from tools.estimate import estimate  # noqa: E402
 from tools.memory import LiveBytes, resident_bytes  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def measure(turns: dict[str, tuple[Ours | Reference, Sequence[Micro]]], flops: m
             found, work = figures[name], micro.ours.packing.work()
             found.step_sec.append(seconds)
             found.tokens_per_sec.append(work[0] / seconds)
-            found.audio_sec_per_sec.append(micro.ours.num_frames() / synthetic.FRAME_RATE_HZ / seconds)
+            found.audio_sec_per_sec.append(micro.ours.num_frames / synthetic.FRAME_RATE_HZ / seconds)
             found.utilisation.append(flops.total(*work) / seconds / peaks[-1])
     return figures, statistics.median(peaks)
 
@@ -375,7 +376,7 @@ def compare(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str
         gc.collect()
     torch_dist.destroy_process_group()  # makes room for the planner's fake one
     worst = max(shuffled, key=largest)  # in which peak memory was measured
-    planned = plan.estimate(cfg, config, worst.ours, dist.world_size, on_gpu=dist.device.type == "cuda").peak
+    planned = estimate(cfg, config, worst.ours, dist.world_size, on_gpu=dist.device.type == "cuda").peak
     report = [describe(args.size, dist, peak, args.argv), table(figures), ""]
     faster = ratios(figures)
     if not alone:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ import loss
 import metrics
 import model_patch
 import train
-from config import parse_config
+from config import CHECKPOINTING_MODES, parse_config
 from tools import plan, synthetic
+from tools.estimate import Estimate, clones_of, estimate
 from tools.memory import LiveBytes, resident_bytes
 from tools.toys import make_checkpoint
 from train import build_optimizer
@@ -29,7 +33,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def batch(config):
-    return plan.clones_of(config, synthetic.clone_durations(2, stretch=0.25))
+    return clones_of(config, synthetic.clone_durations(2, stretch=0.25))
 
 
 def measure(dist, cfg, config, batch) -> tuple[int, int]:
@@ -59,7 +63,7 @@ def measure(dist, cfg, config, batch) -> tuple[int, int]:
 )
 def test_prediction_is_what_is_measured(world_size, flags, config, batch):
     cfg = parse_config([*FLAGS, *flags])
-    found = plan.estimate(cfg, config, batch, world_size, on_gpu=False)
+    found = estimate(cfg, config, batch, world_size, on_gpu=False)
     resident, peak = run_ranks(measure, world_size, cfg, config, batch)[0]
     assert found.weights + found.optimizer == resident
     assert found.peak == pytest.approx(peak, rel=0.01)  # found: 0.1 to 0.3 % less, the copies of the batch itself
@@ -74,10 +78,10 @@ def test_communication(config, batch):
         4 * sum(p.numel() for m in modules for p in m.parameters())
         for modules in ([model], [*model.layers, model.embed_tokens])
     )
-    assert plan.estimate(cfg, config, batch, 1).sent == 0
-    found = plan.estimate(cfg, config, batch, 4)
+    assert estimate(cfg, config, batch, 1).sent == 0
+    found = estimate(cfg, config, batch, 4)
     assert found.sent == pytest.approx((2 * whole + again) * 3 / 4, rel=0.001)  # the rest: target counts, the gradient norm
-    accumulating = plan.estimate(dataclasses.replace(cfg, grad_accum=2), config, batch, 4)
+    accumulating = estimate(dataclasses.replace(cfg, grad_accum=2), config, batch, 4)
     assert accumulating.sent == pytest.approx((3 * whole + 2 * again) * 3 / 4, rel=0.01)
     assert accumulating.flops == 2 * found.flops
 
@@ -85,13 +89,82 @@ def test_communication(config, batch):
 def test_more_ranks_and_checkpointing_need_less(config, batch):
     def peak(world_size: int, mode: str) -> int:
         cfg = parse_config([*FLAGS, "--lora_r", "0", "--activation_checkpointing", mode])
-        return plan.estimate(cfg, config, batch, world_size).peak
+        return estimate(cfg, config, batch, world_size).peak
 
     assert peak(64, "none") < peak(2, "none")
     assert peak(2, "full") < peak(2, "selective") < peak(2, "none")
 
 
-def test_command(toys, capsys):
+def test_flops_count_what_is_recomputed(config, batch):
+    """Without checkpointing the useful ones, attention's backward pass aside, which computes its scores again; with it a forward
+    pass of the layers more, up to the last product whose inputs are needed: without the audio FFN's last one."""
+    flops = metrics.Flops.of(model_patch.build_on_meta(config))
+    positions, pairs, text, audio = batch.packing.work()
+    width = config.text_config.hidden_size * config.text_config.num_hidden_layers
+    found = {}
+    for mode in ("none", "full"):
+        cfg = parse_config([*FLAGS, "--lora_r", "0", "--activation_checkpointing", mode])
+        found[mode] = estimate(cfg, config, batch, 1).flops
+    assert found["none"] == pytest.approx(flops.total(positions, 0, text, audio) + 14 * pairs * width, rel=1e-4)
+    num_audio = positions - batch.packing.layout.num_text
+    again = flops.total(positions, 0, 0, 0) / 3 + 4 * pairs * width - 2 * num_audio * width * config.audio_ffn_intermediate_size
+    assert found["full"] - found["none"] == pytest.approx(again, rel=1e-4)
+
+
+def test_seconds_of_a_step():
+    """The longer of computing and sending, then the optimizer."""
+    gpu = metrics.Gpu("card", 8, 8.0, bf16_flops=100.0, memory_rate=400.0, link_rate=10.0)
+    found = Estimate(weights=0, optimizer=0, peak=0, sent=30.0, flops=200.0, trained=5)
+    assert found.step_sec(gpu, share=0.5) == 200 / (100 * 0.5) + 5 * 40 / 400
+    assert dataclasses.replace(found, sent=50.0).step_sec(gpu, share=0.5) == 50 / 10 + 5 * 40 / 400
+
+
+@pytest.fixture(scope="module")
+def planner(config):
+    cfg = parse_config([*FLAGS, "--lora_r", "4"])
+    seconds = synthetic.clone_durations(4)
+    return plan.Planner(cfg, config, plan.Workload(clones_of(config, seconds), "four clones"))
+
+
+def card(size: float) -> metrics.Gpu:
+    return metrics.Gpu("card", 8, size / 2**30, 1e12, 1e12, 1e12)
+
+
+def test_which_flags_make_it_fit(planner):
+    """The fastest that fits; then fewer positions; then no, with what the least needs."""
+    none, full = (planner.option(4, mode, 1).found.needed for mode in ("none", "full"))
+    assert full < none
+    assert planner.best(card(none + 1), 4, 1) == (planner.option(4, "none", 1), "none needed")
+    assert planner.best(card(none - 1), 4, 1) == (planner.option(4, "full", 1), "--use_gradient_checkpointing")
+    option, flags = planner.best(card(full - 1), 4, 1)
+    assert re.fullmatch(r"--max_tokens \d+00 --use_gradient_checkpointing", flags)
+    assert option.tokens < planner.workload.tokens and option.spare(card(full - 1)) >= 0
+    least = planner.option(4, "full", 1, plan.FEWEST_TOKENS).found.needed
+    option, flags = planner.best(card(least - 1), 4, 1)
+    assert flags.startswith("no: ") and option.spare(card(least - 1)) < 0
+
+
+def test_most_tokens_fit(planner):
+    """The largest micro-batch that the answer allows fits, one of half as many positions again does not."""
+    gpu = card(planner.option(4, "full", 1).found.needed * 1.004)
+    most = planner.most_tokens(gpu, 4, 1)
+    assert most > planner.workload.tokens
+    assert planner.option(4, "full", 1, most).spare(gpu) >= 0 > planner.option(4, "full", 1, int(1.5 * most)).spare(gpu)
+    assert planner.most_tokens(card(1e12), 4, 1) == plan.MOST_TOKENS and planner.most_tokens(card(0), 4, 1) == 0
+
+
+def test_the_gpu_that_is_here(monkeypatch):
+    """It has a row of its own, with its own memory; times only where its data sheet is known."""
+    assert [gpu.memory_gb for gpu in plan.cards()] == [8, 12, 16, 24, 32, 48, 80, 141]
+    for name, known in (("NVIDIA H200", True), ("Tesla T4", False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=15 * 2**30))
+        here = plan.cards()[-1]
+        assert here.memory_gib == 15 and here.name.startswith("here: ") and (here.bf16_flops > 0) == known
+
+
+def test_command(toys, tmp_path, capsys):
     """A manifest and a checkpoint give the steps and times of the run; mistakes are named."""
     flags = [
         "--base_ckpt",
@@ -101,11 +174,22 @@ def test_command(toys, capsys):
         "--audio_tokenizer",
         "none",
     ]
+    flags += ["--json", str(tmp_path / "plan.json")]
     assert plan.main([*flags, "--ranks", "2", "--batch_size", "4", "--epochs", "3", "--num_workers", "0"]) == 0
     report = capsys.readouterr().out
     assert "31 records, the largest micro-batch of the first epoch: 4 of them" in report
     assert "for 12 steps" in report  # ceil(31 / 4) = 8 micro-batches, 4 steps of two ranks, 3 epochs
     assert report.count("\n| LoRA r 16 |") == report.count("\n| full |") == 3
+    assert all(report.count(f"\n| {gpu.memory_gb} GB {gpu.name} ") == 2 for gpu in plan.CARDS)
+    assert max(map(len, report.splitlines())) <= 100
+    rows = json.loads((tmp_path / "plan.json").read_text())
+    assert [(row["training"], row["checkpointing"], row["ranks"]) for row in rows] == [
+        (training, mode, 2) for training in ("lora", "full") for mode in CHECKPOINTING_MODES
+    ]
+    for row in rows:
+        assert row["needed_gib"] == pytest.approx(1.05 * row["peak_gib"] + 1.5) and row["base"] == "bf16"
+        assert row["fits"] == [gpu.memory_gb for gpu in plan.CARDS if row["needed_gib"] <= gpu.memory_gib]
+        assert list(row["hours_per_1000_clips"]) == [str(size) for size in row["fits"]] and row["tokens"] > 0
     assert not torch.distributed.is_initialized()
 
 

@@ -1,22 +1,21 @@
-"""What a run will need, before you have a GPU or weights: memory, communication and time of a step.
+"""Will it run on my card? Memory, flags and time of training, before you have a GPU or weights.
 
-    bash launch.sh plan                                      # the published checkpoint, clones of 3 to 20 s
+    bash launch.sh plan                                      # the published checkpoint, four clones of 5 to 30 s at a time
     bash launch.sh plan --train_manifest train.jsonl --base_ckpt FOLDER --max_tokens 8192 --epochs 3
-    bash launch.sh plan --lora_r 64 --batch_size 16 --ranks 8 --mfu 0.45
+    bash launch.sh plan --lora_r 64 --batch_size 16 --ranks 1,8 --mfu 0.45 --json plan.json
 
-Takes the flags of train.py (--train_manifest and --output_dir may be left out) and a few of its own. Every checkpointing
-mode is planned for the given LoRA rank and for a full fine-tune.
-
-Memory and communication are not formulas: train.py's own `train_step` runs on fake tensors (shapes without data) among
-fake ranks, and every tensor and collective is counted. The micro-batch is the largest of the first epoch or, without a
-manifest, as many clones as --batch_size or --max_tokens say. Not counted are the allocator's fragmentation, kernel
-workspaces, the CUDA context and NCCL: `Estimate.needed` leaves room for them.
+Takes the flags of train.py (--train_manifest and --output_dir may be left out) and a few of its own. For cards of 8 to 141 GB
+and the GPU that is here, LoRA and a full fine-tune: the flags to add, the memory to spare, the time. Then what each setting
+needs. The micro-batch is the largest of the first epoch or, without a manifest, as many clones as --batch_size or
+--max_tokens say. Memory is found by tools/estimate.py, which runs the real step on tensors without data.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import json
 import math
 import sys
 import tempfile
@@ -24,116 +23,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as torch_dist
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import checkpoint
 import data
-import loss
-import metrics
-import model_patch
-import train
 from collate import Batch, create_collator
-from common import ConfigError
+from common import ConfigError, write_whole
 from config import BASE_CKPT, CHECKPOINTING_MODES, Config, parse_config
-from distributed import Dist, make_mesh, says_errors
+from distributed import says_errors
+from metrics import GPUS, Gpu, find_gpu
 from prepare.audio import AudioStore, codec_frame_rate_hz
 from prepare.manifest import report_problems
-from tools import synthetic, toys
-from tools.memory import LiveBytes
-from train import build_optimizer
+from tools import synthetic
+from tools.estimate import FRAGMENTATION, RESERVED, Estimate, clones_of, estimate
 
-CARDS = [gpu for gpu in metrics.GPUS if gpu.name in ("RTX 4090", "L40S", "H100", "H200")]
-FRAGMENTATION = 1.05
-RESERVED = 1.5 * 2**30  # bytes: CUDA's context, NCCL's buffers, workspaces
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One step on fake ranks
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What one rank needs, in bytes; `sent` and `flops` per optimizer step."""
-
-    weights: int
-    optimizer: int
-    peak: int  # on the GPU at the worst moment, weights and optimizer state included (unless --cpu_offload)
-    sent: float  # to other ranks, by ring algorithms
-    flops: float
-
-    @property
-    def needed(self) -> float:
-        """Bytes a GPU should have."""
-        return self.peak * FRAGMENTATION + RESERVED
-
-
-class Counter(LiveBytes):
-    """Counts live bytes and sent bytes; reading a number from a fake tensor gives 1.0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent = 0.0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0
-        if func.namespace == "c10d":
-            self.sent += _ring_bytes(func, args)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def _ring_bytes(func, args: tuple) -> float:
-    """Bytes that each rank sends in a collective by a ring algorithm."""
-    name = func.name()
-    if "allgather_base" in name:
-        (whole, _, group, *_), rounds = args, 1
-    elif "reduce_scatter_base" in name:
-        (_, whole, group, *_), rounds = args, 1
-    elif "allreduce" in name:
-        (tensors, group, *_), rounds = args, 2
-        (whole,) = tensors
-    else:
-        raise NotImplementedError(f"no rule for the bytes that {name} sends")
-    size = torch_dist.ProcessGroup.unbox(group).size()
-    return rounds * whole.nbytes * (size - 1) / size
-
-
-def estimate(cfg: Config, config: HiggsAudioConfig, batch: Batch, world_size: int, on_gpu: bool = True) -> Estimate:
-    """Run `train.train_step` on `cfg.grad_accum` micro-batches like `batch`, as rank 0 of `world_size`.
-
-    on_gpu: with a GPU's attention kernel and prefetching, else a CPU's
-    raises: ConfigError, PatchError as train.py would
-    """
-    torch_dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    like_gpu = mock.patch.multiple(model_patch, has_varlen_kernel=lambda *_: on_gpu, can_prefetch=lambda *_: on_gpu)
-    try:
-        device = torch.device("cpu")  # so that neither CUDA nor streams are needed
-        dist = Dist(0, 0, world_size, device, make_mesh("cpu", world_size, cfg.replicate))
-        with like_gpu:
-            model, _ = train.construct_model(cfg, dist, config)
-        flops = metrics.Flops.of(model).total(*batch.packing.work())
-        with like_gpu, FakeTensorMode(allow_non_fake_inputs=True), Counter() as live:
-            model_patch.materialize(model, device)
-            weights = live.now
-            optimizer = build_optimizer(model, cfg)
-            checkpoint.create_state(optimizer)
-            state = live.now - weights
-            model.train()
-            objective, labels = train.build_objective(cfg, config), loss.LabelSpec.of(config)
-            task = train.Task(model, optimizer, objective, labels, dist, cfg.grad_clip, cfg.seed)
-            train.train_step(task, [batch] * cfg.grad_accum, step=0, lr=cfg.peak_lr)
-        on_host = weights + state if cfg.cpu_offload else 0
-        return Estimate(weights, state, live.peak - on_host, live.sent, flops * cfg.grad_accum)
-    finally:
-        torch_dist.destroy_process_group()
-
+EXAMPLES = {gpu.memory_gb: gpu for gpu in reversed(GPUS) if gpu.memory_gb <= 141}  # the first of each size
+CARDS = [EXAMPLES[size] for size in sorted(EXAMPLES)]
+# By checkpointing mode, the fastest first.
+FLAGS = {"none": "", "selective": "--activation_checkpointing selective", "full": "--use_gradient_checkpointing"}
+POSITIONS_PER_SEC = synthetic.FRAME_RATE_HZ + synthetic.TOKENS_PER_SEC
+CLONE_OVERHEAD = 43  # positions of a clone that its length does not change: turn headers, delay columns
+FEWEST_TOKENS = 300  # per micro-batch: one short clone
+MOST_TOKENS = 32768  # per micro-batch; larger ones are not planned for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The data
@@ -144,8 +58,18 @@ class Workload:
     """The data to plan for."""
 
     batch: Batch  # the largest micro-batch
-    about: str  # printed above the table
+    about: str
     lengths: np.ndarray | None = None  # [records] positions; None without a manifest
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the micro-batch."""
+        return self.batch.packing.num_positions
+
+    @property
+    def clips(self) -> float:
+        """Samples of average length that make such a micro-batch."""
+        return len(self.batch) if self.lengths is None else self.tokens / self.lengths.mean()
 
     def steps(self, cfg: Config, world_size: int) -> int | None:
         """Optimizer steps of the run; None if unknown."""
@@ -156,27 +80,19 @@ class Workload:
         return cfg.epochs * math.ceil((len(bounds) - 1) / (world_size * cfg.grad_accum))
 
 
-def clones_of(config: HiggsAudioConfig, seconds: np.ndarray) -> Batch:
-    """One micro-batch of clones, [records, 2] seconds of reference and target."""
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = synthetic.write_clones(Path(folder), seconds, config.audio_codebook_size)
-        store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, synthetic.FRAME_RATE_HZ, Path(folder))
-        dataset = data.ChatMLDataset(data.read_manifest(manifest), toys.make_tokenizer(), store)
-        return create_collator(config)([dataset[i] for i in range(len(dataset))])
-
-
-POSITIONS_PER_SEC = synthetic.FRAME_RATE_HZ + synthetic.TOKENS_PER_SEC
+def clones_within(tokens: int) -> np.ndarray:
+    """[clones, 2] seconds of reference and target; at least one clone, shortened if need be."""
+    seconds = synthetic.clone_durations(4096)
+    positions = (seconds.sum(1) * POSITIONS_PER_SEC + CLONE_OVERHEAD).cumsum()
+    count = int((positions <= tokens).sum())
+    return seconds[:count] if count else seconds[:1] * (tokens - CLONE_OVERHEAD) / (positions[0] - CLONE_OVERHEAD)
 
 
 def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
     """The manifest's largest micro-batch, with one clip of equal length for each sample; or clones without a manifest."""
     if not cfg.train_manifest:
-        seconds = synthetic.clone_durations(4096)
-        positions = (seconds.sum(1) * POSITIONS_PER_SEC).cumsum()
-        count = int((positions <= cfg.max_tokens).sum()) if cfg.max_tokens else cfg.batch_size
-        return Workload(
-            clones_of(config, seconds[: max(1, count)]), f"{count} clones, references of 3 to 10 s, targets of 2 to 20 s"
-        )
+        seconds = clones_within(cfg.max_tokens) if cfg.max_tokens else synthetic.clone_durations(4096)[: cfg.batch_size]
+        return Workload(clones_of(config, seconds), f"{len(seconds)} clones, references of 3 to 10 s, targets of 2 to 20 s")
     records, _, _ = data.open_records(cfg.train_manifest, cfg.missing_audio == "skip")
     tokenizer = checkpoint.load_tokenizer(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     with tempfile.TemporaryDirectory() as folder:
@@ -184,8 +100,7 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
         codes_dir = Path(cfg.codes_dir or folder)
         store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, rate, codes_dir, cfg.codec)
         dataset = data.ChatMLDataset(records, tokenizer, store)
-        collator = create_collator(config)
-        lengths, problems = data.measure_lengths(dataset, collator, num_workers=cfg.num_workers)
+        lengths, problems = data.measure_lengths(dataset, create_collator(config), num_workers=cfg.num_workers)
     report_problems(problems)
     order = data.epoch_order([len(lengths)], [1.0], cfg.seed, 0)
     bounds = data.Batching(cfg.batch_size, cfg.max_tokens, lengths).bounds(order)
@@ -196,51 +111,172 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Report
+# Ways to train
 
 
-def plan(cfg: Config, config: HiggsAudioConfig, workload: Workload, ranks: Sequence[int], mfu: float) -> str:
-    """A table of settings; progress goes to stderr, since each setting takes seconds."""
-    packing = workload.batch.packing
+@dataclass(frozen=True)
+class Option:
+    """A way to train, and what it needs."""
+
+    lora_r: int
+    checkpointing: str
+    ranks: int
+    tokens: int  # positions of a micro-batch
+    found: Estimate
+
+    @property
+    def training(self) -> str:
+        return f"LoRA r {self.lora_r}" if self.lora_r else "full"
+
+    def spare(self, gpu: Gpu) -> float:
+        """Bytes; negative if it does not fit."""
+        return gpu.memory_gib * 2**30 - self.found.needed
+
+
+class Planner:
+    """Options for one workload, each estimated once; progress goes to stderr, since each takes seconds."""
+
+    def __init__(self, cfg: Config, config: HiggsAudioConfig, workload: Workload):
+        self.cfg, self.config, self.workload = cfg, config, workload
+        self.option = functools.cache(self._option)
+
+    def _option(self, lora_r: int, checkpointing: str, ranks: int, tokens: int | None = None) -> Option:
+        """tokens: positions of a micro-batch of clones instead of the workload's"""
+        batch = clones_of(self.config, clones_within(tokens)) if tokens else self.workload.batch
+        tokens = batch.packing.num_positions
+        settings = dataclasses.replace(self.cfg, lora_r=lora_r, activation_checkpointing=checkpointing)
+        option = Option(lora_r, checkpointing, ranks, tokens, estimate(settings, self.config, batch, ranks))
+        print(f"{option.training}, {checkpointing}, {ranks} GPU(s), {tokens:,} positions", file=sys.stderr)
+        return option
+
+    def options(self, lora_r: int, ranks: int) -> list[Option]:
+        """The workload's micro-batch in every checkpointing mode."""
+        return [self.option(lora_r, mode, ranks) for mode in CHECKPOINTING_MODES]
+
+    def most_tokens(self, gpu: Gpu, lora_r: int, ranks: int) -> int:
+        """The largest micro-batch that fits with full checkpointing, in hundreds of positions; 0 if not even a clip does.
+
+        What is needed is a maximum over moments of the step, each linear in the positions: convex. Between two sizes it
+        lies below their chord, so the answer errs towards fewer positions.
+        """
+        sizes = [FEWEST_TOKENS, None, MOST_TOKENS]
+        options = sorted((self.option(lora_r, "full", ranks, size) for size in sizes), key=lambda option: option.tokens)
+        if options[0].spare(gpu) < 0:
+            return 0
+        for low, high in pairwise(options):
+            if high.spare(gpu) < 0:
+                share = low.spare(gpu) / (low.spare(gpu) - high.spare(gpu))
+                return int(low.tokens + share * (high.tokens - low.tokens)) // 100 * 100
+        return MOST_TOKENS
+
+    def best(self, gpu: Gpu, lora_r: int, ranks: int) -> tuple[Option, str]:
+        """The fastest option that fits and the flags that choose it; else the one that needs least, and why it does not."""
+        modes = [mode for mode in CHECKPOINTING_MODES if mode != "selective" or not lora_r]  # LoRA gains nothing by it
+        options = [self.option(lora_r, mode, ranks) for mode in sorted(modes, key=list(FLAGS).index)]
+        for option in options:
+            if option.spare(gpu) >= 0:
+                return option, FLAGS[option.checkpointing] or "none needed"
+        if tokens := self.most_tokens(gpu, lora_r, ranks):
+            return self.option(lora_r, "full", ranks, tokens), f"--max_tokens {tokens} {FLAGS['full']}"
+        least = min(options, key=lambda option: option.found.needed)
+        return least, f"no: {_gb(least.found.needed)} needed"
+
+    def seconds(self, option: Option, gpu: Gpu, share: float, steps: int | None) -> float:
+        """Of the run's steps, or of 1,000 clips."""
+        per_clip = option.found.step_sec(gpu, share) / (option.ranks * self.cfg.grad_accum * option.tokens)
+        per_clip *= self.workload.tokens / self.workload.clips
+        clips = steps * option.ranks * self.cfg.grad_accum * self.workload.clips if steps else 1000
+        return per_clip * clips
+
+
+def cards() -> list[Gpu]:
+    """An example of each size, and the GPU that is here."""
+    found = list(CARDS)
+    if torch.cuda.is_available():
+        name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+        like = find_gpu(name) or Gpu(name, round(total / 1e9), 0, math.nan, math.nan, math.nan)
+        found.append(dataclasses.replace(like, name=f"here: {like.name}"[:20], memory_gib=total / 2**30))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def plan(planner: Planner, ranks: Sequence[int], share: float) -> str:
+    """Will it run on which card, then what each way to train needs."""
+    cfg, workload = planner.cfg, planner.workload
+    trainings = list(dict.fromkeys((cfg.lora_r, 0)))
     lines = [
-        f"{workload.about}: {packing.num_positions:,} positions per micro-batch, {cfg.grad_accum} micro-batch(es) per step",
-        "",
-        "| training | checkpointing | ranks | weights | optimizer | peak | sent per step | "
-        + " | ".join(f"{gpu.memory_gb} GB, {gpu.name}" for gpu in CARDS)
-        + " |",
-        "| --- " * (7 + len(CARDS)) + "|",
+        f"{workload.about}: {workload.tokens:,} positions per micro-batch,",
+        f"{cfg.grad_accum} micro-batch(es) per step",
     ]
-    for lora_r in dict.fromkeys((cfg.lora_r, 0)):
-        for mode in CHECKPOINTING_MODES:
-            for world_size in ranks:
-                training = f"LoRA r {lora_r}" if lora_r else "full"
-                print(f"{training}, {mode}, {world_size} rank(s)", file=sys.stderr)
-                settings = dataclasses.replace(cfg, lora_r=lora_r, activation_checkpointing=mode)
-                found = estimate(settings, config, workload.batch, world_size)
-                steps = workload.steps(cfg, world_size)
-                lines.append(f"| {training} | {mode} | {world_size} | {_row(found, steps, mfu)} |")
+    for world_size in ranks:
+        for lora_r in trainings:
+            lines += ["", *_card_table(planner, lora_r, world_size, share)]
     lines += [
         "",
-        f"GB are 2^30 bytes. A setting fits if {FRAGMENTATION} x peak + {RESERVED / 2**30:g} GB fit. "
-        f"Times assume {mfu:.0%} of the GPU's peak, and that communication is hidden behind computation.",
+        f"spare: memory left beside {FRAGMENTATION} x peak (fragmentation) + {_gb(RESERVED)} (CUDA context, NCCL, workspaces)",
+        f"tokens: the largest --max_tokens that fits with {FLAGS['full']}, up to {MOST_TOKENS:,}",
+        f"time: matrix products, recomputed ones too, at {share:.0%} of the card's peak (--mfu), communication",
+        "hidden behind them where it is shorter, the optimizer at the memory's rate; data-sheet figures",
+        "no: more GPUs need less each (--ranks 8), LoRA needs less than a full fine-tune",
+        "",
+        "| training | checkpointing | GPUs | weights | optimizer | peak | needed | sent per step |",
+        "| --- " * 8 + "|",
     ]
-    return "\n".join(lines)
+    for option in (option for lora_r in trainings for n in ranks for option in planner.options(lora_r, n)):
+        found = option.found
+        sizes = map(_gb, (found.weights, found.optimizer, found.peak, found.needed, found.sent))
+        lines.append(f"| {option.training} | {option.checkpointing} | {option.ranks} | {' | '.join(sizes)} |")
+    return "\n".join([*lines, "", "GB are 2^30 bytes, except in the names of cards."])
 
 
-def _row(found: Estimate, steps: int | None, mfu: float) -> str:
-    sizes = [f"{size / 2**30:.1f} GB" for size in (found.weights, found.optimizer, found.peak, found.sent)]
-    for gpu in CARDS:
-        seconds = found.flops / (gpu.bf16_flops * mfu)
-        total = f", {_duration(steps * seconds)} for {steps} steps" if steps else ""
-        sizes.append(f"{_duration(seconds)} a step{total}" if found.needed <= gpu.memory_gib * 2**30 else "-")
-    return " | ".join(sizes)
+def _card_table(planner: Planner, lora_r: int, ranks: int, share: float) -> list[str]:
+    steps = planner.workload.steps(planner.cfg, ranks)
+    where = "one GPU" if ranks == 1 else f"each of {ranks} GPUs"
+    title = f"{f'LoRA r {lora_r}' if lora_r else 'Full fine-tune'} (--lora_r {lora_r}) on {where}"
+    rows = [("card", "flags to add", "spare", "tokens", f"time for {steps} steps" if steps else "time for 1,000 clips")]
+    for gpu in cards():
+        option, flags = planner.best(gpu, lora_r, ranks)
+        row = ["-"] * 3
+        if option.spare(gpu) >= 0:
+            row = [_gb(option.spare(gpu)), f"{planner.most_tokens(gpu, lora_r, ranks):,}"]
+            row.append(_duration(planner.seconds(option, gpu, share, steps)))
+        rows.append((f"{gpu.memory_gb} GB {gpu.name}", flags, *row))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+    return [title, "", f"| {lines[0]} |", "| --- " * 5 + "|", *(f"| {line} |" for line in lines[1:])]
+
+
+def as_json(planner: Planner, ranks: Sequence[int], share: float) -> str:
+    """A row for each way to train; `fits` and `hours_per_1000_clips` by the GB of the card."""
+    rows = []
+    for option in (o for lora_r in dict.fromkeys((planner.cfg.lora_r, 0)) for n in ranks for o in planner.options(lora_r, n)):
+        fitting = [gpu for gpu in CARDS if option.spare(gpu) >= 0]
+        found = option.found
+        gib = {f"{name}_gib": getattr(found, name) / 2**30 for name in ("weights", "optimizer", "peak", "needed", "sent")}
+        row = {"training": "lora" if option.lora_r else "full", "lora_r": option.lora_r, "base": "bf16"}
+        row |= {"checkpointing": option.checkpointing, "ranks": option.ranks, "tokens": option.tokens, **gib}
+        row |= {"flops": found.flops, "fits": [gpu.memory_gb for gpu in fitting]}
+        hours = {str(gpu.memory_gb): planner.seconds(option, gpu, share, None) / 3600 for gpu in fitting}
+        rows.append(row | {"hours_per_1000_clips": hours})
+    return json.dumps(rows, indent=2) + "\n"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 2**30:.1f} GB"
 
 
 def _duration(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2g} s"
+    return "?" if math.isnan(seconds) else f"{seconds:.2g} s"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def read_config(cfg: Config) -> HiggsAudioConfig:
@@ -251,6 +287,8 @@ def read_config(cfg: Config) -> HiggsAudioConfig:
     config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):
         setattr(config, name, getattr(published, name))
+    if not config.skip_audio_tower:
+        raise ConfigError(f"--base_ckpt {cfg.base_ckpt}: has an audio tower; only models without one can be planned")
     return config
 
 
@@ -267,17 +305,19 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bash launch.sh plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", default="1,8,64", help="numbers of GPUs to plan for (default: 1,8,64)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak to count on for times (default: 0.4)")
+    parser.add_argument("--ranks", default="1", help="numbers of GPUs to plan for, such as 1,8,64 (default: 1)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a card reaches (default: 0.4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a row for each way to train there, too")
     args, flags = parser.parse_known_args(argv)
     cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])
     cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
     ranks, config = read_ranks(args.ranks), read_config(cfg)
-    if not config.skip_audio_tower:
-        raise ConfigError(f"--base_ckpt {cfg.base_ckpt}: has an audio tower; only models without one can be planned")
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1, such as 0.4")
-    print(plan(cfg, config, read_workload(cfg, config), ranks, args.mfu))
+    planner = Planner(cfg, config, read_workload(cfg, config))
+    print(plan(planner, ranks, args.mfu))
+    if args.json:
+        write_whole(args.json, lambda file: file.write(as_json(planner, ranks, args.mfu).encode()))
     return 0
 
 
