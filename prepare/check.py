@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,16 @@ from collate import ExtendedHiggsAudioSampleCollator, create_collator
 from common import DataError, MissingAudioError, write_whole
 from prepare.audio import AudioStore
 from prepare.clips import Clip, Key, clips_of, inspect_clips, key_of
+from prepare.findings import odd_scripts, place, script_of, sound_faults, text_faults
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Manifest, Record, scan
 from prepare.pair import transcripts
-from prepare.report import RENDERERS, Report, render_text
+from prepare.report import RENDERERS, Finding, Report, histogram, render_text
 from prepare.rows import add_reading_arguments, reading_of
 
-MAX_CLIPPED_SHARE = 0.001
-MAX_SILENT_SHARE = 0.5
 OUTLIER = 6.0  # robust deviations (of the log of characters per second) from the median
-LONG_SEC = 60.0  # longer clips are rarely one utterance
+PAST_END_SEC = 0.1  # spans may go beyond their file by this much: times are rounded
+NUM_SPEAKERS = 10  # the largest are listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,15 +179,44 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
     figures["frames of a clip"] = spread([clip.num_frames for clip in clips.values()])
     rates = Counter(f"{clip.rate_hz} Hz" if clip.rate_hz else "ready-made codes" for clip in clips.values())
     figures["clips by sample rate"] = dict(rates.most_common())
-    for clip in clips.values():
-        if clip.clipped_share > MAX_CLIPPED_SHARE:
-            notices["clipped"].append(f"{clip.name}: {clip.clipped_share:.1%} of its samples")
-        if clip.silent_share > MAX_SILENT_SHARE:
-            notices["mostly silent"].append(f"{clip.name}: {clip.silent_share:.0%} below -60 dB")
-        if clip.sec > LONG_SEC:
-            notices[f"longer than {LONG_SEC:.0f} s"].append(f"{clip.name}: {clip.sec:,.0f} s")
+    minutes: Counter = Counter()
+    for record in records:
+        minutes[record.chatml.speaker or "no speaker"] += sum(clips[key_of(part)].sec for part in targets(record)) / 60
+    figures["minutes of the largest speakers"] = dict(minutes.most_common(NUM_SPEAKERS))
+    seconds = [clip.sec for clip in clips.values()]
+    report.histograms["clips by length"] = histogram(seconds, (0, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60), "s")
+    find_faults(records, clips, report)
     notices["duplicates"] += find_duplicates(records, clips)
     notices["text and duration do not fit"] += find_outliers(records, clips)
+
+
+def find_faults(records: Manifest, clips: dict[Key, Clip], report: Report) -> None:
+    """What is wrong with clips and texts, each with the clip, its seconds and its text, for the player of the page."""
+    texts: dict[Key, str] = {}
+    spoken = []
+    for record in records:
+        known = transcripts(record)
+        texts |= {key_of(part): text for part, text in zip(record.audio, known)} if len(known) == len(record.audio) else {}
+        spoken.append((record, known[-1] if known else ""))
+
+    def note(title: str, key: Key, what: str, lists: dict) -> None:
+        clip = clips[key]
+        lists[title].append(Finding.of(place(clip.name, texts.get(key, ""), clip.sec, what), clip.path, key[1], key[2]))
+
+    for key, clip in clips.items():
+        for title, what in sound_faults(clip.sound, clip.sec, clip.rate_hz):
+            note(title, key, what, report.notices)
+        if clip.past_end_sec > PAST_END_SEC:
+            what = f"its span ends {clip.past_end_sec:.2f} s after the end of the file"
+            note("spans beyond the end of their file: correct the times", key, what, report.problems)
+    odd = odd_scripts([script_of(text) for _, text in spoken])
+    for record, text in spoken:
+        faults = [
+            *text_faults(text),
+            *([("another script than the others", script_of(text))] if script_of(text) in odd else []),
+        ]
+        for title, what in faults if record.audio else ():
+            note(title, key_of(record.audio[-1]), what, report.notices)
 
 
 def targets(record: Record) -> list[AudioPart]:
@@ -220,13 +249,16 @@ def texts_of(record: Record) -> list[str]:
 
 def find_outliers(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
     """Records with far more or far fewer characters per second than is usual here."""
-    speeds: dict[str, float] = {}
+    by_script: dict[str, dict[str, float]] = defaultdict(dict)  # a second holds more letters than Chinese characters
     for record in records:
         texts = transcripts(record)
         if texts and texts[-1].strip():
-            speeds[record.source] = math.log(len(texts[-1].strip()) / clips[key_of(record.audio[-1])].sec)
-    if len(speeds) < 10:
-        return []
+            speed = math.log(len(texts[-1].strip()) / clips[key_of(record.audio[-1])].sec)
+            by_script[script_of(texts[-1])][record.source] = speed
+    return [finding for speeds in by_script.values() if len(speeds) >= 10 for finding in _outliers(speeds)]
+
+
+def _outliers(speeds: dict[str, float]) -> list[str]:
     middle = statistics.median(speeds.values())
     deviation = max(0.05, 1.4826 * statistics.median(abs(speed - middle) for speed in speeds.values()))
     odd = {source: speed for source, speed in speeds.items() if abs(speed - middle) > OUTLIER * deviation}

@@ -15,11 +15,9 @@ from tqdm import tqdm
 
 from common import DataError
 from prepare.audio import FRAME_RATE_HZ, MAX_CUT_OFF, expected_frames, open_audio, read_codes, read_codes_shape, span
+from prepare.findings import Listener, Sound
 from prepare.manifest import AudioPart, Manifest, Record
 from prepare.report import Report
-
-CLIPPED = 0.999  # absolute sample values from here on count as clipped
-SILENT = 10 ** (-60 / 20)  # a block of 20 ms whose largest value is below -60 dB counts as silent
 
 Key = tuple[str, float | None, float | None]  # of a clip: its file, offset, duration
 
@@ -33,8 +31,9 @@ class Clip:
     num_frames: int
     rate_hz: int  # 0: ready-made codes
     digest: str  # of its content
-    clipped_share: float = 0.0
-    silent_share: float = 0.0
+    path: str = ""  # of its file
+    past_end_sec: float = 0.0  # by which its span goes beyond the file
+    sound: Sound | None = None  # None: ready-made codes
 
 
 def key_of(part: AudioPart) -> Key:
@@ -92,30 +91,29 @@ def inspect_codes(part: AudioPart, source: str, codebooks: tuple[int, int] | Non
     if stop <= start:
         raise DataError(f"{place}: no frames left of {shape[1]} in {part.path} after offset and duration")
     digest = hashlib.sha256(codes[:, start:stop].numpy().tobytes()).hexdigest()
-    return Clip(name_of(part, source), (stop - start) / FRAME_RATE_HZ, stop - start, 0, digest)
+    return Clip(name_of(part, source), (stop - start) / FRAME_RATE_HZ, stop - start, 0, digest, str(part.path))
 
 
 def inspect_waveform(part: AudioPart, source: str) -> Clip:
     """Read in blocks: ten hours need no more memory than ten seconds."""
     place = f"{source}: {part.field}: {part.path or 'raw_audio'}"
-    digest, num_samples, num_clipped, num_silent, num_blocks = hashlib.sha256(), 0, 0, 0, 0
+    digest, num_samples = hashlib.sha256(), 0
     try:
         with open_audio(part) as file:
             rate, (start, stop) = file.samplerate, span(part, file.samplerate, len(file))
-            block_size = max(1, rate // 50)  # 20 ms
+            past_end = (part.offset_sec or 0) + (part.duration_sec or 0) - len(file) / rate
+            listener = Listener(rate, file.channels)
             file.seek(start)
             while num_samples < stop - start:
-                wanted = min(stop - start - num_samples, 500 * block_size)
+                wanted = min(stop - start - num_samples, 500 * listener.block_size)
                 samples = file.read(wanted, dtype="float32", always_2d=True)
                 if not len(samples):
                     break
                 if not np.isfinite(samples).all():
                     raise DataError(f"{place} holds samples that are no finite numbers")
                 digest.update(samples.tobytes())
-                samples = np.abs(samples).max(axis=1)
-                loudest = np.maximum.reduceat(samples, np.arange(0, len(samples), block_size))
-                num_samples, num_clipped = num_samples + len(samples), num_clipped + int((samples >= CLIPPED).sum())
-                num_silent, num_blocks = num_silent + int((loudest < SILENT).sum()), num_blocks + len(loudest)
+                listener.add(samples)
+                num_samples += len(samples)
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
         raise DataError(f"{place} is not readable audio: {error}") from None
     if num_samples < (1 - MAX_CUT_OFF) * (stop - start):
@@ -123,5 +121,6 @@ def inspect_waveform(part: AudioPart, source: str) -> Clip:
     sec = num_samples / rate
     if sec * FRAME_RATE_HZ < 1:
         raise DataError(f"{place}: {sec:.3f} s of audio is less than one frame")
-    shares = num_clipped / num_samples, num_silent / num_blocks
-    return Clip(name_of(part, source), sec, expected_frames(sec), rate, digest.hexdigest(), *shares)
+    path, past_end = str(part.path or ""), max(0.0, past_end) if part.duration_sec else 0.0
+    frames = expected_frames(sec)
+    return Clip(name_of(part, source), sec, frames, rate, digest.hexdigest(), path, past_end, listener.sound())

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import MAX_SHOWN
+
+
+class Finding(str):
+    """A line of a report about a clip, which the page plays. path: of the file; start and length of the clip in seconds"""
+
+    path: str
+    start_sec: float
+    length_sec: float | None
+
+    @classmethod
+    def of(cls, text: str, path: str, start_sec: float | None, length_sec: float | None) -> Finding:
+        finding = cls(text)
+        finding.path, finding.start_sec, finding.length_sec = path, start_sec or 0.0, length_sec
+        return finding
 
 
 @dataclass
@@ -22,6 +41,7 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # training would fail
     notices: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # worth a look
+    histograms: dict[str, dict[str, float]] = field(default_factory=dict)  # of the page
 
     @property
     def trainable(self) -> bool:
@@ -60,22 +80,52 @@ def render_text(report: Report) -> str:
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse}td{padding:.2rem 1rem .2rem 0;vertical-align:top}td:first-child{color:#666}
-.problem summary{color:#b00020}.verdict{font-weight:600}li{overflow-wrap:anywhere}"""
+.problem summary{color:#b00020}.verdict{font-weight:600}h2{font-size:1rem}i{display:inline-block;height:.7em;background:#47a}audio{height:1.8rem}li{overflow-wrap:anywhere}"""
 
 
 def render_html(report: Report, name: str) -> str:
     escape = html.escape
+    largest = report.figures.get("minutes of the largest speakers", {})
     rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in report.table())
     lists = "".join(
         f"<details{' class=problem open' if is_problem else ''}><summary>{escape(title)}</summary>"
-        f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul></details>"
+        f"<ul>{''.join(f'<li>{escape(item)}{player(item)}</li>' for item in items)}</ul></details>"
         for is_problem, title, items in report.lists()
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{escape(name)}</title><style>{STYLE}</style><h1>{escape(name)}</h1><p class="verdict">{report.verdict}</p>'
-        f"<table>{rows}</table>{lists}</html>\n"
+        f"<table>{rows}</table>{bars('minutes by speaker', largest)}"
+        f"{''.join(bars(title, counts) for title, counts in report.histograms.items())}{lists}</html>\n"
     )
+
+
+def player(item: str) -> str:
+    """A player of the clip that a finding is about; waveforms only."""
+    if not isinstance(item, Finding) or not item.path or item.path.endswith((".npy", ".safetensors")):
+        return ""
+    stop = f",{item.start_sec + item.length_sec:g}" if item.length_sec else ""
+    source = Path(item.path).absolute().as_uri() + (f"#t={item.start_sec:g}{stop}" if item.start_sec or stop else "")
+    return f'<br><audio controls preload="none" src="{html.escape(source)}"></audio>'
+
+
+def bars(title: str, counts: dict[str, float]) -> str:
+    """A histogram, or a table of numbers, as bars."""
+    if not counts:
+        return ""
+    most = max(counts.values()) or 1
+    rows = "".join(
+        f'<tr><td>{html.escape(name)}</td><td><i style="width:{240 * count / most:.0f}px"></i> {shown(count)}</td></tr>'
+        for name, count in counts.items()
+    )
+    return f"<h2>{html.escape(title)}</h2><table>{rows}</table>"
+
+
+def histogram(values: Sequence[float], edges: Sequence[float], unit: str) -> dict[str, float]:
+    """How many values are between each two edges, by name."""
+    counts, _ = np.histogram(values, [*edges, math.inf])
+    names = [f"{a:g} to {b:g} {unit}" for a, b in itertools.pairwise(edges)] + [f"over {edges[-1]:g} {unit}"]
+    return dict(zip(names, counts.tolist()))
 
 
 def render_json(report: Report, name: str) -> str:

@@ -163,7 +163,10 @@ def test_every_fault_is_named_and_the_good_records_survive(broken, checkpoint_di
     assert found["figures"]["records"] == {"in the manifest": 43, "valid": 25, "with readable audio": 8}
     rates = {"16000 Hz": 4, "44100 Hz": 1, "8000 Hz": 1, "ready-made codes": 1}
     assert found["figures"]["clips by sample rate"] == rates
-    assert "silent.wav" in found["notices"]["mostly silent"][0] and "loud.wav" in found["notices"]["clipped"][0]
+    assert (
+        "silent.wav" in found["notices"]["mostly silent"][0]
+        and "loud.wav" in found["notices"]["clipped: record them again, or leave them out"][0]
+    )
     out = capsys.readouterr().out
     assert "training on this would fail" in out and "! unreadable audio" in out
 
@@ -653,3 +656,73 @@ def test_show_without_codes_or_record(toys, checkpoint_dir, tmp_path, capsys):
 def test_the_front_door(capsys):
     assert prepare([]) == 2 and prepare(["--help"]) == 0 and prepare(["fix"]) == 2
     assert "references for zero-shot cloning" in capsys.readouterr().err
+
+
+# ---- what ruins a voice
+
+
+def speech_like(sec: float = 2.0, rate: int = 24000, seed: int = 0) -> np.ndarray:
+    """Noise of all frequencies in syllables of 0.2 s with pauses between them, at -10 dB, over a floor of -60 dB."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(sec * rate)) / rate
+    loud = 0.1 * rng.standard_normal(len(time)) * (np.sin(2 * np.pi * 2.5 * time) > 0)
+    return (loud + 0.0003 * rng.standard_normal(len(time))).clip(-0.9, 0.9)
+
+
+def low_passed(samples: np.ndarray, share: float) -> np.ndarray:
+    spectrum = np.fft.rfft(samples)
+    spectrum[int(share * len(spectrum)) :] = 0
+    return np.fft.irfft(spectrum, len(samples))
+
+
+GOOD_TEXT = "A sentence of an ordinary length."
+SPOILED = {  # what is done to one of twenty good clips, or to its text -> the title it is listed under
+    "silence before": (lambda x: np.concatenate([np.zeros(24000), x]), GOOD_TEXT, "silence at the ends"),
+    "silence after": (lambda x: np.concatenate([x, np.zeros(24000)]), GOOD_TEXT, "silence at the ends"),
+    "nearly all silence": (lambda x: np.concatenate([x[:12000], np.zeros(72000)]), GOOD_TEXT, "mostly silent"),
+    "too short": (lambda x: x[:12000], GOOD_TEXT, "shorter than 1 s"),
+    "long": (lambda x: np.tile(x, 18), GOOD_TEXT * 18, "longer than 30 s"),
+    "too long": (lambda x: np.tile(x, 35), GOOD_TEXT * 35, "longer than 60 s"),
+    "clipped": (lambda x: (20 * x).clip(-1, 1), GOOD_TEXT, "clipped"),
+    "clipped and quieter": (lambda x: 0.4 * (20 * x).clip(-1, 1), GOOD_TEXT, "clipped"),
+    "DC offset": (lambda x: x + 0.05, GOOD_TEXT, "DC offset"),
+    "noise": (lambda x: x + 0.05 * np.random.default_rng(1).standard_normal(len(x)), GOOD_TEXT, "noisy"),
+    "telephone": (lambda x: low_passed(x, 0.33), GOOD_TEXT, "narrow"),
+    "two microphones": (lambda x: np.stack([x, speech_like(seed=9)[: len(x)]], 1), GOOD_TEXT, "channels that differ"),
+    "another text": (lambda x: x, "No.", "text and duration do not fit"),
+    "Chinese among English": (lambda x: x, "这是一个普通长度的句子。", "another script than the others"),
+    "digits": (lambda x: x, "A sentence of 35 letters and a bit.", "digits"),
+    "symbols": (lambda x: x, "A sentence & a sign, and some more.", "symbols"),
+    "zero-width": (lambda x: x, "A sentence\u200b of an ordinary length.", "invisible characters"),
+    "HTML": (lambda x: x, "A sentence &amp; an ordinary length", "HTML"),
+    "an address": (lambda x: x, "A sentence of www.example.org.", "addresses"),
+    "mojibake": (lambda x: x, "A sentence of Ã¤n ordinary length.", "wrongly decoded"),
+    "special token": (lambda x: x, "A sentence <|eot_id|> of that length.", "special tokens"),
+    "span beyond the file": (lambda x: x, GOOD_TEXT, "spans beyond the end"),
+}
+
+
+def test_every_spoiled_copy_of_a_good_set_is_named(tmp_path):
+    """The good clips are in no list; the page has a player, the text and the seconds of each."""
+    records = []
+    for number in range(30):
+        soundfile.write(tmp_path / f"good{number}.wav", speech_like(seed=number), 24000, subtype="FLOAT")
+        records.append(line(GOOD_TEXT[: 30 + number % 3], f"good{number}.wav", speaker="anna"))
+    for name, (spoil, text, _) in SPOILED.items():
+        soundfile.write(tmp_path / f"{name}.wav", spoil(speech_like(seed=100 + len(records))), 24000, subtype="FLOAT")
+        clip = {"type": "audio", "audio_url": f"{name}.wav"} | ({"offset": 1.5, "duration": 2.0} if "span" in name else {})
+        records.append(line(text, clip, speaker="ben"))
+    status, found = check_report(tmp_path, records)
+    listed = {title: items for kind in ("problems", "notices") for title, items in found[kind].items()}
+    assert status == 1 and list(found["problems"]) == ["spans beyond the end of their file: correct the times"]
+    number_of = {name: 30 + index for index, name in enumerate(SPOILED)}
+    for name, (_, text, title) in SPOILED.items():
+        items = [item for heading, items in listed.items() if heading.startswith(title) for item in items]
+        hits = [item for item in items if f"/{name}.wav" in item or f"record {number_of[name]} " in item]
+        assert hits, (name, listed)
+        assert "do not fit" in title or (text[:20] in hits[0] and " s)" in hits[0])
+    assert not [item for items in listed.values() for item in items if "/good" in item]
+    assert prepare(["check", str(tmp_path / "m.jsonl"), "--report", str(tmp_path / "r.html")]) == 1
+    page = (tmp_path / "r.html").read_text()
+    assert '<audio controls preload="none" src="file://' in page and "too%20short.wav" in page
+    assert "clips by length" in page and "minutes by speaker" in page and "<script" not in page
