@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from common import DataError
+from data import ChatMLDataset
+from generate.lines import Chunking, line_of_request
+from generate.official import as_prompt, official_collator
 from prepare import prompts
-from prepare.prompts import Voice
+from prepare.audio import AudioStore
+from prepare.forms import open_manifest
+from prepare.prompts import Phrasing, Voice
+from prepare.rows import Reading
 
 OFFICIAL = json.loads((Path(__file__).parent / "golden" / "official.json").read_text(encoding="utf-8"))
 CLIP = {"type": "audio", "audio_url": "a.wav"}
@@ -74,3 +82,33 @@ def test_a_system_turn_of_ones_own_loses_nothing_silently():
         prompts.context("x", [Voice(CLIP)], system="Speak slowly.")
     with pytest.raises(DataError, match="replaces the one that holds the scene"):
         prompts.context("x", scene="A quiet room.", system="Speak slowly.")
+
+
+REQUESTS = [request for request in OFFICIAL["requests"] if "profile" not in (request["voices"] or "")]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: f"{r['voices']}-{r['in_system']}-{r['scene']}")
+def test_training_and_generation_ask_with_the_same_tokens(request_, tmp_path, config, tokenizer):
+    """A row as training reads it and the same as a line of `generate`, up to the answer: tokens, and what the official
+    collator makes of the reference clips."""
+    names = (request_["voices"] or "").split(",") if request_["voices"] else []
+    for number, name in enumerate(["target", *names]):
+        np.save(tmp_path / f"{name}.npy", np.full((8, 5 + number), number, np.int16))
+    asked = {"text": request_["text"], "ref_audio": [f"{name}.npy" for name in names], "scene": request_["scene"]}
+    asked |= {} if request_["in_system"] else {"ref_text": [f"This is {name}." for name in names]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(asked | {"audio": "target.npy"}) + "\n")
+    line = line_of_request(asked, "0", tmp_path, "line 0", Chunking())
+
+    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, tmp_path / "codes")
+    plain = Reading(phrasing=Phrasing(scene_share=0, system_share=0))
+    trained = ChatMLDataset(open_manifest(path, reading=plain)[0], tokenizer, store)[0]
+    prompt = as_prompt(ChatMLDataset([line.record([], line.chunks[0])], tokenizer, store)[0], tokenizer)
+    count = len(prompt.input_ids)
+    assert torch.equal(trained.input_ids[:count], prompt.input_ids)
+    assert tokenizer.decode(trained.input_ids[count:]) == "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"
+    ours, theirs = (official_collator(config)([sample]) for sample in (trained, prompt))
+    for name in ("audio_in_ids", "audio_out_ids"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        num_columns = 0 if other is None else other.shape[1]
+        assert not num_columns or torch.equal(mine[:, :num_columns], other)
