@@ -3,7 +3,8 @@
     bash launch.sh demo [--output_dir runs/demo] [--seed 0] [--steps N] [--nproc N] [flags of train.py]
 
 Nothing is downloaded: checkpoint and voices are those of tools/toys.py. Training is the ordinary `train.py` under FSDP; no manifest
-that it reads has a speaker or a text of the test. The scores are printed and written to demo.json.
+that it reads has a speaker or a text of the test. The scores are printed and written to demo.json; the run's report plays
+samples of both models, by the toy vocoder.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from common import write_whole
 from config import to_argv
 from distributed import says_errors
 from generate import __main__ as generate
+from generate.files import read_results, write_both, write_results
 from generate.scores import Score, table
+from prepare.manifest import read_manifest
 from tools import report, toys
+from tools.vocoder import ToyVocoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +95,40 @@ def figures(scores: dict[str, Score]) -> dict[str, dict]:
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Sounds
+
+
+def write_sounds(manifest: Path, generated: Path, out: Path) -> None:
+    """The first test record of each kind as sounds in `out`, where the report finds them: sample, target, references.
+
+    generated: the folder that `evaluate` wrote
+    """
+    results = {result["kind"]: (i, result) for i, result in reversed(list(enumerate(read_results(generated))))}
+    records, written = read_manifest(manifest), []
+    for index, result in sorted(results.values(), key=lambda item: item[0]):
+        *references, target = [np.load(part.path) for part in records[index].audio]
+        codes = {"": np.load(generated / result["codes"]), "target_": target}
+        codes |= {"reference_": np.concatenate(references, axis=1)} if references else {}
+        for what, clip in codes.items():
+            files = write_both(out / f"{result['name']}{what[:-1]}", torch.from_numpy(clip).long(), ToyVocoder())
+            result |= {f"{what}{kind}": name for kind, name in files.items()}
+        written.append(result)
+    write_results(out, written)
+
+
+def add_sounds(folder: Path) -> None:
+    """Sounds beside the codes of samples that training generated, and their names in results.jsonl."""
+    results = read_results(folder)
+    for result in results:
+        for key in [key for key in result if key.endswith("codes")]:
+            path = (folder / result[key]).resolve()
+            files = write_both(path.with_suffix(""), torch.from_numpy(np.load(path)).long(), ToyVocoder())
+            if "wav" in files:
+                result[f"{key.removesuffix('codes')}wav"] = str(Path(result[key]).with_name(files["wav"]))
+    write_results(folder, results)
+
+
 @says_errors
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -120,6 +161,10 @@ def main(argv: Sequence[str]) -> int:
     print_scores(f"trained for {args.steps} steps:", scores["trained"])
     content = json.dumps({name: figures(found) for name, found in scores.items()}, indent=2) + "\n"
     write_whole(args.output_dir / "demo.json", lambda file: file.write(content.encode()))
+    for folder in (run / "samples").glob("step_*"):
+        add_sounds(folder)
+    for model in scores:
+        write_sounds(test, generated / model, run / "samples" / model)
     report.main([str(run)])
     print(f"\ntraining {trained - started:.0f} s, generation {finished - trained:.0f} s")
     match = clones(scores["trained"]).code_match
