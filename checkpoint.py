@@ -288,7 +288,13 @@ class Saver:
         """Note in the newest checkpoint, which has been committed, what is known by now; if there is one. Collective."""
         if self.newest is None:
             return
-        error = _on_main(lambda: self._write_state(self.newest, state | {"files": read_state(self.newest)["files"]}))
+
+        def write() -> None:
+            self._state = state
+            self._write_state(self.newest, state | {"files": read_state(self.newest)["files"]})
+            self._remove_old()  # the best may be another one now
+
+        error = _on_main(write)
         if error:
             raise CheckpointError(f"{self.newest}: cannot be written ({error})")
 

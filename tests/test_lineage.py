@@ -309,7 +309,7 @@ def test_a_checkpoint_of_the_version_before_resumes(run_folder, toys, tmp_path, 
         shutil.rmtree(step / "base")
     assert train.main(settings(toys, run_folder, max_steps=9, val_steps=0, resume="auto")) == 0
     assert "saved by an earlier version" in capsys.readouterr().err
-    assert export_main(["export", str(run_folder / "checkpoints" / "step_4"), str(tmp_path / "model")]) == 0
+    assert export_main(["export", str(run_folder / "checkpoints" / "step_8"), str(tmp_path / "model")]) == 0
 
 
 def test_a_checkpoint_of_a_later_version_is_refused(run_folder, toys, capsys):
