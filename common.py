@@ -6,11 +6,15 @@ import hashlib
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 MAX_SHOWN = 20  # items of a list in one message
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)  # of schedulers, shells and closed terminals
+PREEMPTED = os.EX_TEMPFAIL  # exit status, 75, of a run that a signal ended: start it again
+EARLY_END = "received {}: ended. Nothing that was written is lost; start again with the same command"
 
 
 class UserError(ValueError):
@@ -51,6 +55,10 @@ class CopyCollapseError(UserError):
 
 class DivergenceError(UserError):
     """Losses or gradients that are no longer finite."""
+
+
+class Interrupted(UserError):
+    """A signal asks the run to save and end."""
 
 
 def listing(title: str, items: Sequence[str]) -> str:

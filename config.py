@@ -47,7 +47,9 @@ class Config:
     strict_audio: bool = _setting(
         False, "end the run at a record with more audio placeholders than clips, instead of leaving it untrained", const=True
     )
-    max_bad_samples: int = _setting(100, "stop after more unreadable or clamped samples than this; they are left out")
+    max_bad_samples: float = _setting(
+        0.05, "stop after more unreadable or clamped samples than this, which are left out; below 1: a share of all samples"
+    )
     num_workers: int = _setting(2, "processes per rank that prepare batches", "dataloader_num_workers")
 
     # Model

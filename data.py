@@ -39,9 +39,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
-from common import CollateError, ConfigError, DataError, listing, write_whole
+from common import SIGNALS, CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
-from distributed import SIGNALS, Dist, log, log_list
+from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
 from prepare import forms
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_waveform, starts
@@ -449,8 +449,13 @@ class Loader:
         return order[done:], bounds[bounds >= done] - done
 
     def steps_in_epoch(self, epoch: int = 0) -> int:
-        _, bounds = self.plan(Position(epoch, 0))
-        return math.ceil((len(bounds) - 1) / (self.world_size * self.grad_accum))
+        return self.num_steps(Position(epoch, 0), epoch + 1)
+
+    def num_steps(self, first: Position, epochs: int) -> int:
+        """Optimizer steps from a position to the end of so many epochs."""
+        positions = [first, *(Position(epoch, 0) for epoch in range(first.epoch + 1, epochs))][: max(0, epochs - first.epoch)]
+        num_batches = (len(self.plan(position)[1]) - 1 for position in positions)
+        return sum(math.ceil(count / (self.world_size * self.grad_accum)) for count in num_batches)
 
     def epoch(self, position: Position) -> Iterator[tuple[list[Batch], Position]]:
         """The optimizer steps of an epoch from `position` on; raises DataError for samples that make no batch."""

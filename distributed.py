@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
@@ -9,8 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -20,11 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from common import ConfigError, UserError, listing
+from common import EARLY_END, PREEMPTED, SIGNALS, ConfigError, Interrupted, UserError, listing
 
 T = TypeVar("T")
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # which schedulers and shells send to every process of a job
 
 
 def says_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
@@ -79,6 +79,7 @@ class Dist:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    signals: Signals = field(default_factory=lambda: Signals(), compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -116,10 +117,20 @@ class Dist:
         return result
 
     def iterate(self, iterable: Iterable[T]) -> Iterator[T]:
-        """The items of equally long iterables; an item that one rank cannot read is an error on all. Collective."""
+        """The items of equally long iterables; what one rank cannot read, or a signal, is an error on all. Collective."""
         iterator = iter(iterable)
-        while (item := self.together(lambda: next(iterator, None))) is not None:
+
+        def fetch() -> T | None:
+            with self.signals.interrupting():
+                return next(iterator, None)
+
+        while (item := self.together(fetch)) is not None:
             yield item
+
+    def check_signals(self) -> None:
+        """Raise Interrupted on all ranks if one of them has received a signal. Collective."""
+        if self.any(self.signals.received is not None):
+            raise Interrupted(next(filter(None, self.gather(self.signals.received))).name)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""
@@ -204,23 +215,102 @@ def lost_others(error: Exception) -> bool:
 
 
 class Signals:
-    """SIGTERM, SIGUSR1 (from schedulers) and SIGINT ask a run to save and end after its step; a second SIGINT ends it at once."""
+    """SIGTERM, SIGUSR1 (schedulers announce preemption so), SIGHUP (a closed terminal) and SIGINT.
+
+    Before the first step there is nothing to save: they end the process at once. From then on they ask the run to save and
+    end after its step; evaluation, samples and waiting for data are cut short. A second SIGINT ends it at once. A signal that
+    is ignored from the start, as nohup ignores SIGHUP, stays ignored.
+    """
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self.obeyed: signal.Signals | None = None  # the one that ended the run, on this rank or another
+        self._has_begun = self._may_interrupt = False
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.__init__()
+        watched = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in watched}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def begin(self, dist: Dist) -> None:
+        """From now on signals are noted; says so to tools/launch.py once every rank does. Collective."""
+        self._has_begun = True
+        dist.any(False)
+        if note := _launch_note():
+            note.touch()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if not self._has_begun:
+            if _launch_note() is None:
+                print(EARLY_END.format(name), file=sys.stderr, flush=True)
+            os._exit(0 if number == signal.SIGINT else PREEMPTED)
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if self._may_interrupt:
+            raise Interrupted(name)
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within this context a signal, also one received before, raises Interrupted."""
+        self._may_interrupt = True
+        try:
+            if self.received:
+                raise Interrupted(self.received.name)
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def status(self) -> int:
+        """The exit status: 0 for a finished run and after Ctrl-C, PREEMPTED after other signals.
+
+        torchrun would restart a rank that ends with PREEMPTED: under it the rank ends with 0, and tools/launch.py is told.
+        """
+        if self.obeyed in (None, signal.SIGINT):
+            return 0
+        if note := _launch_note():
+            note.write_text("preempted")
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
+
+
+def _launch_note() -> Path | None:
+    """The file in which this rank tells tools/launch.py that it takes signals, and whether one has ended it."""
+    return Path(os.environ["LAUNCH_FOLDER"]) / str(os.getpid()) if "LAUNCH_FOLDER" in os.environ else None
+
+
+def keep_output() -> None:
+    """Let messages to a closed terminal, a full disk or nowhere be lost instead of ending the run."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which a file of ours could otherwise get
+    sys.stdout, sys.stderr = (Forgiving(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
+
+
+class Forgiving:
+    """A stream whose writes cannot fail."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,17 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import json
-import math
+import os
 import re
 import statistics
+import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,17 +205,30 @@ class Monitor:
     steps_done: what a resumed run repeats after that is dropped
     project:    of Weights & Biases; "" for none
     is_main:    other ranks write nothing
+    redo:       splits whose line at `steps_done` is dropped too: they are evaluated again
     """
 
-    def __init__(self, output_dir: Path, settings: dict, steps_done: int = 0, project: str = "", is_main: bool = True):
+    def __init__(
+        self,
+        output_dir: Path,
+        settings: dict,
+        steps_done: int = 0,
+        project: str = "",
+        is_main: bool = True,
+        redo: Collection[str] = (),
+    ):
         self.path = output_dir / "metrics.jsonl"
         self.is_main = is_main
+        self._waiting: list[str] = []  # lines that could not be written yet
+        self._failures: Counter[str] = Counter()
         self.sinks: list[TensorBoard | WeightsAndBiases] = []
         if is_main and self.path.exists():  # a resumed run repeats the steps after its checkpoint
-            kept = "".join(f"{line}\n" for line in self.path.read_text().splitlines() if _step_of(line) <= steps_done)
+            lines = self.path.read_text().splitlines()
+            kept = "".join(f"{line}\n" for line in lines if _is_done(line, steps_done, redo))
             write_whole(self.path, lambda file: file.write(kept.encode()))
         if is_main and importlib.util.find_spec("tensorboard"):
-            self.sinks.append(TensorBoard(output_dir / "tensorboard", settings, steps_done))
+            folder = output_dir / "tensorboard"
+            self._try("TensorBoard", lambda: self.sinks.append(TensorBoard(folder, settings, steps_done)))
         if is_main and project:
             self.sinks.append(WeightsAndBiases(output_dir, settings, project))
 
@@ -219,22 +236,46 @@ class Monitor:
         """One line of metrics.jsonl; numbers and lists of numbers are curves elsewhere."""
         if not self.is_main:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(json_safe({"split": split, "step": step, **values}), allow_nan=False) + "\n")
+        self._waiting.append(json.dumps(json_safe({"split": split, "step": step, **values}), allow_nan=False) + "\n")
+        self._try(str(self.path), self._append)
         curves = {f"{split}/{name}": value for name, value in flatten(values)}
         for sink in self.sinks:
-            sink.write(step, curves)
+            self._try(type(sink).__name__, functools.partial(sink.write, step, curves))
 
     def write_samples(self, step: int, media: Sequence[Medium]) -> None:
         for sink in self.sinks:
-            sink.write_samples(step, media)
+            self._try(type(sink).__name__, functools.partial(sink.write_samples, step, media))
+
+    def _append(self) -> None:
+        """Write the lines that wait, all or none."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write("".join(self._waiting))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        self._waiting.clear()
+
+    def _try(self, name: str, write: Callable[[], object]) -> None:
+        """Write; what fails ends no run: it is counted, and said when their number has doubled."""
+        try:
+            write()
+        except Exception as error:  # the disk's, the network's, or a library's own
+            self._failures[name] += 1
+            count = self._failures[name]
+            if count & (count - 1) == 0:
+                waiting = f", {len(self._waiting)} lines wait" * (name == str(self.path))
+                print(f"warning: {name}: failed {count} time(s){waiting}: {error}", file=sys.stderr, flush=True)
 
 
-def _step_of(line: str) -> float:
+def _is_done(text: str, steps_done: int, redo: Collection[str]) -> bool:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off, or a line of another version
-        return math.inf
+        line = json.loads(text)
+        return line["step"] < steps_done or (line["step"] == steps_done and line.get("split") not in redo)
+    except (ValueError, KeyError, TypeError, AttributeError):  # cut off by a kill, or of another version
+        return False
 
 
 def flatten(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -281,10 +322,12 @@ class WeightsAndBiases:
         if not kept.is_file():
             kept.write_text(uuid.uuid4().hex[:12])
         where = {"project": project, "name": output_dir.name, "dir": str(output_dir)}
+        where |= {"config": settings, "id": kept.read_text(), "resume": "allow"}
         try:
-            self.run = wandb.init(**where, config=settings, id=kept.read_text(), resume="allow")
+            self.run = wandb.init(**where)
         except wandb.Error as error:  # not logged in, no network
-            raise ConfigError(f"--wandb {project}: {error}; or keep it here with WANDB_MODE=offline") from None
+            print(f"warning: --wandb {project}: {error}; kept in {output_dir / 'wandb'}, for wandb sync", file=sys.stderr)
+            self.run = wandb.init(**where, mode="offline")
 
     def write(self, step: int, curves: dict[str, float]) -> None:
         self.run.log(curves, step=step)

@@ -37,10 +37,20 @@ import loss
 import metrics
 import model_patch
 from collate import Batch
-from common import AlignmentError, CheckpointError, ConfigError, DataError, DivergenceError, listing, split_list, write_whole
+from common import (
+    AlignmentError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    Interrupted,
+    listing,
+    split_list,
+    write_whole,
+)
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
-from distributed import Dist, Signals, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
+from distributed import Dist, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate.batched import check as check_batched
@@ -113,6 +123,7 @@ class StepResult:
     total: Totals
     grad_norm: float
     culprits: list[str]  # samples that made the loss not finite; if there are any, nothing was updated on any rank
+    has_targets: bool = True  # without any, nothing was updated either
 
 
 def forward(model, batch: Batch, labels: LabelSpec) -> tuple[Totals, tuple[Tensor, Tensor] | None]:
@@ -189,15 +200,16 @@ def train_step(task: Task, batches: Sequence[Batch], step: int, lr: float) -> St
     grad_norm = nn.utils.clip_grad_norm_(parameters, task.grad_clip or math.inf)
     total, grad_norm = total.sum_over(dist), whole(grad_norm).item()
     culprits: list[str] = []
-    if math.isfinite(grad_norm):  # the same number on every rank, so all of them step or none does
+    has_targets = total.losses.text.targets.sum() + total.losses.audio.targets.sum() + num_voices > 0
+    if math.isfinite(grad_norm) and has_targets:  # the same on every rank, so all of them step or none does
         for group in task.optimizer.param_groups:
             group["lr"] = lr
         task.optimizer.step()
-    else:
+    elif has_targets:
         bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
         culprits = [source for part in dist.gather(bad) for source in part] or ["(every loss is finite, the gradient is not)"]
     task.optimizer.zero_grad()
-    return StepResult(total, grad_norm, culprits)
+    return StepResult(total, grad_norm, culprits, bool(has_targets))
 
 
 def count_targets(batches: Sequence[Batch], dist: Dist) -> tuple[Tensor, Tensor]:
@@ -246,8 +258,10 @@ class AveragingAdamW(torch.optim.AdamW):
     def averaged(self):
         """Within this context the parameters hold their averages; the model has to be sharded at both ends."""
         self._swap()
-        yield
-        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -274,12 +288,14 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
 
 
-def lr_at(step: int, total_steps: int, cfg: Config) -> float:
-    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then cosine to min_lr_ratio."""
+def lr_at(step: int, decayed: float, cfg: Config) -> float:
+    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then cosine to min_lr_ratio.
+
+    decayed: the share of the decay that is done; above 1 at the end
+    """
     if step < cfg.warmup_steps:
         return cfg.peak_lr * (step + 1) / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
     return cfg.peak_lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
 
 
@@ -294,15 +310,17 @@ def evaluating(model):
     FSDP leaves some parameters whole after a forward without backward, where saving would find them.
     """
     model.eval()
-    with torch.no_grad():
-        yield
-    model_patch.reshard(model)
-    model.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model_patch.reshard(model)
+        model.train()
 
 
 def evaluate(task: Task, loader: data.Loader) -> dict:
     """Teacher-forced losses on the whole validation set, from sums and counts over all ranks. Collective."""
-    dist, total, problems = task.dist, None, []
+    dist, total, unreadable, clamped = task.dist, None, [], []
     with evaluating(task.model):
         for (batch,), _ in dist.iterate(loader.epoch(data.Position(0, 0))):
             (speakers,) = gather_speakers([batch], dist)
@@ -310,19 +328,22 @@ def evaluate(task: Task, loader: data.Loader) -> dict:
             if voices is not None:
                 part.losses.consistency = compare_voices(voices, speakers, dist)
             total = part if total is None else total + part
-            problems += [*batch.unreadable, *batch.clamped]
+            unreadable += batch.unreadable
+            clamped += batch.clamped
     total = total.sum_over(dist)
-    log_problems(problems, total, "validation", dist)
+    gather_problems(unreadable, clamped, total, "validation", dist)
     bad_samples = int(total.num_unreadable + total.num_clamped)
     return task.objective.metrics(total.losses) | {"bad_samples": bad_samples, "copy_share": total.losses.copy_share()}
 
 
-def log_problems(mine: Sequence[str], total: Totals, when: str, dist: Dist) -> None:
-    """Name the samples of all ranks that are left out or do not train; `mine` are this rank's. Collective."""
+def gather_problems(unreadable: list[str], clamped: list[str], total: Totals, when: str, dist: Dist) -> list[list[str]]:
+    """Name the samples that are left out or do not train; returns [unreadable, clamped] ones of all ranks. Collective."""
     count = int(total.num_unreadable + total.num_clamped)
-    if count:
-        problems = list(itertools.chain.from_iterable(dist.gather(list(mine))))
-        log_list(dist, f"{when}: {count} sample{'s' * (count > 1)} left out of the loss", problems)
+    if not count:
+        return [[], []]
+    everyones = [list(itertools.chain.from_iterable(parts)) for parts in zip(*dist.gather((unreadable, clamped)))]
+    log_list(dist, f"{when}: {count} sample{'s' * (count > 1)} left out of the loss", list(itertools.chain(*everyones)))
+    return everyones
 
 
 def check_first_batch(task: Task, batch: Batch) -> None:
@@ -339,6 +360,11 @@ def check_first_batch(task: Task, batch: Batch) -> None:
     values, copies = task.objective.metrics(sums), sums.copy_share()
     losses = (f"{name} loss {values[f'{name}_loss']:.4f} over {values[f'{name}_targets']} targets" for name in ("text", "audio"))
     log(dist, f"  labels: text {task.labels.text}, audio {task.labels.audio}; {', '.join(losses)}; copy share {copies:.1%}")
+    if not math.isfinite(values["loss"]):
+        raise CheckpointError(
+            "the loss is not finite before anything was trained: the weights that training starts from are damaged; look at "
+            "--base_ckpt, or at the checkpoint that was resumed"
+        )
 
 
 def find_labels(labels: LabelSpec, batch: Batch, dist: Dist) -> LabelSpec:
@@ -358,8 +384,10 @@ def find_labels(labels: LabelSpec, batch: Batch, dist: Dist) -> LabelSpec:
 def improves(values: dict, name: str, best: dict) -> bool:
     """Whether an evaluation is the best so far by metric `name`; one that lacks samples is not comparable."""
     value = values.get(name)
-    if value is None or not math.isfinite(value) or values["bad_samples"]:
+    if value is None or not math.isfinite(value):
         return False
+    if best.get("bad_samples", 0) != values["bad_samples"]:
+        return True  # on other samples: the earlier ones cannot be compared
     return best.get("metric") != name or value < best["value"]
 
 
@@ -373,26 +401,30 @@ class TrainState:
 
     step: int = 0  # optimizer steps done
     position: data.Position = field(default_factory=lambda: data.Position(0, 0))
+    warm: float = 0.0  # epochs of data consumed when the learning rate began to decay
     bad_steps: int = 0  # skipped because they were not finite
-    bad_samples: int = 0  # unreadable ones, left out each time they were met
-    clamped: int = 0  # samples with more audio placeholders than clips, left untrained each time they were met
+    bad_samples: int = 0  # unreadable ones, left out
+    clamped: int = 0  # samples with more audio placeholders than clips, left untrained
+    broken: list[str] = field(default_factory=list)  # the sources of both
     spikes: int = 0
     losses: list[float] = field(default_factory=list)  # the last ones, to find spikes
     best: dict = field(default_factory=dict)  # among the evaluations: metric, value, step
-
-    # Not kept: the step at which each was last done, and bad steps in a row.
-    evaluated: int = 0
+    evaluated: int = 0  # the step of the last evaluation
     sampled: int = 0
+
+    # Not kept.
     saved: int = 0
     bad_in_a_row: int = 0
 
-    KEPT = ("step", "position", "bad_steps", "bad_samples", "clamped", "spikes", "losses", "best")
+    KEPT = ("step", "position", "warm", "bad_steps", "bad_samples", "clamped", "broken", "spikes", "losses")
+    KEPT += ("best", "evaluated", "sampled")
 
     @classmethod
     def of(cls, kept: dict) -> TrainState:
         """From what `kept` gave; a checkpoint of an earlier version has no `clamped`."""
-        values = {name: kept[name] for name in cls.KEPT if name in kept} | {"position": data.Position(*kept["position"])}
-        return cls(**values, **dict.fromkeys(("evaluated", "sampled", "saved"), kept["step"]))
+        values = {name: kept[name] for name in cls.KEPT if name in kept}
+        done = dict.fromkeys(("evaluated", "sampled", "saved"), kept["step"])
+        return cls(**done | values | {"position": data.Position(*kept["position"])})
 
     def kept(self) -> dict:
         return {name: getattr(self, name) for name in self.KEPT}
@@ -418,7 +450,6 @@ class Run:
     config: HiggsAudioConfig
     tokenizer: Any
     base: Path  # folder of the base checkpoint
-    total_steps: int
     resumed_from: Path | None = None
     monitor: Monitor | None = None
     sampler: Sampler | None = None
@@ -427,13 +458,35 @@ class Run:
     def __post_init__(self):
         self.output_dir = Path(self.cfg.output_dir)
 
+    @property
+    def max_bad_samples(self) -> float:
+        """How many broken samples the run puts up with."""
+        limit = self.cfg.max_bad_samples
+        return limit if limit >= 1 else limit * self.loader.num_samples
+
+    def epochs_done(self, state: TrainState) -> float:
+        """How much of the data is consumed, on whatever number of ranks."""
+        return state.position.epoch + state.position.samples_done / self.loader.num_samples
+
+    def progress(self, state: TrainState) -> tuple[float, float]:
+        """(share of the run that is done, share of the learning rate's decay): by the data, or by steps with --max_steps."""
+        if self.cfg.max_steps:
+            done, warm, end = state.step, self.cfg.warmup_steps, self.cfg.max_steps
+        else:
+            done, warm, end = self.epochs_done(state), state.warm, self.cfg.epochs
+        return done / end, (done - warm) / (end - warm) if end > warm else 1.0
+
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
     held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
-    with Signals() as signals, held or contextlib.nullcontext():
+    with dist.signals, held or contextlib.nullcontext():
         run = build_run(cfg, dist)
-        if not cfg.dry_run and loop(run, start(run), signals):
+        if cfg.dry_run:
+            return run.task.model
+        state = start(run)
+        dist.signals.begin(dist)
+        if loop(run, state):
             finish(run)
         return run.task.model
 
@@ -449,12 +502,12 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, lora = dist.together(lambda: build_model(cfg, dist, config, base))
     task = Task(model, build_optimizer(model, cfg), objective, LabelSpec.of(config), dist, cfg.grad_clip, cfg.seed)
-    total_steps = cfg.max_steps or sum(loader.steps_in_epoch(epoch) for epoch in range(cfg.epochs))
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = f"{dist.world_size} rank(s) on {dist.device.type}"
-    log(dist, f"{loader.num_samples} training samples, {total_steps} steps, {where}; {trainable:,} of {total:,} parameters train")
-    return Run(cfg, task, lora, loader, val_loader, config, tokenizer, base, total_steps, resumed_from)
+    steps = cfg.max_steps or loader.num_steps(data.Position(0, 0), cfg.epochs)
+    log(dist, f"{loader.num_samples} training samples, {steps} steps, {where}; {trainable:,} of {total:,} parameters train")
+    return Run(cfg, task, lora, loader, val_loader, config, tokenizer, base, resumed_from)
 
 
 def start(run: Run) -> TrainState:
@@ -464,10 +517,13 @@ def start(run: Run) -> TrainState:
     if run.resumed_from:
         kept = resume(run, identity)
     state = TrainState.of(kept) if kept else TrainState()
+    if "warm" not in kept and state.step > cfg.warmup_steps:  # of an earlier version
+        state.warm = run.epochs_done(state) * cfg.warmup_steps / state.step
     identity |= lineage.ancestry(run.resumed_from, kept, run.output_dir)
     dist.together(lambda: lineage.prepare_folder(run.output_dir, run.base) if dist.is_main else None)
     settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
-    run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main))
+    redo = [split for split, last in (("val", state.evaluated), ("sample", state.sampled)) if last < state.step]
+    run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main, redo))
     if cfg.sample_steps:
         dataset = (run.val_loader or run.loader).dataset
         check_batched(run.config)
@@ -517,35 +573,38 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
 # Loop
 
 
-def loop(run: Run, state: TrainState, signals: Signals) -> bool:
+def loop(run: Run, state: TrainState) -> bool:
     """Evaluate, sample, save, stop, step, log, always in that order; returns whether the run came to its end. Collective."""
     cfg, task, dist = run.cfg, run.task, run.task.dist
     flops, frame_rate_hz = metrics.Flops.of(task.model), codec_frame_rate_hz(cfg.audio_tokenizer)
-    progress = progress_bar(dist, desc="train", unit="step", total=run.total_steps, initial=state.step)
+    total_steps = cfg.max_steps or state.step + run.loader.num_steps(state.position, cfg.epochs)
+    bar = progress_bar(dist, desc="train", unit="step", total=total_steps, initial=state.step)
     steps = dist.iterate(iter_steps(run.loader, state.position))
     checked, failure = False, None
     while True:
-        done = state.step >= run.total_steps
+        if state.step <= cfg.warmup_steps:
+            state.warm = run.epochs_done(state)
+        progress, decayed = run.progress(state)
+        done = progress >= 1
 
         # At the end, first save what the last evaluation, the samples and final/ could lose.
         if done and state.saved != state.step:
             save_last(run, state)
 
-        # Evaluate, every --val_steps and at the end.
-        due = done or (cfg.val_steps and state.step % cfg.val_steps == 0)
-        if run.val_loader and due and state.evaluated != state.step:
-            if not checked:
-                (first, *_), _ = next(dist.iterate(run.val_loader.epoch(data.Position(0, 0))))
-                check_first_batch(task, first)
-                checked = True
-            validate(run, state)
-
-        # Generate samples, every --sample_steps and at the end.
-        if run.sampler and state.sampled != state.step and (done or state.step % cfg.sample_steps == 0):
-            sample(run, state)
+        # Evaluate and generate samples, every so many steps and at the end. What a signal cuts short is done after the resume.
+        with contextlib.suppress(Interrupted):
+            due = done or (cfg.val_steps and state.step % cfg.val_steps == 0)
+            if run.val_loader and due and state.evaluated != state.step:
+                if not checked:
+                    (first, *_), _ = next(dist.iterate(run.val_loader.epoch(data.Position(0, 0))))
+                    check_first_batch(task, first)
+                    checked = True
+                validate(run, state)
+            if run.sampler and state.sampled != state.step and (done or state.step % cfg.sample_steps == 0):
+                sample(run, state)
 
         # Save beside training, every --save_steps and at the end, and what a stop or failure leaves.
-        stop, is_writing = dist.each(signals.received is not None, run.saver.is_writing)  # on any rank
+        stop, is_writing = dist.each(dist.signals.received is not None, run.saver.is_writing)  # on any rank
         if not is_writing:
             run.saver.commit()
         best = state.best.get("step") == state.step
@@ -553,60 +612,66 @@ def loop(run: Run, state: TrainState, signals: Signals) -> bool:
         if state.saved != state.step and (due or stop or failure):
             run.saver.start(state.kept())
             state.saved = state.step
-        elif done and best:
-            run.saver.amend(state.kept())  # the last evaluation came after it
+        elif done:
+            run.saver.amend(state.kept())  # by what the last evaluation and samples were
         if stop or failure or done:
             run.saver.commit()
-            progress.close()
+            bar.close()
 
         # Stop.
         if failure:
             raise failure
+        if stop:
+            dist.signals.obeyed = next(filter(None, dist.gather(dist.signals.received)))
+            name, saved = dist.signals.obeyed.name, run.saver.newest or run.resumed_from
+            log(dist, f"received {name}: stopped after step {state.step}, saved in {saved}; continue with --resume auto")
+            return False
         if done:
             return True
-        if stop:
-            received = next(s.name for s in dist.gather(signals.received) if s)
-            log(dist, f"received {received}: stopped after step {state.step}; continue with --resume auto")
-            return False
 
         # Read; look at the first batch before it trains.
         epoch = state.position.epoch
-        batches, state.position = next(steps)
+        try:
+            batches, state.position = next(steps)
+        except Interrupted:
+            continue  # to the stop above
         if not checked:
             log(dist, "first batch:")
-            check_readable(batches, cfg.max_bad_samples, dist)
+            check_readable(batches, run.max_bad_samples, dist)
             check_first_batch(task, batches[0])
             checked = True
 
         # One timed step.
         started = time.perf_counter()
-        lr = lr_at(state.step, run.total_steps, cfg)
+        lr = lr_at(state.step, decayed, cfg)
         result = train_step(task, batches, state.step, lr)
         seconds = time.perf_counter() - started
         values = metrics.step_metrics(result.total, task.objective, seconds, flops, frame_rate_hz, dist)
         state.step += 1
 
         # Log it, and keep what went wrong.
-        is_spike = note(run, state, result, values)
+        mine = ([problem for batch in batches for problem in getattr(batch, kind)] for kind in ("unreadable", "clamped"))
+        problems = gather_problems(*mine, result.total, f"step {state.step}", dist)
+        is_spike = note(run, state, result, values, problems)
         counts = {name: getattr(state, name) for name in ("bad_steps", "bad_samples", "clamped", "spikes")}
         about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.grad_norm}
         run.monitor.write(**about, **counts, **values)
-        problems = [problem for batch in batches for problem in (*batch.unreadable, *batch.clamped)]
-        log_problems(problems, result.total, f"step {state.step}", dist)
         if result.culprits or is_spike:
             keep_batches(run, state, result, values["loss"], batches)
         if state.step == cfg.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(run.output_dir / f"memory-rank{dist.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
             log(dist, f"{run.output_dir}/memory-rank*.pickle: open it at pytorch.org/memory_viz")
-        failure = find_failure(state, result.total, cfg)
+        failure = find_failure(run, state, any(problems))
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "text_loss", "audio_loss")}
-        progress.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
-        progress.update()
+        bar.set_postfix(shown | {"tok/s": f"{values['tokens_per_sec']:.0f}"}, refresh=False)
+        bar.update()
 
 
 def save_last(run: Run, state: TrainState) -> None:
     """Save a checkpoint at the end, without --save_steps too, if the disk has room for it. Collective."""
+    if not run.cfg.save_steps:
+        run.saver.keep_last = 0  # it will be discarded, and must not drive out others
     try:
         run.saver.start(state.kept())
         run.saver.commit()
@@ -638,6 +703,7 @@ def validate(run: Run, state: TrainState) -> None:
     is_best = improves(values, cfg.best_by, state.best)
     if is_best:
         state.best = {"metric": cfg.best_by, "value": values[cfg.best_by], "step": state.step}
+        state.best |= {"bad_samples": values["bad_samples"]} if values["bad_samples"] else {}
     losses = f"validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})"
     log(dist, f"step {state.step}: {losses}{', the best so far' * is_best}")
 
@@ -648,13 +714,15 @@ def sample(run: Run, state: TrainState) -> None:
     with averaged(run.task.optimizer), evaluating(run.task.model):
         values = run.sampler.sample(run.task.model, state.step, dist)
     state.sampled = state.step
+    if values is None:
+        return
     run.monitor.write(split="sample", step=state.step, epoch=state.position.epoch, **values)
     if dist.is_main:
         run.monitor.write_samples(state.step, media(run.sampler.folder / f"step_{state.step}"))
     log(dist, f"step {state.step}: {describe(values)}")
 
 
-def check_readable(batches: Sequence[Batch], max_bad_samples: int, dist: Dist) -> None:
+def check_readable(batches: Sequence[Batch], max_bad_samples: float, dist: Dist) -> None:
     """DataError, on all ranks, if the first step finds nothing to read or too much that is unreadable. Collective."""
     mine = [problem for batch in batches for problem in (*batch.unreadable, *batch.clamped)]
     has_targets = any(sum(map(Tensor.sum, batch.num_targets())) > 0 for batch in batches)
@@ -664,12 +732,18 @@ def check_readable(batches: Sequence[Batch], max_bad_samples: int, dist: Dist) -
         raise DataError(listing(f"{len(problems)} samples of the first step cannot be used:", problems))
 
 
-def note(run: Run, state: TrainState, result: StepResult, values: dict) -> bool:
-    """Count what went wrong in a step; returns whether its loss is a spike."""
-    state.bad_steps += bool(result.culprits)
-    state.bad_in_a_row = state.bad_in_a_row + 1 if result.culprits else 0
-    state.bad_samples += int(result.total.num_unreadable)
-    state.clamped += int(result.total.num_clamped)
+def note(run: Run, state: TrainState, result: StepResult, values: dict, problems: Sequence[Sequence[str]]) -> bool:
+    """Count what went wrong in a step, each broken sample once; returns whether the loss is a spike."""
+    is_bad = bool(result.culprits) or not result.has_targets
+    state.bad_steps += is_bad
+    state.bad_in_a_row = state.bad_in_a_row + 1 if is_bad else 0
+    unreadable, clamped = ({problem.split(": ")[0] for problem in kind} - {*state.broken} for kind in problems)
+    state.bad_samples += len(unreadable)
+    state.clamped += len(clamped)
+    state.broken += sorted(unreadable | clamped)
+    if not result.has_targets:
+        log(run.task.dist, f"step {state.step}: no target on any rank, so nothing was learned")
+        return False
     is_warm = state.step > run.cfg.warmup_steps
     return state.add_loss(values["loss"], run.cfg.spike_threshold if is_warm else 0.0)
 
@@ -694,17 +768,17 @@ def keep_batches(run: Run, state: TrainState, result: StepResult, value: float, 
     log(dist, f"step {state.step}: look again with bash launch.sh replay {folder}/step_{state.step}-rank0.safetensors")
 
 
-def find_failure(state: TrainState, total: Totals, cfg: Config) -> Exception | None:
-    """Why the run has to end after this step, if it has to."""
-    if 0 < cfg.max_bad_steps <= state.bad_in_a_row:
-        problem = f"{state.bad_in_a_row} steps in a row were not finite. Saved at step {state.step}"
-        return DivergenceError(f"{problem}; look at the samples named above, or lower --lr")
-    count = state.bad_samples + state.clamped
-    if total.num_unreadable + total.num_clamped and count > cfg.max_bad_samples:  # a resumed run goes on once all are mended
+def find_failure(run: Run, state: TrainState, has_problems: bool) -> Exception | None:
+    """Why the run has to end after this step, if it has to; a resumed run goes on once all samples are mended."""
+    cfg, count = run.cfg, state.bad_samples + state.clamped
+    if has_problems and count > run.max_bad_samples:
         return DataError(
-            f"{count} samples could not be read or used, more than --max_bad_samples {cfg.max_bad_samples}. Saved at step "
+            f"{count} samples could not be read or used, more than --max_bad_samples {cfg.max_bad_samples:g}. Saved at step "
             f"{state.step}; mend what is named above, or allow for more, then continue with --resume auto"
         )
+    if 0 < cfg.max_bad_steps <= state.bad_in_a_row:
+        problem = f"{state.bad_in_a_row} steps in a row were not finite, or without targets. Saved at step {state.step}"
+        return DivergenceError(f"{problem}; look at the samples named above, or lower --lr")
     return None
 
 
@@ -734,12 +808,14 @@ def finish(run: Run) -> None:
 @says_errors
 def main(argv: Sequence[str]) -> int:
     cfg = parse_config(argv, description=__doc__)
-    train(cfg, setup_distributed(cfg.device, cfg.replicate, cfg.dist_timeout))
-    return 0
+    dist = setup_distributed(cfg.device, cfg.replicate, cfg.dist_timeout)
+    train(cfg, dist)
+    return dist.signals.status()
 
 
 def run_and_exit(argv: Sequence[str]) -> None:
     """`main` as a process of its own. Ranks that merely lost the others wait a moment: the one that failed prints first."""
+    distributed.keep_output()
     try:
         status = main(argv)
     except Exception as error:

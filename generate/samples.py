@@ -11,6 +11,7 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,17 +95,33 @@ class Sampler:
             sampler.similarity = SpeakerSimilarity(cfg.sv_model, dist.device) if cfg.sv_model else None
         return sampler
 
-    def sample(self, model, step: int, dist: Dist) -> dict[str, float]:
-        """Answer every prompt, shared among the ranks, and measure; for a model in evaluation mode. Collective."""
+    def sample(self, model, step: int, dist: Dist) -> dict[str, float] | None:
+        """Answer every prompt, shared among the ranks, and measure; for a model in evaluation mode. Collective.
+
+        returns: the figures, None if the disk refuses the samples
+        raises:  Interrupted, on all ranks, if one of them receives a signal
+        """
+
+        def any_rank(is_busy: bool) -> bool:
+            """A sharded model's ranks have to take part in each other's forward passes."""
+            dist.check_signals()
+            return dist.any(is_busy)
+
         mine = deque(self._request(number) for number in range(dist.rank, len(self.prompts), dist.world_size))
-        # A sharded model's ranks have to take part in each other's forward passes.
-        every = {"any_rank": dist.any} if dist.world_size > 1 else {}
         rows = max(1, min(len(mine), rows_that_fit(model, self.sampling.max_new_tokens)))
-        made = generate_many(model, self.tokenizer, mine, self.sampling, rows, **every)
+        made = generate_many(model, self.tokenizer, mine, self.sampling, rows, any_rank)
         made = {request.key: (answer.codes, answer.stopped, answer.seconds) for request, answer in made}
         answers = {number: answer for share in dist.gather(made) for number, answer in share.items()}
         answers = [answers[number] for number in range(len(self.prompts))]
-        return dist.from_main(self._keep(step, answers) if dist.is_main else None)
+        return dist.from_main(self._try_keep(step, answers) if dist.is_main else None)
+
+    def _try_keep(self, step: int, answers: Sequence[tuple[list[Tensor], bool, float]]) -> dict[str, float] | None:
+        """`_keep`; a disk that refuses the samples ends no run."""
+        try:
+            return self._keep(step, answers)
+        except OSError as error:
+            print(f"warning: samples of step {step} cannot be written: {error}", file=sys.stderr, flush=True)
+            return None
 
     def _request(self, number: int) -> Request:
         K, T = self.prompts[number].target.shape

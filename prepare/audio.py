@@ -165,7 +165,19 @@ def import_codec():
             f"the audio codec needs a package that is missing: {error}. pip install -r requirements-codec.txt"
         ) from None
     module.AutoModel = PlainHubert
+    module.HiggsAudioTokenizer.load_state_dict = _load_weights
     return module
+
+
+def _load_weights(codec: torch.nn.Module, weights: dict[str, Tensor], **_) -> None:
+    """`load_state_dict` that names what is missing, where upstream would leave random weights that encode noise.
+
+    HuBERT's weights may be missing: they come from its own checkpoint.
+    """
+    missing = torch.nn.Module.load_state_dict(codec, weights, strict=False).missing_keys
+    missing = [name for name, _ in codec.named_parameters() if name in missing and not name.startswith("semantic_model.")]
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing in model.pth, first {missing[0]}")
 
 
 def _resample(waveform: Tensor, orig_freq: int, new_freq: int) -> Tensor:

@@ -33,6 +33,9 @@ from common import DataError, MissingAudioError, listing
 ROLES = ("system", "user", "assistant")
 CODE_SUFFIXES = (".npy", ".safetensors")
 SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SPEAKER0: ..." of a scene
+# The tokens that upstream puts between turns and around clips. <|AUDIO|> and <|AUDIO_OUT|> in a text are the collator's to find.
+CONTROL = re.compile(r"<\|(audio_(out_)?bos|audio_eos|begin_of_text|end_of_text|(start|end)_header_id|eo[mt]_id|recipient)\|>")
+
 MAX_SEC = 1e7  # about four months
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,6 +126,7 @@ class Manifest(Sequence[Record]):
         self.path, self.folder = path, folder
         self.spans, self.places, self.digest = spans, places, digest
         self._blob = blob
+        self._stamp = None if blob is not None else _stamp(os.stat(path))
 
     @classmethod
     def of_lines(cls, path: Path) -> Manifest:
@@ -169,6 +173,8 @@ class Manifest(Sequence[Record]):
             return tuple(json.loads(self._blob[start:stop].decode("utf-8", "surrogatepass")))
         record, line = self.places[index].tolist()
         with open(self.path, "rb") as file:
+            if _stamp(os.fstat(file.fileno())) != self._stamp:
+                raise DataError(f"{self.path}: has changed since it was opened; start again, from the checkpoint if it trained")
             file.seek(start)
             text = _decode(file.read(stop - start), f"{self.path} line {line}")
         return f"{self.path} record {record} (line {line})", parse_json(text, self.path, line)
@@ -177,7 +183,13 @@ class Manifest(Sequence[Record]):
         places = None if self.places is None else self.places[indices]
         spans = self.spans[indices]
         digest = hashlib.sha256(self.digest.encode() + spans.tobytes()).hexdigest()
-        return Manifest(self.path, self.folder, spans, places, digest, self._blob)
+        subset = Manifest(self.path, self.folder, spans, places, digest, self._blob)
+        subset._stamp = self._stamp
+        return subset
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -465,6 +477,8 @@ class _Parser:
         return path
 
     def text(self, text: str, where: str) -> str:
+        if found := CONTROL.search(text):
+            self.fail(where, f"the text holds {found[0]}, which is a command to the model; write it in other words")
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import checkpoint
 import data
 import train
-from common import CheckpointError
+from common import PREEMPTED, CheckpointError
 from config import to_argv
 
 
@@ -219,11 +219,16 @@ def uninterrupted(toys, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "to_all"),
-    [(signal.SIGTERM, True), pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow), (signal.SIGINT, False)],
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, True, marks=pytest.mark.slow),
+        (signal.SIGINT, False),
+    ],
 )
 def test_a_signal_saves_and_the_run_goes_on_exactly(number, to_all, uninterrupted, toys, tmp_path):
     """Sent to the launcher, as a shell does, or to every process of the job, loader workers too, as a scheduler does: exit
-    status 0, a line that says how to go on, nothing lost."""
+    status 75, after Ctrl-C 0, a line that says how to go on, nothing lost."""
     extra, whole, expected = uninterrupted
     extra = extra | {"num_workers": int(to_all)}
     parts = tmp_path / "parts"
@@ -247,7 +252,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(number, to_all, uninterrupte
     for member in [process, *family]:
         member.send_signal(number)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    assert process.returncode == (0 if number == signal.SIGINT else PREEMPTED), error
     assert f"received {number.name}: stopped after step " in error and "--resume auto" in error
     assert not (parts / "final").exists()
     resumed = run_ranks(run, 2, settings(toys, parts, 4, **extra, resume="auto"))[0]
@@ -355,7 +360,7 @@ def test_a_file_that_becomes_unreadable_is_left_out_and_counted(lose_clips, tmp_
     lines = [line for line in logged(tmp_path / "o") if line["split"] == "train"]
     assert lines[-1]["step"] == len(lines) == 12 and (tmp_path / "o" / "final").is_dir()
     counts = [line["bad_samples"] for line in lines]
-    assert counts == sorted(counts) and 2 <= counts[-1] <= 3, "once in each epoch after the first step"
+    assert counts == sorted(counts) and counts[-1] == 1, "met once in each epoch, counted once"
     assert all(line["loss"] > 0 for line in lines)
 
 

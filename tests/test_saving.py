@@ -85,7 +85,9 @@ def test_the_best_checkpoint_is_kept(toys, tmp_path, monkeypatch):
         (1.0, 0, {"metric": "loss", "value": 2.0}, True),
         (1.0, 0, {"metric": "loss", "value": 1.0}, False),
         (1.0, 0, {"metric": "audio_loss", "value": 0.5}, True),  # another metric is no rival
-        (1.0, 3, {}, False),  # not the same samples as the others
+        (1.0, 3, {}, True),  # a broken clip does not keep all checkpoints from being the best
+        (1.0, 3, {"metric": "loss", "value": 1.0, "bad_samples": 3}, False),
+        (1.0, 3, {"metric": "loss", "value": 0.5}, True),  # not the same samples as before
         (math.nan, 0, {}, False),
         (None, 0, {}, False),
     ],

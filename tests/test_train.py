@@ -167,7 +167,7 @@ def test_lr_schedule():
     cfg = train.parse_config(
         ["--train_manifest", "m", "--output_dir", "o", "--lr", "1", "--warmup_steps", "4", "--min_lr_ratio", "0.1"]
     )
-    rates = [train.lr_at(step, 24, cfg) for step in range(25)]
+    rates = [train.lr_at(step, (step - 4) / 20, cfg) for step in range(25)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[14] == pytest.approx(0.55) and rates[24] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
