@@ -24,6 +24,7 @@ from generate.official import Sampling, join
 from generate.scores import Score
 from prepare import prompts
 from prepare.audio import import_codec, load_codec
+from tools import demo as demo_
 from tools import toys as demo
 
 CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
@@ -308,3 +309,16 @@ def test_models_with_whisper_are_refused(toys, tmp_path, capsys):
     demo.make_checkpoint(tmp_path / "w", encode_whisper_embed=True)
     assert generate.main(["--ckpt", str(tmp_path / "w"), "--text", "x", *CODES]) == 2
     assert "reads reference audio through Whisper (encode_whisper_embed)" in capsys.readouterr().err
+
+
+def test_the_demo_repeats_by_the_official_call(toys, loud_dir, tmp_path, monkeypatch):
+    """Records of each kind are equal; a clip with another code is named."""
+    monkeypatch.setattr(demo_, "AGAIN", 2)
+    generated = tmp_path / "generated"
+    demo_.evaluate(loud_dir, toys / "test.jsonl", generated)
+    assert demo_.differing(loud_dir, toys / "test.jsonl", generated, tmp_path / "official") == []
+    assert len(list((tmp_path / "official").glob("*.npy"))) == 4 * demo_.AGAIN
+    longest = max(generated.glob("0000[01].npy"), key=lambda path: path.stat().st_size)
+    codes = np.load(longest)
+    np.save(longest, np.concatenate([codes, codes[:, -1:]], axis=1) if codes.size else np.ones((8, 1), np.int16))
+    assert demo_.differing(loud_dir, toys / "test.jsonl", generated, tmp_path / "again") == [longest.name]
