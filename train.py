@@ -497,7 +497,8 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
     base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
-    config, tokenizer = dist.together(lambda: (checkpoint.read_base_config(base), checkpoint.load_tokenizer(base)))
+    read = checkpoint.read_base_config, checkpoint.weight_files, checkpoint.load_tokenizer
+    config, _, tokenizer = dist.together(lambda: [function(base) for function in read])
     objective = dist.together(lambda: build_objective(cfg, config))
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, lora = dist.together(lambda: build_model(cfg, dist, config, base))

@@ -65,6 +65,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ref_text", nargs="+", help="their transcripts")
     parser.add_argument("--scene", help="a scene description, such as 'A quiet room.'")
     parser.add_argument("--system", help="a system turn of your own instead of the official one; '' for none")
+    parser.add_argument("--normalize", choices=("yes", "no"), default="yes", help="texts as the official example changes them")
     parser.add_argument("--chunk_words", type=int, default=100, help="longer texts are generated in chunks; 0: never")
     parser.add_argument("--chunk_turns", type=int, default=0, help="most speaker turns in a chunk; 0: any number")
     parser.add_argument("--chunk_context", type=int, default=2, help="earlier chunks that stay in the prompt")
@@ -106,7 +107,7 @@ def _find_problems(args: argparse.Namespace) -> list[str]:
 
 def lines_of(args: argparse.Namespace) -> list[Line]:
     """raises: DataError"""
-    chunking = Chunking(args.chunk_words, args.chunk_turns)
+    chunking = Chunking(args.chunk_words, args.chunk_turns, args.normalize == "yes")
     if args.lines:
         return read_lines(args.lines, chunking)
     try:

@@ -18,7 +18,7 @@ from common import DataError
 from generate.files import file_name
 from generate.scores import WORD
 from prepare.manifest import AudioPart, Record, parse_record, read_manifest
-from prepare.prompts import Voice, context
+from prepare.prompts import Voice, context, normalise
 
 LINE_KEYS = ("text", "ref_audio", "ref_text", "scene", "system", "id", "seed")
 
@@ -48,10 +48,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Chunking:
-    """How long texts are cut; 0 for any number."""
+    """How texts are prepared: normalised as the official example does, and cut where they are long; 0 for any number."""
 
     words: int = 0
     turns: int = 0
+    normalize: bool = True
 
 
 def read_lines(path: Path, chunking: Chunking) -> list[Line]:
@@ -100,8 +101,9 @@ def line_of_request(value: Any, name: str, folder: Path, source: str, chunking: 
     parts = [{"type": "audio", "audio_url": path} for path in clips]
     voices = [Voice(part, text) for part, text in itertools.zip_longest(parts, texts)]
     try:
-        chunks = split_text(value["text"], chunking)
-        turns = context(value["text"], voices, scene, system)
+        split_text(value["text"], chunking)  # a tag without a text is an error before the final period is added
+        text = normalise(value["text"]) if chunking.normalize else value["text"]
+        chunks, turns = split_text(text, chunking), context(text, voices, scene, system)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     return Line(file_name(str(value.get("id", name))), turns, chunks, folder, source, seed)

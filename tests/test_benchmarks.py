@@ -169,3 +169,19 @@ def test_live_bytes():
         assert live.now == 4000
         del c
     assert live.now == 0 and live.peak == 8000
+
+
+def test_batched_compares_equal_work(folder, tmp_path, capsys, monkeypatch):
+    """The table has every contender; codes that differ from the official call's end it."""
+    import batched
+
+    argv = ["--size", "tiny", "--frames", "20", "--rounds", "1", "--rows", "3", "--folder", str(folder / "batched")]
+    assert batched.main([*argv, "--json", str(tmp_path / "table.json")]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert rows.keys() == {"official", "3 together"} and rows["official"]["ratio"] == 1
+    assert all(row["clips_per_sec"] > 0 and row["cpu_sec_per_clip"] > 0 and row["peak_bytes"] >= 0 for row in rows.values())
+    assert "3 together" in capsys.readouterr().out
+    together = batched.generate_many
+    seeds = lambda requests: type(requests)(batched.Request(r.prompt, r.seed + 1, r.max_new_tokens, r.key) for r in requests)  # noqa: E731
+    monkeypatch.setattr(batched, "generate_many", lambda m, t, requests, *rest: together(m, t, seeds(requests), *rest))
+    assert batched.main(argv) == 1 and "gave other codes" in capsys.readouterr().err

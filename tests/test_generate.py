@@ -24,6 +24,7 @@ from generate.official import Sampling, join
 from generate.scores import Score
 from prepare import prompts
 from prepare.audio import import_codec, load_codec
+from tools import demo as demo_
 from tools import toys as demo
 
 CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
@@ -49,7 +50,7 @@ def test_codes_equal_the_official_engines(loud_dir, codec_dir, tmp_path):
     engine = HiggsAudioServeEngine(
         str(loud_dir), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[128, 256]
     )
-    argv = f"--ckpt {loud_dir} --device cpu --seed 3 --max_new_tokens 30 --force_audio --text hello --temperature"
+    argv = f"--ckpt {loud_dir} --device cpu --seed 3 --max_new_tokens 30 --force_audio --normalize no --text hello --temperature"
     prompt = ChatMLSample([Message("system", prompts.INSTRUCTION), Message("user", "hello")])
     for temperature in (0.0, 1.0):
         expected = engine.generate(prompt, 30, temperature, top_k=50, force_audio_gen=True, seed=3)
@@ -63,13 +64,20 @@ def test_codes_equal_the_official_engines(loud_dir, codec_dir, tmp_path):
     assert rate == expected.sampling_rate and samples == pytest.approx(expected.audio, abs=1 / 32768)  # 16 bit
 
 
+def test_texts_are_normalised_as_the_official_example_does(tmp_path):
+    """"hello" and "hello." are one text, which is what rows of a data set train; --normalize no leaves it as it is."""
+    request = {"text": "hello  （you） [laugh]"}
+    chunks = [line_of_request(request, "a", tmp_path, "here", Chunking(normalize=on)).chunks for on in (True, False)]
+    assert chunks == [["hello you <SE>[Laughter]</SE>"], [request["text"]]]
+
+
 # ---- every kind of checkpoint
 
 
 def test_every_kind_of_checkpoint(toys, tmp_path):
     """An adapter changes what is said; merging it does not, nor taking it from the run's checkpoint, nor another layout."""
     run_here(settings(toys, tmp_path / "o", lora_r=8, mixed_precision="no", max_steps=3, save_steps=3))
-    argv = ["--text", "hello", *CODES, *GREEDY]
+    argv = ["--text", "hello", "--normalize", "no", *CODES, *GREEDY]
     base = say(tmp_path, "--ckpt", toys / "checkpoint", *argv)
     adapted = say(tmp_path, "--ckpt", tmp_path / "o" / "final", *argv)
     merged = say(tmp_path, "--ckpt", tmp_path / "o" / "final", "--merge_lora", *argv)
@@ -95,7 +103,7 @@ def test_context_is_the_official_phrasing(tmp_path):
         request = {"text": "text", "ref_audio": clips, "ref_text": texts, "scene": scene, "system": system}
         for clip in clips:
             np.save(tmp_path / clip, np.zeros((8, 2), np.int64))
-        line = line_of_request(request, "a", tmp_path, "here", Chunking())
+        line = line_of_request(request, "a", tmp_path, "here", Chunking(normalize=False))
         messages = line.record([], line.chunks[0]).chatml.messages
         parts = [(m.role, m.content if isinstance(m.content, list) else [m.content]) for m in messages]
         return [(role, "".join(getattr(p, "text", "<clip>") if not isinstance(p, str) else p for p in c)) for role, c in parts]
@@ -308,3 +316,16 @@ def test_models_with_whisper_are_refused(toys, tmp_path, capsys):
     demo.make_checkpoint(tmp_path / "w", encode_whisper_embed=True)
     assert generate.main(["--ckpt", str(tmp_path / "w"), "--text", "x", *CODES]) == 2
     assert "reads reference audio through Whisper (encode_whisper_embed)" in capsys.readouterr().err
+
+
+def test_the_demo_repeats_by_the_official_call(toys, loud_dir, tmp_path, monkeypatch):
+    """Records of each kind are equal; a clip with another code is named."""
+    monkeypatch.setattr(demo_, "AGAIN", 2)
+    generated = tmp_path / "generated"
+    demo_.evaluate(loud_dir, toys / "test.jsonl", generated)
+    assert demo_.differing(loud_dir, toys / "test.jsonl", generated, tmp_path / "official") == []
+    assert len(list((tmp_path / "official").glob("*.npy"))) == 4 * demo_.AGAIN
+    longest = max(generated.glob("0000[01].npy"), key=lambda path: path.stat().st_size)
+    codes = np.load(longest)
+    np.save(longest, np.concatenate([codes, codes[:, -1:]], axis=1) if codes.size else np.ones((8, 1), np.int16))
+    assert demo_.differing(loud_dir, toys / "test.jsonl", generated, tmp_path / "again") == [longest.name]

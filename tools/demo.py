@@ -1,10 +1,11 @@
-"""The offline demo: train a tiny Higgs Audio v2 on toy voices, then generate with the official `generate()`.
+"""The offline demo: train a tiny Higgs Audio v2 on toy voices, then generate with it.
 
     bash launch.sh demo [--output_dir runs/demo] [--seed 0] [--steps N] [--nproc N] [flags of train.py]
 
 Nothing is downloaded: checkpoint and voices are those of tools/toys.py. Training is the ordinary `train.py` under FSDP; no manifest
-that it reads has a speaker or a text of the test. The scores are printed and written to demo.json; the run's report plays
-samples of both models, by the toy vocoder.
+that it reads has a speaker or a text of the test. Prompts are answered many at once; the official `generate()` has to give the
+same codes for some of every kind. The scores are printed and written to demo.json; the run's report plays samples of both
+models, by the toy vocoder.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from tools import report, toys
 from tools.vocoder import ToyVocoder
 
 ROOT = Path(__file__).resolve().parent.parent
+
+AGAIN = 8  # records of each kind that the official generate() repeats
 
 # Greedy, codes only. The longest target has 24 frames and 9 delay columns: a model that never stops is cut off at 60.
 GREEDY = {"audio_tokenizer": "none", "temperature": 0, "ras_win_len": 0, "max_new_tokens": 60, "device": "cpu"}
@@ -76,6 +79,20 @@ def evaluate(checkpoint: Path, manifest: Path, out: Path, force_audio: bool = Fa
     command = to_argv({"ckpt": checkpoint, "lines": manifest, "out": out} | GREEDY) + ["--force_audio"] * force_audio
     print("\nbash launch.sh generate", *command)
     return generate.run(command)[1]
+
+
+def differing(checkpoint: Path, manifest: Path, generated: Path, out: Path) -> list[str]:
+    """Names of the generated clips that the official generate() does not give, of the first AGAIN records of every kind."""
+    kinds: dict[str, list[int]] = {}
+    lines = manifest.read_text().splitlines()
+    for number, line in enumerate(lines):
+        kinds.setdefault(json.loads(line)["misc"]["kind"], []).append(number)
+    chosen = [number for numbers in kinds.values() for number in numbers[:AGAIN]]
+    again = manifest.with_name("again.jsonl")  # paths in it are relative to its folder
+    again.write_text("".join(lines[number] + "\n" for number in chosen))
+    generate.run(to_argv({"ckpt": checkpoint, "lines": again, "out": out} | GREEDY) + ["--official"])
+    pairs = [(f"{number:05d}.npy", f"{i:05d}.npy") for i, number in enumerate(chosen)]
+    return [ours for ours, theirs in pairs if not np.array_equal(np.load(generated / ours), np.load(out / theirs))]
 
 
 def clones(scores: dict[str, Score]) -> Score:
@@ -156,8 +173,11 @@ def main(argv: Sequence[str]) -> int:
         "trained": evaluate(run / "final", test, generated / "trained"),
     }
     finished = time.perf_counter()
+    if others := differing(run / "final", test, generated / "trained", generated / "official"):
+        print(f"error: the official generate() gives other codes than {', '.join(others)}", file=sys.stderr)
+        return 1
 
-    print_scores("\nuntrained, held-out speakers and texts, official generate():", scores["untrained"])
+    print_scores("\nuntrained, held-out speakers and texts:", scores["untrained"])
     print_scores(f"trained for {args.steps} steps:", scores["trained"])
     content = json.dumps({name: figures(found) for name, found in scores.items()}, indent=2) + "\n"
     write_whole(args.output_dir / "demo.json", lambda file: file.write(content.encode()))

@@ -85,7 +85,8 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
     optimizer = train.build_optimizer(model, cfg)
     start = resume or about["resume"] or "base"
     if start != "base":
-        checkpoint.check_state(Path(start), model, optimizer, run={})
+        checkpoint.read_state(Path(start))
+        checkpoint.check_state(Path(start), model, optimizer)
         checkpoint.load_state(Path(start), model, optimizer)
     print(f"step {about['step']}, {len(batches)} micro-batches, weights of {start}")
 
