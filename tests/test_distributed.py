@@ -236,7 +236,7 @@ def test_a_poisoned_sample_is_skipped_on_all_ranks_and_named(toys, checkpoint_di
 
 def test_too_many_bad_steps_stop_the_run_with_a_checkpoint(toys, checkpoint_dir, tmp_path):
     args = str(checkpoint_dir), str(toys / "train.jsonl"), str(tmp_path / "o"), "record "
-    with pytest.raises(AssertionError, match=r"2 steps in a row were not finite\. Saved at step 2"):
+    with pytest.raises(AssertionError, match=r"2 steps in a row were not finite, or without targets\. Saved at step 2"):
         run_ranks(poisoned_run, 2, *args)
     assert (tmp_path / "o" / "checkpoints" / "step_2" / "state.json").is_file()
     assert not (tmp_path / "o" / "final").exists()

@@ -697,7 +697,7 @@ SPOILED = {  # what is done to one of twenty good clips, or to its text -> the t
     "HTML": (lambda x: x, "A sentence &amp; an ordinary length", "HTML"),
     "an address": (lambda x: x, "A sentence of www.example.org.", "addresses"),
     "mojibake": (lambda x: x, "A sentence of Ã¤n ordinary length.", "wrongly decoded"),
-    "special token": (lambda x: x, "A sentence <|eot_id|> of that length.", "special tokens"),
+    "special token": (lambda x: x, "A sentence <|quiet|> of that length.", "special tokens"),
     "span beyond the file": (lambda x: x, GOOD_TEXT, "spans beyond the end"),
 }
 
