@@ -72,12 +72,12 @@ class Packing:
         sorted                     t  t  t  t  a  a  a  a        num_text 4
         perm                       0  1  4  5  2  3  6  7
         inverse_perm               0  1  4  5  2  3  6  7        (here a swap, so its own inverse)
-        position_ids               0  1  4  0  2  3  1  2        within the sample, in sorted order
+        position_ids               0  1  2  3  4   0  1  2       within the sample
 
     All of it follows from the ids, so it is computed where the batch is made, and the device is never asked.
 
     text_ids      [num_text] int64
-    position_ids  [T] int64, of each sorted position within its sample
+    position_ids  [T] int64, of each packed position within its sample
     layout        see `Layout`
     text, audio   what the heads predict; rows are sorted positions
     """
@@ -122,7 +122,7 @@ class Packing:
         sample_begins = cu_seqlens[:-1].repeat_interleave(lengths)  # of each packed position
         return cls(
             text_ids=ids[is_text],
-            position_ids=perm - sample_begins[perm],
+            position_ids=torch.arange(len(perm)) - sample_begins,
             layout=layout,
             text=_text_targets(batch, is_text, layout, audio_out_token),
             audio=_audio_targets(batch, first=layout.num_text + len(columns[0])),

@@ -36,7 +36,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from boson_multimodal.model.higgs_audio.audio_head import HiggsAudioDecoderProjector
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -52,7 +53,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from collate import Layout, Packing, Voices
 from common import PatchError
@@ -95,7 +96,7 @@ class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
     compiled = False
 
     def forward(self, hidden_states, *args, layout: Layout | None = None, position_embeddings=None, **kwargs):
-        """With a layout, hidden_states are [T, D], position_embeddings two [T, head_dim], and the result is [T, D]."""
+        """With a layout: hidden_states [T, D] and the result are sorted, position_embeddings, two [T, head_dim], packed."""
         if layout is None:
             return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         run = functools.partial(self._forward_packed, layout=layout)
@@ -117,26 +118,28 @@ def _before_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [T, heads, head_dim], keys and values [T, key heads, head_dim], in packed order."""
     attention = layer.self_attn
-    text, audio = hidden[:num_text], hidden[num_text:]
-    normed = torch.cat([_normed(layer.input_layernorm, text), _normed(layer.audio_input_layernorm, audio)])
-    query, key, value = (
-        projection(normed).unflatten(1, (-1, attention.head_dim))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    return tuple(Permute.apply(states, inverse_perm, perm) for states in (query, key, value))
+    text, audio = hidden.split((num_text, len(hidden) - num_text))
+    normed = Pack.apply(_normed(layer.input_layernorm, text), _normed(layer.audio_input_layernorm, audio), perm)
+    states = project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (rows.unflatten(1, (-1, attention.head_dim)) for rows in states)
+    return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin), value
 
 
 def _after_attention(
     layer: nn.Module, hidden: Tensor, attended: Tensor, num_text: int, perm: Tensor, inverse_perm: Tensor
 ) -> Tensor:
     """The rest of the layer, in sorted order; attended: [T, heads, head_dim] in packed order."""
-    attended = Permute.apply(attended.flatten(1), perm, inverse_perm)
-    hidden = hidden + layer.self_attn.o_proj(attended).to(hidden.dtype)
-    text, audio = hidden[:num_text], hidden[num_text:]
-    text = layer.mlp(_normed(layer.post_attention_layernorm, text))
-    audio = layer.audio_mlp(_normed(layer.audio_post_attention_layernorm, audio))
-    return torch.cat([text, audio]).to(hidden.dtype).add_(hidden)
+    (attended,) = project(Permute.apply(attended.flatten(1), perm, inverse_perm), layer.self_attn.o_proj)
+    hidden = hidden + attended.to(hidden.dtype)
+    text, audio = hidden.split((num_text, len(hidden) - num_text))
+    text = _ffn(layer.mlp, _normed(layer.post_attention_layernorm, text))
+    audio = _ffn(layer.audio_mlp, _normed(layer.audio_post_attention_layernorm, audio))
+    return AddPieces.apply(hidden, text, audio)
+
+
+def _ffn(mlp: LlamaMLP, rows: Tensor) -> Tensor:
+    gate, up = project(rows, mlp.gate_proj, mlp.up_proj)
+    return project(mlp.act_fn(gate) * up, mlp.down_proj)[0]
 
 
 def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
@@ -144,6 +147,27 @@ def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
     if norm.weight.dtype != hidden.dtype:
         return norm(hidden)
     return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+# The layer's memory traffic, beside matrix products, is its passes over [T, D]. These functions take fewer than autograd would;
+# tests/test_passes.py counts them.
+
+
+class Pack(torch.autograd.Function):
+    """Sorted text [num_text, D] and audio rows to packed order [T, D], without concatenating them first."""
+
+    @staticmethod
+    def forward(ctx, text: Tensor, audio: Tensor, perm: Tensor) -> Tensor:
+        ctx.places = perm.split((len(text), len(audio)))
+        packed = torch.empty((len(perm), text.shape[1]), dtype=text.dtype, device=text.device)
+        for place, rows in zip(ctx.places, (text, audio)):
+            packed.index_copy_(0, place, rows)
+        return packed
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        text, audio = (grad.index_select(0, place) for place in ctx.places)
+        return text, audio, None
 
 
 class Permute(torch.autograd.Function):
@@ -157,6 +181,116 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary embedding; the backward pass rotates back. states: [T, heads, head_dim]; cos, sin: [T, head_dim], equal halves"""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(states, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    rotated = states * cos[:, None]
+    (first, second), (to_first, to_second) = states.chunk(2, dim=-1), rotated.chunk(2, dim=-1)
+    sin = sin[:, None, : first.shape[-1]]
+    to_first.addcmul_(second, sin, value=-direction)
+    to_second.addcmul_(first, sin, value=direction)
+    return rotated
+
+
+class AddPieces(torch.autograd.Function):
+    """hidden [T, D] plus its text and audio pieces, in the dtype of hidden."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, text: Tensor, audio: Tensor) -> Tensor:
+        ctx.sizes, ctx.dtype = (len(text), len(audio)), text.dtype
+        result = torch.empty_like(hidden)
+        for piece, before, after in zip((text, audio), hidden.split(ctx.sizes), result.split(ctx.sizes)):
+            torch.add(before, piece, out=after)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *grad.to(ctx.dtype).split(ctx.sizes)
+
+
+def project(rows: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """The results [n, out] of linear layers that read the same rows [n, in], with their LoRA adapters.
+
+    One dropout mask serves the adapters of all of them. What is more than a plain adapter (merged, switched off, DoRA,
+    autocast) goes through the modules themselves.
+    """
+    found = [_weights(linear) for linear in linears]
+    if None in found or torch.is_autocast_enabled(rows.device.type):
+        return [linear(rows) for linear in linears]
+    weights, scales, rates = zip(*found)
+    adapted = torch.native_dropout(rows, rate, True)[0] if (rate := max(rates)) and linears[0].training else None
+    return Project.apply(rows, adapted, scales, *(tensor for part in weights for tensor in part))
+
+
+def _weights(linear: nn.Module) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], float, float] | None:
+    """((weight, LoRA's A and B or None), scale, dropout) of a layer that is no more than that."""
+    base = linear.base_layer if isinstance(linear, LoraLayer) else linear
+    if base.bias is not None:
+        return None
+    if base is linear:
+        return (linear.weight, None, None), 1.0, 0.0
+    if linear.disable_adapters or linear.merged or linear.use_dora["default"]:
+        return None
+    dropout = getattr(linear.lora_dropout["default"], "p", 0.0)
+    A, B = linear.lora_A["default"], linear.lora_B["default"]
+    return (base.weight, A.weight, B.weight), linear.scaling["default"], dropout
+
+
+class Project(torch.autograd.Function):
+    """Linear layers of the same rows: rows W' + scale (adapted A') B'. Gradients of the rows add up inside matrix products.
+
+    adapted: the rows after dropout; None without
+    weights: W, A and B of each layer
+    """
+
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, adapted: Tensor | None, scales: Sequence[float], *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.scales = scales
+        ctx.save_for_backward(rows, adapted, *weights)
+        results, read = [], rows if adapted is None else adapted
+        for scale, W, A, B in zip(scales, *(weights[i::3] for i in range(3))):
+            result = rows @ W.t()
+            results.append(result if A is None else torch.addmm(result, (read @ A.t()).mul_(scale), B.t()))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, adapted, *weights = ctx.saved_tensors
+        needs_rows, needs_adapted, _, *needs = ctx.needs_input_grad
+        to_rows, to_adapted, to_weights = None, None, []
+        for i, (grad, scale, W, A, B) in enumerate(zip(grads, ctx.scales, *(weights[i::3] for i in range(3)))):
+            if needs_rows:
+                to_rows = _add_product(to_rows, grad, W)
+            to_weights.append(grad.t() @ rows if needs[3 * i] else None)
+            if A is None:
+                to_weights += [None, None]
+                continue
+            inner, read = (grad @ B).mul_(scale), rows if adapted is None else adapted
+            to_weights += [inner.t() @ read, grad.t() @ (read @ A.t()).mul_(scale)]
+            if needs_adapted:
+                to_adapted = _add_product(to_adapted, inner, A)
+            elif needs_rows:
+                to_rows = _add_product(to_rows, inner, A)
+        return to_rows, to_adapted, None, *to_weights
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left @ right if total is None else total.addmm_(left, right)
 
 
 @functools.cache
@@ -289,7 +423,8 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
             states = {"hidden_states": hidden_states, "causal_mask": causal_mask}
             return super()._forward_core(**states, output_hidden_states=output_hidden_states, **kwargs)
         layout, flat = padded_layout(causal_mask.bool(), kwargs["audio_discrete_codes_mask"])
-        tables = self.rotary_emb(hidden_states, kwargs["position_ids"].flatten()[None, flat])
+        packed = flat.index_select(0, layout.inverse_perm)
+        tables = self.rotary_emb(hidden_states, kwargs["position_ids"].flatten()[None, packed])
         position_embeddings = [table[0] for table in tables]
         hidden, seen = hidden_states.flatten(0, 1).index_select(0, flat), []
         for layer in self.layers:
