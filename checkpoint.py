@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from common import CheckpointError, read_json, sha256_of, write_whole
 from config import base_revision
-from distributed import gather, own_rows, says_errors
+from distributed import gather, is_quantized, own_rows, says_errors
 from export import layouts
 
 FORMAT = 2  # of training checkpoints; 1 had no "format", no lineage, no checksum of state.json and no base/
@@ -154,10 +154,18 @@ def check_base(model: nn.Module, folder: Path, shapes: dict[str, tuple[int, ...]
     return sorted(stored.keys() - targets.keys())
 
 
-def load_base(model: nn.Module, folder: Path) -> None:
-    """Stream the base weights into a sharded model; each rank reads only its own rows. Collective; `check_base` first."""
-    stored_name = {layouts.rename(name, "boson"): name for name in Stored(folder).shapes}
-    _load({stored_name[name]: tensor for name, tensor in _base_tensors(model).items()}, folder)
+def load_base(model: nn.Module, folder: Path, quantize: Callable[[nn.Parameter, Tensor], None]) -> None:
+    """Stream the base weights into a sharded model; each rank reads only its own rows. Collective; `check_base` first.
+
+    quantize: fills a quantised parameter from the whole weight: the scale of its rows depends on all of them
+    """
+    stored = Stored(folder)
+    stored_name = {layouts.rename(name, "boson"): name for name in stored.shapes}
+    quantized = {base_name(name): p for name, p in model.named_parameters() if is_quantized(p)}
+    for name, parameter in quantized.items():
+        quantize(parameter, stored.read(stored_name[name]))
+    rest = {stored_name[name]: tensor for name, tensor in _base_tensors(model).items() if name not in quantized}
+    _load(rest, folder)
 
 
 def _load(targets: dict[str, Tensor], folder: Path) -> None:

@@ -63,6 +63,9 @@ class Config:
         ",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of the modules that get an adapter"
     )
     freeze: str = _setting("", "comma-separated patterns of the parameters that do not train")
+    quantize: str = _setting(
+        "none", "keep the layers' frozen weights in 4 bits (NF4), for LoRA on a small card", const="nf4", choices=("none", "nf4")
+    )
     merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base", const=True)
 
     # Batches and length
@@ -219,6 +222,7 @@ def _find_problems(cfg: Config) -> list[str]:
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
     problems += [f"--{n} {getattr(cfg, n)}: must be at least 1" for n in _AT_LEAST_1 if getattr(cfg, n) < 1]
     problems += [f"--{n} {getattr(cfg, n)}: must be below {limit}" for n, limit in _BELOW.items() if getattr(cfg, n) >= limit]
+    is_quantized = cfg.quantize != "none"
     no_gpu, has_judge = not torch.cuda.is_available(), cfg.asr_model or cfg.sv_model
     recomputes, has_loss = cfg.activation_checkpointing == "selective", cfg.text_loss_weight or cfg.audio_loss_weight
     rules = {
@@ -227,6 +231,9 @@ def _find_problems(cfg: Config) -> list[str]:
         "--lr 0: nothing would be learned": cfg.lr == 0,
         "--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned": not has_loss,
         "--merge_lora: there is no adapter to merge with --lora_r 0": cfg.merge_lora and not cfg.lora_r,
+        "--quantize nf4: only frozen weights can be quantised; train an adapter (--lora_r 16)": is_quantized and not cfg.lora_r,
+        "--quantize nf4: goes with neither --cpu_offload, --replicate nor --compile": is_quantized
+        and (cfg.cpu_offload or cfg.replicate > 1 or cfg.compile),
         "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
         "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": has_judge and not cfg.codec,
         "--num_samples 0: at least 1 with --sample_steps": cfg.sample_steps and cfg.num_samples < 1,

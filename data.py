@@ -511,7 +511,7 @@ def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
 def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixture | None) -> None:
     """ConfigError, on all ranks, unless all of them have the same settings, manifests and code. Collective."""
     root = Path(__file__).parent
-    files = [path for folder in (".", "prepare", "generate", "export") for path in sorted((root / folder).glob("*.py"))]
+    files = [path for folder in (".", "layers", "prepare", "generate", "export") for path in sorted((root / folder).glob("*.py"))]
     code = b"".join(path.read_bytes() for path in files)
     mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()} | {
         f"the content of {cfg.train_manifest}": records.digest,

@@ -26,7 +26,7 @@ from data import Loader
 from distributed import Dist, log
 
 # Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
-SAME = ("lora_r", "lora_alpha", "lora_targets", "freeze", "ema")
+SAME = ("lora_r", "lora_alpha", "lora_targets", "quantize", "freeze", "ema")
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for a base's fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------

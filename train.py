@@ -50,12 +50,13 @@ from common import (
 )
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
-from distributed import Dist, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
+from distributed import Dist, is_quantized, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate.batched import check as check_batched
 from generate.pictures import media
 from generate.samples import Sampler, describe
+from layers import nf4
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
@@ -72,10 +73,14 @@ def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path)
     model, lora = construct_model(cfg, dist, config)
     model_patch.materialize(model, dist.device, cpu_offload=cfg.cpu_offload)
     unused = dist.together(lambda: checkpoint.check_base(model, folder))
-    checkpoint.load_base(model, folder)
+    checkpoint.load_base(model, folder, nf4.fill)
     if unused:
         log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
     model_patch.init_lora(model, cfg.seed)
+    if cfg.quantize != "none":
+        linears = (m for m in model.layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
+        kinds = [is_quantized(linear.weight) for linear in linears]
+        log(dist, f"{sum(kinds)} weights of the layers are NF4, {len(kinds) - sum(kinds)} are too small for its blocks")
     return model, lora
 
 
@@ -92,6 +97,8 @@ def construct_model(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Built:
     if cfg.consistency_loss_weight and not model.can_pack:
         raise ConfigError("--consistency_loss_weight: needs packed batches, which this checkpoint's layers cannot take")
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
+    if cfg.quantize != "none":
+        nf4.quantize_layers(model, dist.world_size)
     model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
     if cfg.compile:
         model_patch.compile_layers(model)

@@ -96,7 +96,8 @@ def _merge(args: argparse.Namespace, command: str) -> None:
     base = Full(checkpoint.find_base(args.base or named, adapter.lora.revision if args.base in (None, named) else None))
     print(merge(adapter, base, args.out, args.layout, command))
     if args.manifest:
-        report = parity.compare(adapter, base, args.manifest, args.records, args.audio_tokenizer)
+        is_quantized = args.quantize == "nf4"
+        report = parity.compare(adapter, base, args.manifest, args.records, args.audio_tokenizer, is_quantized)
         print(report)
         with open(args.out / "README.md", "a") as file:
             file.write(f"\n```\n{report}\n```\n")
@@ -139,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     made["merge"].add_argument("adapter", help="a PEFT adapter, a LoRA run, or OUTPUT/checkpoints/step_N of one")
     made["merge"].add_argument("base", nargs="?", help="a folder or a Hub repository; default: the one that the adapter names")
     made["merge"].add_argument("--manifest", type=Path, help="compare adapter and merged model on these records")
+    made["merge"].add_argument("--quantize", choices=("none", "nf4"), default="none", help="also as it was trained, on NF4")
     made["merge"].add_argument("--records", type=int, default=4, help="how many of them (default: 4)")
     made["merge"].add_argument("--audio_tokenizer", default=AUDIO_TOKENIZER, help="codec, if the records name waveforms")
     made["average"].add_argument("models", nargs="+", help="full checkpoints, adapters, runs or training states, all of a kind")

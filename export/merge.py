@@ -16,6 +16,7 @@ from distributed import whole
 from export import card, layouts
 from export.read import Adapter, Full, open_model
 from export.write import Named, write_adapter, write_full
+from layers.nf4 import plain
 
 NO_EFFECT = 1e-7  # a change of this share of a weight's norm is lost in float32 rounding
 TINY = torch.finfo(torch.float32).tiny
@@ -31,7 +32,7 @@ def relative_changes(model: nn.Module) -> dict[str, float]:
         if isinstance(layer, LoraLayer):
             A, B = (whole(getattr(layer, f"lora_{factor}")["default"].weight.detach()).double() for factor in "AB")
             norm = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
-            weight = torch.linalg.vector_norm(layer.base_layer.weight.detach(), dtype=torch.float32)
+            weight = torch.linalg.vector_norm(plain(layer.base_layer.weight.detach()), dtype=torch.float32)
             changes[name] = (norm / whole(weight).clamp(min=TINY)).item()
     return changes
 

@@ -2,7 +2,8 @@
 
 The reference is the adapter beside its base in float32, computed by PEFT. Compared with it: the base alone, which shows how
 large the adapter's effect is; the merged weights in float32; and, in bfloat16, the adapter unmerged and merged. Merging is
-sound where its rows are far below the first. Two float32 copies of the model are never in memory at once.
+sound where its rows are far below the first. An adapter that was trained on an NF4 base is compared on that base as well: what
+the merged model loses beside what was trained. Two float32 copies of the model are never in memory at once.
 
 Legend: P supervised text positions, N supervised audio positions, K codebooks, V text vocabulary, C audio vocabulary.
 """
@@ -73,7 +74,9 @@ class Report:
         return "\n".join([title, " " * 24 + "".join(f"{column:>12}" for column in columns), *map(str, self.rows)])
 
 
-def compare(adapter: Adapter, base: Full, manifest: Path, num_records: int, audio_tokenizer: str) -> Report:
+def compare(
+    adapter: Adapter, base: Full, manifest: Path, num_records: int, audio_tokenizer: str, quantized: bool = False
+) -> Report:
     """The report on the manifest's first records; DataError if they cannot be read."""
     config = base.config
     rate = codec_frame_rate_hz(audio_tokenizer)
@@ -105,6 +108,11 @@ def compare(adapter: Adapter, base: Full, manifest: Path, num_records: int, audi
         Row.of("adapter, bfloat16", unmerged, reference),
         Row.of("merged, bfloat16", predict(_to_bf16(model)), reference),
     ]
+    if quantized:
+        del model
+        model = load_full(base, ((name, base.read(name)) for name in base.shapes), torch.float32, quantize=True)
+        insert_adapter(adapter, model)
+        rows.append(Row.of("adapter, NF4 base", predict(model), reference))
     return Report(rows, len(records), len(prompts))
 
 

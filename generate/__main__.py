@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base_ckpt", default="", help="an adapter's base; default: the one it was trained on")
     parser.add_argument("--base_revision", default="", help="revision of a checkpoint on the Hub")
     parser.add_argument("--merge_lora", action="store_true", help="merge the adapter first: faster, rounded to the weights' dtype")
+    parser.add_argument("--quantize", choices=("none", "nf4"), default="none", help="the layers' weights in 4 bits")
     parser.add_argument("--audio_tokenizer", default=Config.audio_tokenizer, help="the codec: a folder, or on the Hub; or none")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="the text; several speakers as lines that begin with [SPEAKER0], [SPEAKER1], ...")
@@ -121,9 +122,9 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
 def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record], scratch: Path) -> Engine:
     """The model, and the codec where waveforms are written or, in `records`, read. Collective."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model, tokenizer = dist.main_first(
-        lambda: load_model(args.ckpt, args.base_ckpt, args.base_revision or None, dtype, dist.device, args.merge_lora)
-    )
+    where = args.ckpt, args.base_ckpt, args.base_revision or None
+    is_quantized = args.quantize == "nf4"
+    model, tokenizer = dist.main_first(lambda: load_model(*where, dtype, dist.device, args.merge_lora, is_quantized))
     K, size = model.config.audio_num_codebooks, model.config.audio_codebook_size
     store = AudioStore(K, size, codec_frame_rate_hz(args.audio_tokenizer), scratch, args.codec)
     needed = dist.together(lambda: store.missing(records)) or (args.codec and args.out.suffix != ".npy")

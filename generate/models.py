@@ -14,35 +14,49 @@ from transformers import GenerationConfig
 import checkpoint
 import model_patch
 from common import CheckpointError
+from distributed import is_quantized
 from export import layouts
 from export.merge import merged
 from export.read import ADAPTER_PREFIX, Adapter, Full, open_model
+from layers import nf4
 
 
 def load_model(
-    ckpt: str, base_ckpt: str, revision: str | None, dtype: torch.dtype | None, device: torch.device, merge_lora: bool = False
+    ckpt: str,
+    base_ckpt: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    merge_lora: bool = False,
+    quantize: bool = False,
 ) -> tuple[HiggsAudioModel, Any]:
     """(model, tokenizer) of a full checkpoint in either layout, of an adapter and its base, or of a training checkpoint.
 
     base_ckpt, revision: an adapter's base, where that is not what the adapter names
     dtype:               None for the checkpoint's
+    quantize:            the layers' weights as NF4, an adapter's base too
     raises: CheckpointError
     """
     source = open_model(checkpoint.find_base(ckpt, revision))
     if isinstance(source, Full):
-        return load_full(source, ((name, source.read(name)) for name in source.shapes), dtype, device), source.tokenizer
+        named = ((name, source.read(name)) for name in source.shapes)
+        return load_full(source, named, dtype, device, quantize), source.tokenizer
     base = open_model(checkpoint.find_base(base_ckpt or source.base, revision or source.lora.revision))
     if not isinstance(base, Full):
         raise CheckpointError(f"{base.folder}: an adapter cannot be the base of another; give --base_ckpt")
     if merge_lora:
-        return load_full(base, merged(source, base), dtype, device), base.tokenizer
-    model = load_full(base, ((name, base.read(name)) for name in base.shapes), dtype, device)
+        return load_full(base, merged(source, base), dtype, device, quantize), base.tokenizer
+    model = load_full(base, ((name, base.read(name)) for name in base.shapes), dtype, device, quantize)
     insert_adapter(source, model)
     return model, base.tokenizer
 
 
 def load_full(
-    base: Full, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    base: Full,
+    named: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantize: bool = False,
 ) -> HiggsAudioModel:
     """The official model with these weights, which go to the device one tensor at a time; dtype None is the checkpoint's."""
     if base.config.encode_whisper_embed:
@@ -54,10 +68,16 @@ def load_full(
     checkpoint.check_base(model, base.folder, base.shapes)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or base.config.torch_dtype or torch.float32)
+    if quantize:
+        nf4.quantize_layers(model.requires_grad_(False))
     model_patch.materialize(model, torch.device(device))
     targets = dict(model.named_parameters())
     for name, tensor in named:
-        if name in targets:  # a checkpoint may hold more than the model
+        if name not in targets:  # a checkpoint may hold more than the model
+            continue
+        if is_quantized(targets[name]):
+            nf4.fill(targets[name], tensor)
+        else:
             targets[name].data.copy_(tensor)
     if layouts.layout_of(base.config_folder) == "boson" and (base.config_folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.config_folder)

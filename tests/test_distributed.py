@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def full(tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int, dropout: float, size: int | str = 2):
+def train_a_little(
+    dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int, dropout: float, size: int | str = 2, flags: Sequence[str] = ()
+):
     """Three steps from a checkpoint, of micro-batches of `size` samples or of a token budget ("tokens").
 
     returns: losses, gradient norms and the trained parameters
@@ -32,7 +35,7 @@ def train_a_little(dist, checkpoint_dir, manifest, lora_r: int, grad_accum: int,
     folder = Path(checkpoint_dir)
     config, tokenizer = checkpoint.read_base_config(folder), demo.make_tokenizer()
     argv = ["--train_manifest", "m", "--output_dir", "o", "--mixed_precision", "no"]
-    argv += ["--lora_r", str(lora_r), "--lora_dropout", str(dropout)]
+    argv += ["--lora_r", str(lora_r), "--lora_dropout", str(dropout), *flags]
     cfg = train.parse_config(argv)
     model, _ = train.build_model(cfg, dist, config, folder)
     model.train()

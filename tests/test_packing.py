@@ -18,6 +18,7 @@ import model_patch
 import train
 from collate import create_collator
 from config import CHECKPOINTING_MODES
+from layers import packed as packed_layers
 from loss import IGNORE_INDEX, LabelSpec, LossSums, Objective
 
 
@@ -105,9 +106,13 @@ def test_a_sample_does_not_see_its_neighbours(config, tokenizer):
 
 
 @pytest.mark.parametrize("mode", CHECKPOINTING_MODES[1:])
-def test_checkpointing_changes_nothing(mode, config, tokenizer):
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_checkpointing_changes_nothing(lora_r, mode, config, tokenizer):
     """Measured: 0."""
     model = model_patch.patch_for_training(make_model(config)).train()
+    if lora_r:
+        model_patch.add_lora(model, lora_r, 8, 0.0)
+        model_patch.init_lora(model, 0)
     batch = create_collator(config)(case_samples("reference and target", tokenizer))
     expected = sums_and_gradients(model, batch, config, packed=True)
     model_patch.set_activation_checkpointing(model, mode)
@@ -254,7 +259,7 @@ def test_compiled_equals_eager(backend, config, tokenizer, monkeypatch):
     if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("inductor needs a C++ compiler")
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend))
-    monkeypatch.setattr(model_patch, "_compiled", compiled)
+    monkeypatch.setattr(packed_layers, "_compiled", compiled)
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
@@ -286,7 +291,7 @@ def test_attention_kernels_agree():
     mask = (owner[:, None] == owner[None]) & torch.ones(15, 15).tril().bool()
     query, key, value = (s.repeat_interleave(4 // s.shape[1], 1).transpose(0, 1) for s in states)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(0, 1)
-    found = model_patch.attend(*states, SimpleNamespace(lengths=lengths))
+    found = packed_layers.attend(*states, SimpleNamespace(lengths=lengths))
     assert (found - expected).abs().max() < 2e-6
     weights = torch.randn(expected.shape, generator=generator)
     pairs = zip(*(torch.autograd.grad((result * weights).sum(), states) for result in (found, expected)))

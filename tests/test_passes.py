@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import model_patch
 from collate import Layout
+from layers import packed
 from tools import synthetic
 
 FREE = ("mm", "addmm", "addmm_", "empty", "empty_like")  # matrix products are counted in FLOPs
@@ -67,8 +68,8 @@ class FreeAttention(torch.autograd.Function):
 @pytest.mark.parametrize(("r", "dropout", "limits"), [(0, 0.0, (36, 53)), (16, 0.0, (36, 53)), (16, 0.1, (53, 87))])
 def test_passes_over_the_hidden_states(r, dropout, limits, monkeypatch):
     """In the proportions of the published layer: heads, key heads, and FFN to width."""
-    monkeypatch.setattr(model_patch, "_normed", lambda norm, rows: FusedNorm.apply(rows, norm.weight))
-    monkeypatch.setattr(model_patch, "attend", lambda query, key, value, layout: FreeAttention.apply(query, key, value))
+    monkeypatch.setattr(packed, "_normed", lambda norm, rows: FusedNorm.apply(rows, norm.weight))
+    monkeypatch.setattr(packed, "attend", lambda query, key, value, layout: FreeAttention.apply(query, key, value))
     monkeypatch.setitem(synthetic.SIZES, "shrunk", ((768, 2048, 1, 24, 8, 288), {}))
     model = model_patch.patch_for_training(HiggsAudioModel(synthetic.make_config("shrunk")))
     if r:
@@ -112,11 +113,11 @@ def test_adapters_compute_what_peft_does():
     layers, rows = adapted_layers(), torch.randn(40, 24, requires_grad=True)
     modules = list(layers.values())
     expected = results_and_gradients([layer(rows) for layer in modules], rows, layers)
-    assert 0 < distance(results_and_gradients(model_patch.project(rows, *modules), rows, layers), expected) < 1e-6
+    assert 0 < distance(results_and_gradients(packed.project(rows, *modules), rows, layers), expected) < 1e-6
     for layer in modules:
         layer.enable_adapters(False)
         layer.requires_grad_(True)
-    plain = model_patch.project(rows, *modules)
+    plain = packed.project(rows, *modules)
     assert all(torch.equal(found, layer.base_layer(rows)) for found, layer in zip(plain, modules))
 
 
@@ -126,10 +127,10 @@ def test_one_dropout_mask_for_layers_that_read_the_same():
     layers, rows = adapted_layers(dropout=0.3), torch.randn(40, 24, requires_grad=True)
     modules = list(layers.values())
     torch.manual_seed(1)
-    found = results_and_gradients(model_patch.project(rows, *modules), rows, layers)
+    found = results_and_gradients(packed.project(rows, *modules), rows, layers)
     torch.manual_seed(1)
     kept = torch.native_dropout(rows, 0.3, True)[0]
     expected = [layer.base_layer(rows) + 3 * layer.lora_B["default"](layer.lora_A["default"](kept)) for layer in modules]
     assert distance(found, results_and_gradients(expected, rows, layers)) < 1e-6
     layers.eval()
-    assert distance(model_patch.project(rows, *modules), [layer(rows) for layer in modules]) < 1e-6
+    assert distance(packed.project(rows, *modules), [layer(rows) for layer in modules]) < 1e-6

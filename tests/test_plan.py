@@ -17,6 +17,8 @@ import metrics
 import model_patch
 import train
 from config import CHECKPOINTING_MODES, parse_config
+from distributed import is_quantized
+from layers import nf4
 from tools import plan, synthetic
 from tools.estimate import Estimate, clones_of, estimate
 from tools.memory import LiveBytes, resident_bytes
@@ -39,10 +41,18 @@ def batch(config):
 def measure(dist, cfg, config, batch) -> tuple[int, int]:
     """(bytes kept between steps, peak bytes) of a real step after a first one that made the optimizer's state."""
     model, _ = train.construct_model(cfg, dist, config)
+    with LiveBytes() as live:
+        return measure_steps(live, model, dist, cfg, config, batch)
+
+
+def measure_steps(live, model, dist, cfg, config, batch) -> tuple[int, int]:
     model_patch.materialize(model, dist.device)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(0.01)
+            if is_quantized(parameter):
+                nf4.fill(parameter, torch.randn(parameter.shape))
+            else:
+                parameter.fill_(0.01)
     optimizer = build_optimizer(model, cfg)
     model.train()
     task = train.Task(model, optimizer, train.build_objective(cfg, config), loss.LabelSpec.of(config), dist)
@@ -51,15 +61,20 @@ def measure(dist, cfg, config, batch) -> tuple[int, int]:
         train.train_step(task, [batch], step=0, lr=1e-4)
 
     step()
-    resident = resident_bytes(model, optimizer)
-    with LiveBytes() as live:
-        step()
-    return resident, resident + live.peak
+    live.peak = live.now
+    step()
+    return resident_bytes(model, optimizer), live.peak
 
 
 @pytest.mark.parametrize(
     ("world_size", "flags"),
-    [(1, ["--lora_r", "0"]), (2, ["--lora_r", "0"]), (2, ["--lora_r", "4", "--activation_checkpointing", "full"])],
+    [
+        (1, ["--lora_r", "0"]),
+        (2, ["--lora_r", "0"]),
+        (2, ["--lora_r", "4", "--activation_checkpointing", "full"]),
+        (1, ["--lora_r", "4", "--quantize", "nf4"]),
+        (2, ["--lora_r", "4", "--quantize", "nf4"]),
+    ],
 )
 def test_prediction_is_what_is_measured(world_size, flags, config, batch):
     cfg = parse_config([*FLAGS, *flags])
@@ -97,7 +112,7 @@ def test_more_ranks_and_checkpointing_need_less(config, batch):
 
 def test_flops_count_what_is_recomputed(config, batch):
     """Without checkpointing the useful ones, attention's backward pass aside, which computes its scores again; with it a forward
-    pass of the layers more, up to the last product whose inputs are needed: without the audio FFN's last one."""
+    pass of the layers more, without the FFNs' last products, which no backward pass reads."""
     flops = metrics.Flops.of(model_patch.build_on_meta(config))
     positions, pairs, text, audio = batch.packing.work()
     width = config.text_config.hidden_size * config.text_config.num_hidden_layers
@@ -106,8 +121,7 @@ def test_flops_count_what_is_recomputed(config, batch):
         cfg = parse_config([*FLAGS, "--lora_r", "0", "--activation_checkpointing", mode])
         found[mode] = estimate(cfg, config, batch, 1).flops
     assert found["none"] == pytest.approx(flops.total(positions, 0, text, audio) + 14 * pairs * width, rel=1e-4)
-    num_audio = positions - batch.packing.layout.num_text
-    again = flops.total(positions, 0, 0, 0) / 3 + 4 * pairs * width - 2 * num_audio * width * config.audio_ffn_intermediate_size
+    again = flops.total(positions, 0, 0, 0) / 3 + 4 * pairs * width - 2 * positions * width * config.audio_ffn_intermediate_size
     assert found["full"] - found["none"] == pytest.approx(again, rel=1e-4)
 
 
@@ -117,6 +131,9 @@ def test_seconds_of_a_step():
     found = Estimate(weights=0, optimizer=0, peak=0, sent=30.0, flops=200.0, trained=5)
     assert found.step_sec(gpu, share=0.5) == 200 / (100 * 0.5) + 5 * 40 / 400
     assert dataclasses.replace(found, sent=50.0).step_sec(gpu, share=0.5) == 50 / 10 + 5 * 40 / 400
+
+
+LORA = plan.Training(4)
 
 
 @pytest.fixture(scope="module")
@@ -132,25 +149,25 @@ def card(size: float) -> metrics.Gpu:
 
 def test_which_flags_make_it_fit(planner):
     """The fastest that fits; then fewer positions; then no, with what the least needs."""
-    none, full = (planner.option(4, mode, 1).found.needed for mode in ("none", "full"))
+    none, full = (planner.option(LORA, mode, 1).found.needed for mode in ("none", "full"))
     assert full < none
-    assert planner.best(card(none + 1), 4, 1) == (planner.option(4, "none", 1), "none needed")
-    assert planner.best(card(none - 1), 4, 1) == (planner.option(4, "full", 1), "--use_gradient_checkpointing")
-    option, flags = planner.best(card(full - 1), 4, 1)
+    assert planner.best(card(none + 1), LORA, 1) == (planner.option(LORA, "none", 1), "none needed")
+    assert planner.best(card(none - 1), LORA, 1) == (planner.option(LORA, "full", 1), "--use_gradient_checkpointing")
+    option, flags = planner.best(card(full - 1), LORA, 1)
     assert re.fullmatch(r"--max_tokens \d+00 --use_gradient_checkpointing", flags)
     assert option.tokens < planner.workload.tokens and option.spare(card(full - 1)) >= 0
-    least = planner.option(4, "full", 1, plan.FEWEST_TOKENS).found.needed
-    option, flags = planner.best(card(least - 1), 4, 1)
+    least = planner.option(LORA, "full", 1, plan.FEWEST_TOKENS).found.needed
+    option, flags = planner.best(card(least - 1), LORA, 1)
     assert flags.startswith("no: ") and option.spare(card(least - 1)) < 0
 
 
 def test_most_tokens_fit(planner):
     """The largest micro-batch that the answer allows fits, one of half as many positions again does not."""
-    gpu = card(planner.option(4, "full", 1).found.needed * 1.004)
-    most = planner.most_tokens(gpu, 4, 1)
+    gpu = card(planner.option(LORA, "full", 1).found.needed * 1.004)
+    most = planner.most_tokens(gpu, LORA, 1)
     assert most > planner.workload.tokens
-    assert planner.option(4, "full", 1, most).spare(gpu) >= 0 > planner.option(4, "full", 1, int(1.5 * most)).spare(gpu)
-    assert planner.most_tokens(card(1e12), 4, 1) == plan.MOST_TOKENS and planner.most_tokens(card(0), 4, 1) == 0
+    assert planner.option(LORA, "full", 1, most).spare(gpu) >= 0 > planner.option(LORA, "full", 1, int(1.5 * most)).spare(gpu)
+    assert planner.most_tokens(card(1e12), LORA, 1) == plan.MOST_TOKENS and planner.most_tokens(card(0), LORA, 1) == 0
 
 
 def test_the_gpu_that_is_here(monkeypatch):
@@ -179,15 +196,17 @@ def test_command(toys, tmp_path, capsys):
     report = capsys.readouterr().out
     assert "31 records, the largest micro-batch of the first epoch: 4 of them" in report
     assert "for 12 steps" in report  # ceil(31 / 4) = 8 micro-batches, 4 steps of two ranks, 3 epochs
-    assert report.count("\n| LoRA r 16 |") == report.count("\n| full |") == 3
-    assert all(report.count(f"\n| {gpu.memory_gb} GB {gpu.name} ") == 2 for gpu in plan.CARDS)
+    assert all(report.count(f"\n| {training} |") == 3 for training in ("LoRA r 16", "LoRA r 16 NF4", "full"))
+    assert all(report.count(f"\n| {gpu.memory_gb} GB {gpu.name} ") == 3 for gpu in plan.CARDS)
     assert max(map(len, report.splitlines())) <= 100
     rows = json.loads((tmp_path / "plan.json").read_text())
-    assert [(row["training"], row["checkpointing"], row["ranks"]) for row in rows] == [
-        (training, mode, 2) for training in ("lora", "full") for mode in CHECKPOINTING_MODES
+    assert [(row["training"], row["base"], row["checkpointing"], row["ranks"]) for row in rows] == [
+        (training, base, mode, 2)
+        for training, base in (("lora", "bf16"), ("lora", "nf4"), ("full", "bf16"))
+        for mode in CHECKPOINTING_MODES
     ]
     for row in rows:
-        assert row["needed_gib"] == pytest.approx(1.05 * row["peak_gib"] + 1.5) and row["base"] == "bf16"
+        assert row["needed_gib"] == pytest.approx(1.05 * row["peak_gib"] + 1.5)
         assert row["fits"] == [gpu.memory_gb for gpu in plan.CARDS if row["needed_gib"] <= gpu.memory_gib]
         assert list(row["hours_per_1000_clips"]) == [str(size) for size in row["fits"]] and row["tokens"] > 0
     assert not torch.distributed.is_initialized()

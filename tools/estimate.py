@@ -6,7 +6,9 @@ allocator's fragmentation, kernel workspaces, the CUDA context and NCCL; `Estima
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -28,6 +30,7 @@ import train
 from collate import Batch, create_collator
 from config import Config
 from distributed import Dist, make_mesh, own_rows
+from layers import packed
 from prepare.audio import AudioStore
 from tools import synthetic, toys
 from tools.memory import LiveBytes
@@ -37,7 +40,8 @@ RESERVED = 1.5 * 2**30  # bytes: the CUDA context, NCCL's buffers, workspaces
 # Of AdamW per parameter: reads the gradient twice and writes it once to clip it; reads gradient, weight and two moments,
 # writes weight and moments. All are float32.
 OPTIMIZER_BYTES = 40
-MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+MATMULS = {getattr(torch.ops.aten, name): flop_registry[getattr(torch.ops.aten, name)] for name in ("mm", "addmm", "bmm")}
+MATMULS[torch.ops.aten.addmm_] = MATMULS[torch.ops.aten.addmm]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Counter(LiveBytes):
             self.sent += _ring_bytes(func, args)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func._overloadpacket in MATMULS:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.flops += MATMULS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         if "varlen_attn" in func.name():  # backward: the scores again and two gradients of each product
             self.flops += self._attention_flops * (2.5 if "backward" in func.name() else 1)
         return result
@@ -109,14 +113,13 @@ def estimate(cfg: Config, config: HiggsAudioConfig, batch: Batch, world_size: in
     raises: ConfigError, PatchError as train.py would
     """
     torch_dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    like_gpu = mock.patch.multiple(model_patch, has_varlen_kernel=lambda *_: on_gpu, can_prefetch=lambda *_: on_gpu)
     try:
         device = torch.device("cpu")  # so that neither CUDA nor streams are needed
         dist = Dist(0, 0, world_size, device, make_mesh("cpu", world_size, cfg.replicate))
-        with like_gpu:
+        with like_device(on_gpu):
             model, _ = train.construct_model(cfg, dist, config)
         pairs = 4 * batch.packing.num_pairs * config.text_config.hidden_size
-        with like_gpu, FakeTensorMode(allow_non_fake_inputs=True), Counter(pairs) as live:
+        with like_device(on_gpu), FakeTensorMode(allow_non_fake_inputs=True), Counter(pairs) as live:
             model_patch.materialize(model, device)
             weights = live.now
             optimizer = train.build_optimizer(model, cfg)
@@ -131,6 +134,14 @@ def estimate(cfg: Config, config: HiggsAudioConfig, batch: Batch, world_size: in
         return Estimate(weights, state, live.peak - on_host, live.sent, live.flops, trained)
     finally:
         torch_dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def like_device(on_gpu: bool) -> Iterator[None]:
+    """The attention kernel and prefetching of a GPU, or of a CPU."""
+    kernel = mock.patch.object(packed, "has_varlen_kernel", lambda *_: on_gpu)
+    with kernel, mock.patch.object(model_patch, "can_prefetch", lambda *_: on_gpu):
+        yield
 
 
 def clones_of(config: HiggsAudioConfig, seconds: np.ndarray) -> Batch:

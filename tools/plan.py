@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from collate import Batch, create_collator
 from common import ConfigError, write_whole
 from config import BASE_CKPT, CHECKPOINTING_MODES, Config, parse_config
 from distributed import says_errors
+from layers import nf4
 from metrics import GPUS, Gpu, find_gpu
 from prepare.audio import AudioStore, codec_frame_rate_hz
 from prepare.manifest import report_problems
@@ -114,19 +116,35 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
 # Ways to train
 
 
+class Training(NamedTuple):
+    """LoRA, on a base of 16 or 4 bits, or a full fine-tune (0)."""
+
+    lora_r: int
+    quantize: str = "none"
+
+    def __str__(self) -> str:
+        return f"LoRA r {self.lora_r}{' NF4' * (self.quantize == 'nf4')}" if self.lora_r else "full"
+
+    @property
+    def flags(self) -> str:
+        return f"--lora_r {self.lora_r}{' --quantize nf4' * (self.quantize == 'nf4')}"
+
+
+def trainings(cfg: Config, ranks: int) -> list[Training]:
+    """What is planned for; NF4 where these ranks can divide its blocks."""
+    can_quantize = cfg.lora_r and not cfg.cpu_offload and cfg.replicate == 1 and nf4.SHARDS % ranks == 0
+    return list(dict.fromkeys((Training(cfg.lora_r), *[Training(cfg.lora_r, "nf4")] * bool(can_quantize), Training(0))))
+
+
 @dataclass(frozen=True)
 class Option:
     """A way to train, and what it needs."""
 
-    lora_r: int
+    training: Training
     checkpointing: str
     ranks: int
     tokens: int  # positions of a micro-batch
     found: Estimate
-
-    @property
-    def training(self) -> str:
-        return f"LoRA r {self.lora_r}" if self.lora_r else "full"
 
     def spare(self, gpu: Gpu) -> float:
         """Bytes; negative if it does not fit."""
@@ -140,27 +158,27 @@ class Planner:
         self.cfg, self.config, self.workload = cfg, config, workload
         self.option = functools.cache(self._option)
 
-    def _option(self, lora_r: int, checkpointing: str, ranks: int, tokens: int | None = None) -> Option:
+    def _option(self, training: Training, checkpointing: str, ranks: int, tokens: int | None = None) -> Option:
         """tokens: positions of a micro-batch of clones instead of the workload's"""
         batch = clones_of(self.config, clones_within(tokens)) if tokens else self.workload.batch
         tokens = batch.packing.num_positions
-        settings = dataclasses.replace(self.cfg, lora_r=lora_r, activation_checkpointing=checkpointing)
-        option = Option(lora_r, checkpointing, ranks, tokens, estimate(settings, self.config, batch, ranks))
+        settings = dataclasses.replace(self.cfg, **training._asdict(), activation_checkpointing=checkpointing)
+        option = Option(training, checkpointing, ranks, tokens, estimate(settings, self.config, batch, ranks))
         print(f"{option.training}, {checkpointing}, {ranks} GPU(s), {tokens:,} positions", file=sys.stderr)
         return option
 
-    def options(self, lora_r: int, ranks: int) -> list[Option]:
+    def options(self, training: Training, ranks: int) -> list[Option]:
         """The workload's micro-batch in every checkpointing mode."""
-        return [self.option(lora_r, mode, ranks) for mode in CHECKPOINTING_MODES]
+        return [self.option(training, mode, ranks) for mode in CHECKPOINTING_MODES]
 
-    def most_tokens(self, gpu: Gpu, lora_r: int, ranks: int) -> int:
+    def most_tokens(self, gpu: Gpu, training: Training, ranks: int) -> int:
         """The largest micro-batch that fits with full checkpointing, in hundreds of positions; 0 if not even a clip does.
 
         What is needed is a maximum over moments of the step, each linear in the positions: convex. Between two sizes it
         lies below their chord, so the answer errs towards fewer positions.
         """
         sizes = [FEWEST_TOKENS, None, MOST_TOKENS]
-        options = sorted((self.option(lora_r, "full", ranks, size) for size in sizes), key=lambda option: option.tokens)
+        options = sorted((self.option(training, "full", ranks, size) for size in sizes), key=lambda option: option.tokens)
         if options[0].spare(gpu) < 0:
             return 0
         for low, high in pairwise(options):
@@ -169,15 +187,15 @@ class Planner:
                 return int(low.tokens + share * (high.tokens - low.tokens)) // 100 * 100
         return MOST_TOKENS
 
-    def best(self, gpu: Gpu, lora_r: int, ranks: int) -> tuple[Option, str]:
+    def best(self, gpu: Gpu, training: Training, ranks: int) -> tuple[Option, str]:
         """The fastest option that fits and the flags that choose it; else the one that needs least, and why it does not."""
-        modes = [mode for mode in CHECKPOINTING_MODES if mode != "selective" or not lora_r]  # LoRA gains nothing by it
-        options = [self.option(lora_r, mode, ranks) for mode in sorted(modes, key=list(FLAGS).index)]
+        modes = [mode for mode in CHECKPOINTING_MODES if mode != "selective" or not training.lora_r]  # LoRA gains nothing by it
+        options = [self.option(training, mode, ranks) for mode in sorted(modes, key=list(FLAGS).index)]
         for option in options:
             if option.spare(gpu) >= 0:
                 return option, FLAGS[option.checkpointing] or "none needed"
-        if tokens := self.most_tokens(gpu, lora_r, ranks):
-            return self.option(lora_r, "full", ranks, tokens), f"--max_tokens {tokens} {FLAGS['full']}"
+        if tokens := self.most_tokens(gpu, training, ranks):
+            return self.option(training, "full", ranks, tokens), f"--max_tokens {tokens} {FLAGS['full']}"
         least = min(options, key=lambda option: option.found.needed)
         return least, f"no: {_gb(least.found.needed)} needed"
 
@@ -206,14 +224,13 @@ def cards() -> list[Gpu]:
 def plan(planner: Planner, ranks: Sequence[int], share: float) -> str:
     """Will it run on which card, then what each way to train needs."""
     cfg, workload = planner.cfg, planner.workload
-    trainings = list(dict.fromkeys((cfg.lora_r, 0)))
     lines = [
         f"{workload.about}: {workload.tokens:,} positions per micro-batch,",
         f"{cfg.grad_accum} micro-batch(es) per step",
     ]
     for world_size in ranks:
-        for lora_r in trainings:
-            lines += ["", *_card_table(planner, lora_r, world_size, share)]
+        for training in trainings(cfg, world_size):
+            lines += ["", *_card_table(planner, training, world_size, share)]
     lines += [
         "",
         f"spare: memory left beside {FRAGMENTATION} x peak (fragmentation) + {_gb(RESERVED)} (CUDA context, NCCL, workspaces)",
@@ -225,23 +242,27 @@ def plan(planner: Planner, ranks: Sequence[int], share: float) -> str:
         "| training | checkpointing | GPUs | weights | optimizer | peak | needed | sent per step |",
         "| --- " * 8 + "|",
     ]
-    for option in (option for lora_r in trainings for n in ranks for option in planner.options(lora_r, n)):
+    for option in all_options(planner, ranks):
         found = option.found
         sizes = map(_gb, (found.weights, found.optimizer, found.peak, found.needed, found.sent))
         lines.append(f"| {option.training} | {option.checkpointing} | {option.ranks} | {' | '.join(sizes)} |")
     return "\n".join([*lines, "", "GB are 2^30 bytes, except in the names of cards."])
 
 
-def _card_table(planner: Planner, lora_r: int, ranks: int, share: float) -> list[str]:
+def all_options(planner: Planner, ranks: Sequence[int]) -> list[Option]:
+    return [option for n in ranks for training in trainings(planner.cfg, n) for option in planner.options(training, n)]
+
+
+def _card_table(planner: Planner, training: Training, ranks: int, share: float) -> list[str]:
     steps = planner.workload.steps(planner.cfg, ranks)
     where = "one GPU" if ranks == 1 else f"each of {ranks} GPUs"
-    title = f"{f'LoRA r {lora_r}' if lora_r else 'Full fine-tune'} (--lora_r {lora_r}) on {where}"
+    title = f"{training if training.lora_r else 'Full fine-tune'} ({training.flags}) on {where}"
     rows = [("card", "flags to add", "spare", "tokens", f"time for {steps} steps" if steps else "time for 1,000 clips")]
     for gpu in cards():
-        option, flags = planner.best(gpu, lora_r, ranks)
+        option, flags = planner.best(gpu, training, ranks)
         row = ["-"] * 3
         if option.spare(gpu) >= 0:
-            row = [_gb(option.spare(gpu)), f"{planner.most_tokens(gpu, lora_r, ranks):,}"]
+            row = [_gb(option.spare(gpu)), f"{planner.most_tokens(gpu, training, ranks):,}"]
             row.append(_duration(planner.seconds(option, gpu, share, steps)))
         rows.append((f"{gpu.memory_gb} GB {gpu.name}", flags, *row))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -252,11 +273,12 @@ def _card_table(planner: Planner, lora_r: int, ranks: int, share: float) -> list
 def as_json(planner: Planner, ranks: Sequence[int], share: float) -> str:
     """A row for each way to train; `fits` and `hours_per_1000_clips` by the GB of the card."""
     rows = []
-    for option in (o for lora_r in dict.fromkeys((planner.cfg.lora_r, 0)) for n in ranks for o in planner.options(lora_r, n)):
+    for option in all_options(planner, ranks):
         fitting = [gpu for gpu in CARDS if option.spare(gpu) >= 0]
         found = option.found
         gib = {f"{name}_gib": getattr(found, name) / 2**30 for name in ("weights", "optimizer", "peak", "needed", "sent")}
-        row = {"training": "lora" if option.lora_r else "full", "lora_r": option.lora_r, "base": "bf16"}
+        lora_r, base = option.training.lora_r, "nf4" if option.training.quantize == "nf4" else "bf16"
+        row = {"training": "lora" if lora_r else "full", "lora_r": lora_r, "base": base}
         row |= {"checkpointing": option.checkpointing, "ranks": option.ranks, "tokens": option.tokens, **gib}
         row |= {"flops": found.flops, "fits": [gpu.memory_gb for gpu in fitting]}
         hours = {str(gpu.memory_gb): planner.seconds(option, gpu, share, None) / 3600 for gpu in fitting}
