@@ -2,6 +2,7 @@
 
     context(text, voices, scene, system)    the turns before a text
     record(text, clip, voices, ...)         the same with the text and its clip: a training record
+    voices_of(clips, texts, ...)            voices as a table's row or a line to generate gives them
     normalise(text)                         a text to be spoken, in the form that the model gets to see
     Phrasing                                a mixture of phrasings, for data that does not say which
 
@@ -18,9 +19,10 @@ The turns before a text depend on what is known of its speakers:
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +53,7 @@ WORDS = {
     "[laugh]": "<SE>[Laughter]</SE>",
 }
 ENDS = (*".!?,;\"'", "</SE_e>", "</SE>")
+PROFILE = "profile:"  # of a reference that describes a voice in words
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,23 @@ class Voice:
     clip: dict | None = None  # a ChatML audio part
     text: str | None = None  # its transcript
     profile: str | None = None
+
+
+def voices_of(clips: Sequence[Any], texts: Sequence[Any], as_part: Callable[[Any], dict], source: str) -> list[Voice]:
+    """Voices from references: clips, or `profile:` and a description. texts: their transcripts, or none
+
+    as_part: the ChatML audio part of a clip; source: for messages
+    raises:  DataError for a number of transcripts that does not fit, or one that is no text
+    """
+    if texts and len(texts) != len(clips):
+        raise DataError(f"{source}: {len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none")
+    voices = []
+    for clip, text in itertools.zip_longest(clips, texts):
+        if not isinstance(text, (str, type(None))):
+            raise DataError(f"{source}: ref_text: expected text, found {text!r}")
+        is_profile = isinstance(clip, str) and clip.startswith(PROFILE)
+        voices.append(Voice(profile=clip.removeprefix(PROFILE).strip()) if is_profile else Voice(as_part(clip), text or None))
+    return voices
 
 
 def context(text: str, voices: Sequence[Voice] = (), scene: str = "", system: Any = None) -> list[dict]:
