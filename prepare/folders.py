@@ -300,7 +300,7 @@ def read_timed_beside(listing: Listing, reading: Reading) -> Found | None:
 NAME = r"([^\s|;&$`<>-][^\s|;&$`<>]*)"
 KALDI_PIPE = re.compile(
     rf"flac (?:-[cds]+ )+{NAME} \|"
-    rf"|sph2pipe (?:-[fpc] \w+ |-p )*{NAME} \|"
+    rf"|sph2pipe (?:-f \w+ |-p |-c (?P<channel>[12]) )*{NAME} \|"
     rf"|sox {NAME} (?:-[rtbec] [\w-]+ )*- \|"
 )
 
@@ -340,7 +340,8 @@ def _kaldi_row(utterance: str, text: str, tables: dict[str, KaldiTable]) -> dict
         named = KALDI_PIPE.fullmatch(audio)
         if not named:
             return DataError(f"wav.scp gives a command for {recording!r}; commands are not run: write the audio to a file")
-        audio = named[1] or named[2] or named[3]
+        span |= {"channel": {"1": "left", "2": "right"}[named["channel"]]} if named["channel"] else {}
+        audio = named[1] or named[3] or named[4]
     return {"audio": audio, "text": text, "speaker": tables["utt2spk"].get(utterance, (0, None))[1], **span}
 
 

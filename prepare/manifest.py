@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -485,6 +485,15 @@ class _Parser:
             remedy = "escape both halves (\\ud83d\\ude00) or neither"
             self.fail(where, f"half a character, which no tokenizer reads: {shown(text)}; {remedy}")
         return text
+
+
+def audio_parts(record: dict) -> Iterator[dict]:
+    """The audio parts of a ChatML record that is decoded JSON, to be changed in place."""
+    for turn in record["messages"]:
+        content = turn["content"]
+        for part in content if isinstance(content, list) else [content]:
+            if isinstance(part, dict) and part.get("type") == "audio":
+                yield part
 
 
 def leaves_folder(path: str) -> bool:

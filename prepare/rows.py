@@ -19,10 +19,11 @@ from urllib.parse import unquote, urlparse
 
 from common import ConfigError, DataError, split_list
 from prepare import prompts
+from prepare.audio import FFMPEG_SUFFIXES
 from prepare.manifest import leaves_folder, shown
 from prepare.prompts import Phrasing, Voice
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".m4a", ".aac", ".npy", ".safetensors")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".sph", *FFMPEG_SUFFIXES, ".npy", ".safetensors")
 # Folders of clips that tables name without a folder, and folders that never name a speaker.
 AUDIO_FOLDERS = ("clips", "wavs", "wav", "audio", "audios", "flac", "mp3")
 KINDS_OF_FILES = (
@@ -274,10 +275,10 @@ class Row:
         return [] if value is None else [value]
 
     def rest(self) -> dict:
-        """The simple values of columns without a meaning, and the split."""
+        """The simple values of columns without a meaning, the split and the channel."""
         meant = set(self.columns.values())
         extra = {name: v for name, v in self.row.items() if name not in meant and not is_absent(v)}
-        extra |= {"split": self.get("split")} if "split" in self.columns else {}
+        extra |= {name: self.get(name) for name in ("split", "channel") if name in self.columns}
         kept = {name: v for name, v in extra.items() if isinstance(v, (str, int, float))}
         self.origin.repairs.update(f"`{name}` was left out" for name in extra if name not in kept)
         return kept

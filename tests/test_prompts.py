@@ -68,6 +68,27 @@ def test_texts_are_normalised_as_the_official_example_does(text, expected):
     assert prompts.normalise(expected) == expected or "(" in text or "【" in text, "a second time changes nothing"
 
 
+def oddity(text: str, *turns: dict) -> str | None:
+    contents = [turn["content"] if isinstance(turn["content"], list) else [turn["content"]] for turn in turns]
+    texts = ["".join(p if isinstance(p, str) else p.get("text", prompts.CLIP) for p in content) for content in contents]
+    return prompts.oddity([(turn["role"], text) for turn, text in zip(turns, texts)], text)
+
+
+def test_what_differs_from_the_official_phrasing_is_found():
+    for request in OFFICIAL["requests"]:
+        turns = prompts.context(request["text"], voices_of(request), request["scene"] or "")
+        assert oddity(request["text"], *turns) is None
+    (system,) = prompts.context("x", [Voice(CLIP)], scene="A street.")
+    part, *rest = system["content"]
+    wrong = part | {"text": part["text"].replace("A street.\n\n", "A street.\n")}
+    assert "'SPEAKER0: " in oddity("x", {"role": "system", "content": [wrong, *rest]})
+    assert oddity("x") == "no system turn, where inference sends one"
+    assert "--system" in oddity("x", {"role": "system", "content": "Speak."})
+    several = "[SPEAKER0] Hello. [SPEAKER1] Bye."
+    assert "inference writes otherwise" in oddity(several, *prompts.context("Hello."))
+    assert "inference writes otherwise" in oddity("Hello.", *prompts.context(several))
+
+
 def test_a_transcript_that_is_tagged_already_is_not_tagged_again():
     turns = prompts.context("x", [Voice(CLIP, "[SPEAKER0] Hello"), Voice(CLIP, "Bye")])
     assert [turn["content"] for turn in turns[::2]] == ["[SPEAKER0] Hello", "[SPEAKER1] Bye"]
