@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import DataError
-from prepare.audio import duration_sec
+from prepare.audio import FFMPEG_SUFFIXES, duration_sec
 from prepare.channels import one_channel_each
 from prepare.chats import chat_key, from_chat, is_chatml
 from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists, read_timed_beside
@@ -60,7 +60,12 @@ NUM_SPEAKERS = 5  # the largest are named
 NUM_MEASURED = 2000  # clips of larger sets are counted, not opened
 TABLES = (".csv", ".tsv", ".txt", ".list", ".lst", ".cleaned")
 HUB_NAME = re.compile(r"(?!.*\.[a-z]+$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+")  # OWNER/NAME, not a file's name
-ARCHIVES = {".zip": "a zip archive", ".gz": "a gzip archive", ".tgz": "a tar archive", ".rar": "a rar archive"}
+OTHERS = {  # kinds of files that are not read, and what to do with them
+    **dict.fromkeys((".zip", ".gz", ".tgz", ".rar", ".7z"), "an archive; unpack it first"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as CSV"),
+    **dict.fromkeys((".docx", ".doc", ".pdf", ".odt"), "a document; save the texts as CSV, beside the names of their clips"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "a recording; name the table or the folder that has its text too"),
+}
 
 
 @dataclass
@@ -80,7 +85,7 @@ class Conversion:
     speakers: Counter = field(default_factory=Counter)
     texts: Counter = field(default_factory=Counter)
     changed: list[str] = field(default_factory=list)  # examples of texts that were normalised
-    minutes: Counter = field(default_factory=Counter)  # by speaker, of the first NUM_MEASURED clips
+    clips: list[tuple[str | None, AudioPart]] = field(default_factory=list)  # (speaker, clip) of the first NUM_MEASURED
 
     def summary(self) -> list[str]:
         """What became audio, text and speaker; examples; the largest speakers; doubts. Empty for chats."""
@@ -89,11 +94,18 @@ class Conversion:
         roles = {name: self.notes.get(name) or self._columns(name) for name in ("audio", "text", "speaker")}
         lines = [f"{name:8} {role}" for name, role in roles.items()]
         lines += [f"example  {clip} | {shown(text)} | {speaker or 'no speaker'}" for clip, text, speaker in self.examples]
-        is_small = self.num_records <= NUM_MEASURED
-        largest = (self.minutes if is_small else self.speakers).most_common(NUM_SPEAKERS)
-        shares = [f"{name or 'no speaker'} {f'{n:.1f} min' if is_small else f'{n} clips'}" for name, n in largest]
-        lines.append(f"speakers {', '.join(shares)}{' ...' if len(self.speakers) > NUM_SPEAKERS else ''}")
-        return [*lines, *(f"changed  {example}" for example in self.changed), *self.doubts()]
+        return [*lines, self._largest(), *(f"changed  {example}" for example in self.changed), *self.doubts()]
+
+    def _largest(self) -> str:
+        """The largest speakers by minutes, or by clips where there are too many to open."""
+        is_quick = self.num_records <= NUM_MEASURED and not any(clip.path.suffix in FFMPEG_SUFFIXES for _, clip in self.clips)
+        minutes: Counter = Counter()
+        for name, clip in self.clips if is_quick else ():
+            minutes[name] += duration_sec(clip) / 60
+        minutes = +minutes  # ready-made codes have no header of seconds
+        largest = (minutes or self.speakers).most_common(NUM_SPEAKERS)
+        shares = [f"{name or 'no speaker'} {f'{n:.1f} min' if minutes else f'{n} clips'}" for name, n in largest]
+        return f"speakers {', '.join(shares)}{' ...' if len(self.speakers) > NUM_SPEAKERS else ''}"
 
     def _columns(self, meaning: str) -> str:
         names = [meaning] if meaning != "text" else ["text", "text_file"]
@@ -241,9 +253,9 @@ def _judged(records: Iterator[tuple[str, dict]], conversion: Conversion, reading
         said, clip = record["messages"][-2]["content"], record["messages"][-1]["content"]
         if text != said and len(conversion.changed) < NUM_EXAMPLES:
             conversion.changed.append(f"{shown(text)} -> {shown(said)}")
-        if conversion.num_records <= NUM_MEASURED and clip["audio_url"]:
+        if len(conversion.clips) < NUM_MEASURED and clip["audio_url"]:
             span = clip.get("offset"), clip.get("duration")
-            conversion.minutes[speaker] += duration_sec(AudioPart(conversion.folder / clip["audio_url"], *span, True, "")) / 60
+            conversion.clips.append((speaker, AudioPart(conversion.folder / clip["audio_url"], *span, True, "")))
         conversion.texts[text] += 1
         conversion.speakers[speaker] += 1
         if len(conversion.examples) < NUM_EXAMPLES:
@@ -275,16 +287,22 @@ def _judge_texts(texts: list[str], conversion: Conversion) -> None:
 
 
 def _judge_spans(clips: list[dict], folder: Path) -> None:
-    """Spans that were cut already: files that are as long as the span, though it begins later."""
-    cut = [clip for clip in clips if clip.get("offset") and clip.get("duration") and clip["audio_url"]][:20]
+    """Spans that were cut already: files that are as long as the span, though it begins later. And times in other units."""
+    cut = [clip for clip in clips if clip.get("duration") and clip["audio_url"]][:20]
     whole = [duration_sec(AudioPart(folder / clip["audio_url"], None, None, True, "")) for clip in cut]
-    fitting = [clip for clip, sec in zip(cut, whole) if sec and abs(sec - clip["duration"]) < 0.15 and clip["offset"] > 0.2]
+    late = [(clip, sec) for clip, sec in zip(cut, whole) if sec and clip.get("offset", 0) + clip["duration"] > sec + 0.1]
+    fitting = [clip for clip, sec in late if abs(sec - clip["duration"]) < 0.15 and clip["offset"] > 0.2]
     if len(fitting) > len(cut) / 2:
         clip = fitting[0]
         raise UnclearError(
             f"{clip['audio_url']} is {clip['duration']:g} s long, as is its span from {clip['offset']:g} s on: the clips have "
             "been cut already. Give --columns offset=none,end=none"
         )
+    if len(late) > len(cut) / 2:
+        clip, sec = late[0]
+        start = clip.get("offset", 0)
+        times = f"{start:g} to {start + clip['duration']:g} s of {clip['audio_url']}, which has {sec:.1f} s"
+        raise UnclearError(f"most spans end after their files: {times}. Times are in seconds; give --columns offset=none,end=none to read whole files")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,8 +320,8 @@ def _recognise(path: Path, reading: Reading) -> Found:
         return read_packed([path], reading)
     if path.name.endswith((".jsonl.gz",)):
         return Found("Lhotse", lambda: read_cuts(path))
-    if path.suffix.lower() in ARCHIVES:
-        raise _unknown(path, f"{ARCHIVES[path.suffix.lower()]}; unpack it first")
+    if path.suffix.lower() in OTHERS:
+        raise _unknown(path, OTHERS[path.suffix.lower()])
     if path.suffix.lower() in (*SUBTITLES, ".textgrid"):
         return _recognise_timed(path, reading)
     if path.suffix.lower() in TABLES and not _begins_as_json(path):
@@ -351,9 +369,9 @@ def _recognise_folder(folder: Path, reading: Reading) -> Found:
 def _what_is_there(listing: Listing) -> str:
     if not listing.files:
         return "an empty folder"
-    for suffix, name in ARCHIVES.items():
-        if listing.with_suffix(suffix):
-            return f"{name} ({listing.with_suffix(suffix)[0]})"
+    for suffix, kind in OTHERS.items():
+        if suffix not in AUDIO_SUFFIXES and (found := listing.with_suffix(suffix)):
+            return f"{found[0]}, {kind}"
     names = sorted({path.partition("/")[0] + "/" * ("/" in path) for path in listing.files})
     kinds = Counter(Path(path).suffix.lower() for path in listing.clips)
     clips = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
@@ -414,8 +432,7 @@ def _read_samples(path: Path) -> Rows:
 
 def _read_values(path: Path) -> Rows:
     """The decoded JSON of each record of a JSON list or JSONL file."""
-    manifest = read_manifest(path)
-    return (manifest.value(index) for index in range(len(manifest)))
+    return read_manifest(path).values()
 
 
 def _begins_as_json(path: Path) -> bool:

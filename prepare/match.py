@@ -30,7 +30,8 @@ from prepare.manifest import Manifest, Record
 from prepare.pair import transcripts
 
 NUM_OTHERS = 15  # texts of other clips that each clip is tried with
-MIN_MARGIN = 3.0  # standard deviations by which the own text has to be better than the others are on average
+LEAST_SHARE = 0.45  # of the usual margin, by which the own text has to be better than others are on average
+LEAST_USUAL = 2.0  # standard deviations: the usual margin of a model that can judge
 MAX_POSITIONS = 16_384  # of a micro-batch
 MAX_WORD_ERRORS = 0.5  # share of the text's words
 
@@ -55,17 +56,18 @@ def unlikely_texts(dataset: ChatMLDataset, model: Any, collator: ExtendedHiggsAu
     """
     records = [record for record in dataset.records if record.audio and transcripts(record)]
     texts = [transcripts(record)[-1] for record in records]
-    found = []
+    found = []  # (margin in standard deviations, record, what)
     for record, others in tqdm(zip(records, neighbours(texts)), total=len(records), desc="transcripts", unit="clip"):
         own, *losses = losses_under(record, [transcripts(record)[-1], *others], dataset, model, collator)
-        margin = (np.mean(losses) - own) / (np.std(losses) + 1e-6)
         rank = 1 + sum(loss < own for loss in losses)
-        if margin < MIN_MARGIN:
-            found.append((margin, record, f"its text is number {rank} of {len(losses) + 1} by audio loss ({own:.2f} nats)"))
-    if len(found) > max(5, len(records) / 2):
-        problem = f"{len(found)} of {len(records)} clips fit other texts about as well as their own"
+        what = f"its text is number {rank} of {len(losses) + 1} by audio loss: {own:.2f} nats, others {np.mean(losses):.2f}"
+        found.append(((np.mean(losses) - own) / (np.std(losses) + 1e-6), record, what))
+    usual = np.median([margin for margin, *_ in found]) if found else 0.0
+    if usual < LEAST_USUAL:
+        problem = "clips fit other texts about as well as their own"
         raise DataError(f"--transcripts: {problem}: the model has not learnt to speak, or most texts are wrong")
-    return [(record, what) for _, record, what in sorted(found, key=lambda item: item[0])]
+    found.sort(key=lambda item: item[0])
+    return [(record, what) for margin, record, what in found if margin < LEAST_SHARE * usual]
 
 
 def neighbours(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -495,6 +495,26 @@ REFUSED = {
         "",
         "unclear which folder is the speaker",
     ),
+    "emotions": (
+        "happy/a.wav sad/b.wav",
+        {"happy/a.txt": ONE, "sad/b.txt": TWO},
+        "",
+        r"unclear which folder is the speaker \(happy, sad\)",
+    ),
+    "milliseconds": (
+        "a.wav b.wav",
+        {"t.csv": f"audio,text,start,end\na.wav,{ONE},0,150\nb.wav,{TWO},200,400\n"},
+        "t.csv",
+        r"most spans end after their files: 0 to 150 s of a.wav, which has 0.4 s. Times are in seconds",
+    ),
+    "a spreadsheet": ("a.wav", {"texts.xlsx": "PK"}, "texts.xlsx", "found a spreadsheet; save it as CSV"),
+    "a single recording": ("a.wav", {}, "a.wav", "found a recording; name the table or the folder that has its text too"),
+    "keys of no meaning": (
+        "a.wav",
+        {"x.jsonl": '{"sound": "a.wav", "said": "Hello."}\n'},
+        "x.jsonl",
+        r"found keys \['said', 'sound'\], where a table has audio \(audio, .* --columns audio=COLUMN\) and text \(text, ",
+    ),
     "two tables": (
         "wavs/a.wav wavs/b.wav",
         {"one.txt": f"a|{ONE}\nb|{TWO}\n", "other.txt": f"a|{TWO}\nb|{ONE}\n"},
@@ -502,7 +522,7 @@ REFUSED = {
         "one.txt, other.txt all name clips; give the one that counts",
     ),
     "clips alone": ("a.wav b.wav", {}, "", r"2 \.wav, and no text for most of them"),
-    "an archive": ("", {"data.zip": "PK"}, "", "found a zip archive"),
+    "an archive": ("", {"data.zip": "PK"}, "", "found data.zip, an archive; unpack it first"),
 }
 
 

@@ -346,9 +346,9 @@ def test_offsets_are_kept(folder):
     _, (_, segment) = convert(kaldi(folder), BARE).records
     assert segment["messages"][1]["content"] == {"type": "audio", "audio_url": "wavs/b.wav", "offset": 0.05, "duration": 0.05}
     assert "offset" not in second["messages"][3]["content"]
-    (folder / "t.csv").write_text("path,text,start_time,end_time\na.wav,Hello,0.5,0.75\n")
+    (folder / "t.csv").write_text("path,text,start_time,end_time\na.wav,Hello,0.025,0.075\n")
     ((_, third),) = convert(folder / "t.csv", BARE).records
-    assert third["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.5, "duration": 0.25}
+    assert third["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.025, "duration": 0.05}
 
 
 @pytest.mark.parametrize("indent", [None, 1])
