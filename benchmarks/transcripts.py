@@ -55,7 +55,8 @@ def main() -> int:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
         took = time.perf_counter() - started
         notices = json.loads(report.read_text())["notices"]
-    listed = {item.rpartition("| ")[2] for title, items in notices.items() if "not those of their clips" in title for item in items}
+    items = next((items for title, items in notices.items() if "not those of their clips" in title), [])
+    listed = {item.rpartition("| ")[2] for item in items}
     found = len(listed & swapped)
     recall, precision = found / len(swapped), found / max(1, len(listed))
     print(f"{len(swapped)} of {args.records} transcripts swapped: {len(listed)} listed, {found} of them rightly")

@@ -45,7 +45,8 @@ def _channel_of(path: Path, url: str, number: int | None, source: str, reading: 
             if not 0 <= number < sound.channels:
                 raise DataError(f"{source}: {url} has {sound.channels} channels; expected 0 and 1, 1 and 2, or left and right")
             if reading.unpack_to is None:
-                raise DataError(f"{source}: {url} has {sound.channels} channels; part them: bash launch.sh prepare convert DATASET lines.jsonl")
+                remedy = "part them: bash launch.sh prepare convert DATASET lines.jsonl"
+                raise DataError(f"{source}: {url} has {sound.channels} channels; {remedy}")
             target = (reading.unpack_to / f"{url.strip('/').replace('/', '-')}-channel{number}.wav").absolute()
             if target not in written:
                 write_whole(target, lambda file: _copy(sound, number, file))

@@ -45,8 +45,8 @@ NUM_SPEAKERS = 10  # the largest are listed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", help="a dataset in any known form (docs/datasets.md)")
     parser.add_argument("--report", type=Path, help="also write the whole report: .html or .json")
-    parser.add_argument("--trim", type=Path, metavar="FILE", help="also write ChatML with spans that leave 0.2 s of silence at the ends")
-    parser.add_argument("--transcripts", action="store_true", help="also: does each text fit its clip, by --base_ckpt or --asr_model")
+    parser.add_argument("--trim", type=Path, metavar="FILE", help="write ChatML whose spans leave 0.2 s of silence at the ends")
+    parser.add_argument("--transcripts", action="store_true", help="does each text fit its clip? by --base_ckpt or --asr_model")
     parser.add_argument("--asr_model", default="", help="with --transcripts: speech recognition model (transformers)")
     parser.add_argument("--codes_dir", type=Path, default=Path("codes"), help="with --transcripts: what prepare encode wrote")
     parser.add_argument("--audio_tokenizer", default=Config.audio_tokenizer, help="the codec of --codes_dir")
@@ -215,7 +215,9 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
         "clips by silence at both ends": histogram(
             [clip.sound.lead_sec + clip.sound.tail_sec for clip in heard], (0, 0.1, 0.2, 0.4, 0.6, 1, 2), "s"
         ),
-        "clips by level of speech above pauses": histogram([clip.sound.snr_db for clip in heard], (0, 10, 15, 20, 30, 40, 60), "dB"),
+        "clips by level of speech above pauses": histogram(
+            [clip.sound.snr_db for clip in heard], (0, 10, 15, 20, 30, 40, 60), "dB"
+        ),
     }
     find_faults(records, clips, report)
     notices["duplicates"] += find_duplicates(records, clips)

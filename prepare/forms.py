@@ -302,7 +302,8 @@ def _judge_spans(clips: list[dict], folder: Path) -> None:
         clip, sec = late[0]
         start = clip.get("offset", 0)
         times = f"{start:g} to {start + clip['duration']:g} s of {clip['audio_url']}, which has {sec:.1f} s"
-        raise UnclearError(f"most spans end after their files: {times}. Times are in seconds; give --columns offset=none,end=none to read whole files")
+        remedy = "Times are in seconds; --columns offset=none,end=none reads whole files"
+        raise UnclearError(f"most spans end after their files: {times}. {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def render_text(report: Report) -> str:
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;vertical-align:top;text-align:left;font-weight:400}
 td:first-child,th{color:#666}.bars td:first-child{white-space:nowrap}h1{font-size:1.5rem;overflow-wrap:anywhere}
-.problem summary{color:#b00020}.verdict{font-weight:600}h2{font-size:1rem;margin-top:2rem}i{display:inline-block;height:.7em;background:#47a}audio{height:1.8rem}li{overflow-wrap:anywhere}"""
+.problem summary{color:#b00020}.verdict{font-weight:600}h2{font-size:1rem;margin-top:2rem}
+i{display:inline-block;height:.7em;background:#47a}audio{height:1.8rem}li{overflow-wrap:anywhere}"""
 
 
 def render_html(report: Report, name: str) -> str:

@@ -814,8 +814,12 @@ def test_each_channel_of_a_call_becomes_a_file(tmp_path, capsys):
         for clip, samples in zip(clips, (left, right)):
             assert clip.path.parent == tmp_path / "lines_audio"
             assert np.abs(soundfile.read(clip.path)[0] - samples).max() < 1e-6
-    assert [record.audio[0].path.name for record in open_manifest(rows(1, 1, audio="mono.wav"), reading=BARE)[0]] == ["mono.wav"] * 2
-    for channels, message in (((1, 1), "channel 1 may be the left or the right one"), ((0, 3), "has 2 channels; expected 0 and 1")):
+    mono = open_manifest(rows(1, 1, audio="mono.wav"), reading=BARE)[0]
+    assert [record.audio[0].path.name for record in mono] == ["mono.wav"] * 2
+    for channels, message in (
+        ((1, 1), "channel 1 may be the left or the right one"),
+        ((0, 3), "call.wav has 2 channels; expected 0 and 1"),
+    ):
         assert prepare(["convert", str(rows(*channels)), str(out)]) == 2
         assert message in capsys.readouterr().err
     assert prepare(["check", str(rows(0, 1))]) == 2
