@@ -84,7 +84,9 @@ class ChatMLDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        record = record.cropped(self.num_turns[index]) if index in self.num_turns else record
+        return self.sample(record.cropped(self.num_turns[index]) if index in self.num_turns else record)
+
+    def sample(self, record: Record) -> Sample:
         input_ids, label_ids = self.ids(record)
         codes = [self.store.codes(part, record.source) for part in record.audio]
         waveforms, rates = self._waveforms(record) if self.with_waveforms else ([], [])

@@ -1,6 +1,6 @@
 """What to generate: lines of a file or of the command line, records of a manifest; long texts in chunks.
 
-A line is {"text": ..., "ref_audio": path or list, "ref_text": text or list, "scene": ...,
+A line is {"text": ..., "ref_audio": path or list (also "profile: an old man"), "ref_text": text or list, "scene": ...,
 "system": ..., "id": ..., "seed": ...}, of which only the text is needed, or a ChatML record.
 """
 
@@ -18,7 +18,7 @@ from common import DataError
 from generate.files import file_name
 from generate.scores import WORD
 from prepare.manifest import AudioPart, Record, parse_record, read_manifest
-from prepare.prompts import Voice, context, normalise
+from prepare.prompts import context, normalise, voices_of
 
 LINE_KEYS = ("text", "ref_audio", "ref_text", "scene", "system", "id", "seed")
 
@@ -96,10 +96,7 @@ def line_of_request(value: Any, name: str, folder: Path, source: str, chunking: 
         raise DataError(f"{source}: seed: expected a whole number, 0 or more, found {seed!r}")
     clips, texts = (_as_list(value.get(key), f"{source}: {key}") for key in ("ref_audio", "ref_text"))
     scene, system = value.get("scene") or "", value.get("system")
-    if texts and len(texts) != len(clips):
-        raise DataError(f"{source}: {len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none")
-    parts = [{"type": "audio", "audio_url": path} for path in clips]
-    voices = [Voice(part, text) for part, text in itertools.zip_longest(parts, texts)]
+    voices = voices_of(clips, texts, lambda path: {"type": "audio", "audio_url": path}, source)
     try:
         split_text(value["text"], chunking)  # a tag without a text is an error before the final period is added
         text = normalise(value["text"]) if chunking.normalize else value["text"]

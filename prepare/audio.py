@@ -15,8 +15,11 @@ import io
 import json
 import math
 import os
+import shutil
 import struct
+import subprocess
 import sys
+import tempfile
 import types
 import zipfile
 from collections import deque
@@ -43,6 +46,7 @@ R = TypeVar("R")
 FRAME_RATE_HZ = 25.0  # of the published codec: 24,000 samples per second, 960 per frame
 RATIOS = (8, 5, 4, 2, 3)  # the strides of its encoder
 CODEC_NOTE = "codec.json"  # in a cache's folder
+FFMPEG_SUFFIXES = (".m4a", ".aac", ".webm", ".mp4", ".wma", ".amr")  # libsndfile does not read these
 STREAMED_BYTES = 0.9 * (2**31 - 2**16)  # programs that write a WAV file to a pipe put about 2 or 4 GB in its header
 MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some headers only estimate the length
 
@@ -287,12 +291,26 @@ def expected_frames(sec: float, ratios: Sequence[int] = RATIOS) -> int:
 
 def open_audio(part: AudioPart) -> soundfile.SoundFile:
     """raises: LibsndfileError, OSError; RuntimeError for a WAV file that is cut off, which libsndfile does not report"""
+    if part.path is not None and part.path.suffix.lower() in FFMPEG_SUFFIXES:
+        return _open_by_ffmpeg(part.path)
     with io.BytesIO(part.raw_audio) if part.path is None else open(part.path, "rb") as file:
         form, size = struct.unpack("<4sI", file.read(8).ljust(8))
         there, promised = file.seek(0, os.SEEK_END), size + 8
     if form == b"RIFF" and there < (1 - MAX_CUT_OFF) * promised < STREAMED_BYTES:
         raise RuntimeError(f"it is cut off: {there} of {promised} bytes are there")
     return soundfile.SoundFile(io.BytesIO(part.raw_audio) if part.path is None else part.path)
+
+
+def _open_by_ffmpeg(path: Path) -> soundfile.SoundFile:
+    """A file that libsndfile does not read, decoded as a whole into a temporary one. raises: OSError, RuntimeError"""
+    if not (ffmpeg := shutil.which("ffmpeg")):
+        raise RuntimeError(f"{path.suffix} needs ffmpeg, which is not installed; or: ffmpeg -i {path.name} {path.stem}.wav")
+    with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
+        command = [ffmpeg, "-nostdin", "-v", "error", "-y", "-i", f"file:{path.absolute()}", "-vn", f"file:{wav.name}"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise RuntimeError(f"ffmpeg: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+        return soundfile.SoundFile(wav.name)  # which stays open when the name is gone
 
 
 def span(part: AudioPart, rate_hz: float, length: int) -> tuple[int, int]:

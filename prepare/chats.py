@@ -13,7 +13,7 @@ from typing import Any
 
 from common import DataError
 from prepare.manifest import shown
-from prepare.rows import Origin, audio_part, is_absent
+from prepare.rows import Origin, Row, audio_part, is_absent
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 RECORD_KEYS = ("messages", "start_index", "speaker", "misc")
@@ -50,6 +50,11 @@ def from_chat(value: Any, origin: Origin) -> dict:
         raise DataError(f"{origin.source}: messages: expected a list of turns, found {shown(value)}")
     audios = value.get("audios") or value.get("audio") or []
     audios = list(audios) if isinstance(audios, list) else [audios]
+    if row := _as_row(value, value[key], audios):
+        origin.repairs["a clip with its transcript became the answer to it, phrased as inference does"] += 1
+        record = Row(row, origin).record()
+        misc = record.pop("misc", {}) | _misc_of(value, {*RECORD_KEYS, key, "audios", "audio", "system"}, origin)
+        return record | ({"misc": misc} if misc else {})
     clips = [audio_part(audio, f"{origin.source}: audios[{i}]", origin) for i, audio in enumerate(audios)]
     turns = _single_turns(value[key], origin.repairs)
     start = _first_that_trains(turns, value.get("start_index"), f"{origin.source}: {key}", origin.repairs)
@@ -95,6 +100,20 @@ def _misc_of(value: dict, known: set[str], origin: Origin) -> dict:
     origin.repairs.update(f"`{name}` was left out" for name in extra if name not in kept)
     origin.repairs.update(f"`{name}` went to `misc`" for name in kept)
     return misc | kept
+
+
+def _as_row(value: dict, turns: Sequence[dict], audios: list) -> dict | None:
+    """A row, for a chat that is no more than one clip and its transcript, `<audio>text`, perhaps after a system turn."""
+    roles = [_plain_role(turn.get("role", turn.get("from"))) for turn in turns]
+    contents = [turn.get("content", turn.get("value")) for turn in turns]
+    systems = [text for text in (value.get("system"), *contents[:-1]) if isinstance(text, str)]
+    if len(audios) != 1 or roles[-1:] != ["assistant"] or set(roles[:-1]) - {"system"} or len(systems) > 1:
+        return None
+    if not all(isinstance(text, str) for text in contents) or any(turns[-1].get(key) in (False, 0) for key in LOSS_KEYS):
+        return None
+    text = contents[-1].replace("<audio>", "", 1).strip()
+    row = {"audio": audios[0], "text": text, "speaker": value.get("speaker")} | ({"system": systems[0]} if systems else {})
+    return row if text and "<audio>" not in text else None
 
 
 def _single_turns(turns: Sequence[dict], repairs: Counter) -> list[dict]:
@@ -163,7 +182,20 @@ def _place_clips(messages: list[dict], clips: list[dict], origin: Origin) -> lis
         raise DataError(f"{origin.source}: {problem}")
     left = iter(clips)
     origin.repairs["`<audio>` tags became audio parts"] += num_tags
-    return [turn | {"content": _replace_tags(turn["content"], left)} for turn in messages]
+    contents = [_bare(turn, messages[i - 1] if i else {}, f"{origin.source}: turn {i}") for i, turn in enumerate(messages)]
+    return [turn | {"content": _replace_tags(content, left)} for turn, content in zip(messages, contents)]
+
+
+def _bare(turn: dict, before: dict, where: str) -> Any:
+    """A turn's content; of the assistant's `<audio>text` the clip alone where the user's turn has the words. raises: DataError"""
+    content = turn["content"]
+    words = content.partition("<audio>")[2].strip() if isinstance(content, str) and turn["role"] == "assistant" else ""
+    if not content or not words or not content.lstrip().startswith("<audio>"):
+        return content
+    if before.get("role") == "user" and words in "".join(_texts(before["content"])):
+        return "<audio>"
+    problem = f"a clip and then {shown(words)}, which would be trained as words after the clip"
+    raise DataError(f"{where}: {problem}; if it is the clip's transcript, make it the user's turn, else take it out")
 
 
 def _place_single_clip(messages: list[dict], clip: dict, origin: Origin) -> list[dict]:
@@ -171,9 +203,6 @@ def _place_single_clip(messages: list[dict], clip: dict, origin: Origin) -> list
     *before, last = messages or [{"role": None, "content": None}]
     answer = last["content"] if last["role"] == "assistant" and isinstance(last["content"], str) else None
     asked = before[-1]["content"] if before and before[-1]["role"] == "user" else None
-    if answer and all(turn["role"] == "system" for turn in before):
-        origin.repairs["the transcript beside a clip became the user's turn, the clip the assistant's"] += 1
-        return [*before, {"role": "user", "content": answer}, last | {"content": clip}]
     if answer is not None and answer.strip() in ("", asked.strip() if isinstance(asked, str) else ""):
         origin.repairs["the clip became the assistant's turn, which had no words of its own"] += 1
         return [*before, last | {"content": clip}]

@@ -25,14 +25,17 @@ import checkpoint
 import data
 from collate import ExtendedHiggsAudioSampleCollator, create_collator
 from common import DataError, MissingAudioError, write_whole
+from config import Config
+from prepare import prompts
 from prepare.audio import AudioStore
 from prepare.clips import Clip, Key, clips_of, inspect_clips, key_of
 from prepare.findings import odd_scripts, place, script_of, sound_faults, text_faults
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Manifest, Record, scan
+from prepare.manifest import AudioPart, Manifest, Record, scan, shown
 from prepare.pair import transcripts
-from prepare.report import RENDERERS, Finding, Report, histogram, render_text
+from prepare.report import MAX_ON_PAGE, RENDERERS, Finding, Report, histogram, render_text
 from prepare.rows import add_reading_arguments, reading_of
+from prepare.trim import trim
 
 OUTLIER = 6.0  # robust deviations (of the log of characters per second) from the median
 PAST_END_SEC = 0.1  # spans may go beyond their file by this much: times are rounded
@@ -42,6 +45,12 @@ NUM_SPEAKERS = 10  # the largest are listed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", help="a dataset in any known form (docs/datasets.md)")
     parser.add_argument("--report", type=Path, help="also write the whole report: .html or .json")
+    parser.add_argument("--trim", type=Path, metavar="FILE", help="write ChatML whose spans leave 0.2 s of silence at the ends")
+    parser.add_argument("--transcripts", action="store_true", help="does each text fit its clip? by --base_ckpt or --asr_model")
+    parser.add_argument("--asr_model", default="", help="with --transcripts: speech recognition model (transformers)")
+    parser.add_argument("--codes_dir", type=Path, default=Path("codes"), help="with --transcripts: what prepare encode wrote")
+    parser.add_argument("--audio_tokenizer", default=Config.audio_tokenizer, help="the codec of --codes_dir")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where these models run")
     parser.add_argument("--missing_audio", choices=("error", "skip"), default="error", help="as in train.py")
     parser.add_argument("--no_audio", action="store_true", help="check the records only, open no audio")
     parser.add_argument("--num_workers", type=int, default=4, help="processes that read audio")
@@ -77,12 +86,18 @@ def run(args: argparse.Namespace) -> int:
         records = records_with(records, clips, report)
         report.figures["records"]["with readable audio"] = len(records)
     describe_records(records, report)
+    if not (conversion and conversion.examples):  # rows are phrased and normalised here
+        describe_prompts(records, report)
     describe_clips(records, clips, report)
+    if args.transcripts:
+        describe_transcripts(records, clips, report, args)
     dataset, lengths = data.ChatMLDataset(records, None, None), None
     if config:
         dataset = data.ChatMLDataset(records, checkpoint.load_tokenizer(folder), KnownFrames(config, clips))
         dataset, lengths = describe_lengths(dataset, create_collator(config), report, args)
     describe_epoch(dataset, lengths, report, args, speed)
+    if args.trim:
+        report.figures["trimmed"] = trim(records, clips, args.trim)
     print(render_text(report))
     if args.report:
         content = RENDERERS[args.report.suffix](report, f"{args.manifest}")
@@ -102,6 +117,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     if min(args.batch_size, args.grad_accum, args.world_size, args.num_workers) < 1 or args.max_tokens < 0:
         names = "--batch_size, --grad_accum, --world_size and --num_workers"
         raise DataError(f"{names} are 1 or more, --max_tokens is not negative")
+    if args.trim and args.trim.exists():
+        raise DataError(f"--trim {args.trim}: it exists; choose another name")
+    if args.no_audio and (args.trim or args.transcripts):
+        raise DataError("--trim and --transcripts need the audio (no --no_audio)")
+    if args.transcripts and not (args.base_ckpt or args.asr_model):
+        raise DataError("--transcripts needs a model: --base_ckpt with one that has learnt to speak, or --asr_model")
     for name in ("max_tokens", "tokens_per_sec", "like"):
         if getattr(args, name) and (not args.base_ckpt or args.no_audio):
             raise DataError(f"--{name} needs --base_ckpt, whose tokenizer counts tokens, and the audio (no --no_audio)")
@@ -179,12 +200,25 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
     figures["frames of a clip"] = spread([clip.num_frames for clip in clips.values()])
     rates = Counter(f"{clip.rate_hz} Hz" if clip.rate_hz else "ready-made codes" for clip in clips.values())
     figures["clips by sample rate"] = dict(rates.most_common())
-    minutes: Counter = Counter()
+    seconds: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        minutes[record.chatml.speaker or "no speaker"] += sum(clips[key_of(part)].sec for part in targets(record)) / 60
-    figures["minutes of the largest speakers"] = dict(minutes.most_common(NUM_SPEAKERS))
-    seconds = [clip.sec for clip in clips.values()]
-    report.histograms["clips by length"] = histogram(seconds, (0, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60), "s")
+        seconds[record.chatml.speaker or "no speaker"] += [clips[key_of(part)].sec for part in targets(record)]
+    largest = sorted(seconds.items(), key=lambda item: -sum(item[1]))
+    figures["minutes of the largest speakers"] = {name: sum(sec) / 60 for name, sec in largest[:NUM_SPEAKERS]}
+    report.speakers = [
+        {"speaker": name, "clips": len(sec), "minutes": sum(sec) / 60, "seconds of a clip": spread(sec)}
+        for name, sec in largest[:MAX_ON_PAGE]
+    ]
+    heard = [clip for clip in clips.values() if clip.sound]
+    report.histograms = {
+        "clips by length": histogram([clip.sec for clip in clips.values()], (0, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60), "s"),
+        "clips by silence at both ends": histogram(
+            [clip.sound.lead_sec + clip.sound.tail_sec for clip in heard], (0, 0.1, 0.2, 0.4, 0.6, 1, 2), "s"
+        ),
+        "clips by level of speech above pauses": histogram(
+            [clip.sound.snr_db for clip in heard], (0, 10, 15, 20, 30, 40, 60), "dB"
+        ),
+    }
     find_faults(records, clips, report)
     notices["duplicates"] += find_duplicates(records, clips)
     notices["text and duration do not fit"] += find_outliers(records, clips)
@@ -199,16 +233,13 @@ def find_faults(records: Manifest, clips: dict[Key, Clip], report: Report) -> No
         texts |= {key_of(part): text for part, text in zip(record.audio, known)} if len(known) == len(record.audio) else {}
         spoken.append((record, known[-1] if known else ""))
 
-    def note(title: str, key: Key, what: str, lists: dict) -> None:
-        clip = clips[key]
-        lists[title].append(Finding.of(place(clip.name, texts.get(key, ""), clip.sec, what), clip.path, key[1], key[2]))
-
     for key, clip in clips.items():
         for title, what in sound_faults(clip.sound, clip.sec, clip.rate_hz):
-            note(title, key, what, report.notices)
+            report.notices[title].append(finding(key, texts.get(key, ""), clips, what))
         if clip.past_end_sec > PAST_END_SEC:
             what = f"its span ends {clip.past_end_sec:.2f} s after the end of the file"
-            note("spans beyond the end of their file: correct the times", key, what, report.problems)
+            title = "spans beyond the end of their file: correct the times"
+            report.problems[title].append(finding(key, texts.get(key, ""), clips, what))
     odd = odd_scripts([script_of(text) for _, text in spoken])
     for record, text in spoken:
         faults = [
@@ -216,7 +247,13 @@ def find_faults(records: Manifest, clips: dict[Key, Clip], report: Report) -> No
             *([("another script than the others", script_of(text))] if script_of(text) in odd else []),
         ]
         for title, what in faults if record.audio else ():
-            note(title, key_of(record.audio[-1]), what, report.notices)
+            report.notices[title].append(finding(key_of(record.audio[-1]), text, clips, what))
+
+
+def finding(key: Key, text: str, clips: dict[Key, Clip], what: str) -> Finding:
+    """A line about a clip with its text, for the player of the page."""
+    clip = clips[key]
+    return Finding.of(place(clip.name, text, clip.sec, what), clip.path, *key[1:])
 
 
 def targets(record: Record) -> list[AudioPart]:
@@ -237,7 +274,8 @@ def find_duplicates(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
         source, texts_before = first.setdefault(content, (record.source, texts))
         if source != record.source:
             with_text = "and the same text as" if texts == texts_before else "but ANOTHER TEXT than"
-            duplicates.append(f"{record.source}: the same audio {with_text} {source}")
+            clip, span = clips[key_of(record.audio[-1])], key_of(record.audio[-1])[1:]
+            duplicates.append(Finding.of(f"{record.source}: the same audio {with_text} {source}", clip.path, *span))
     return duplicates
 
 
@@ -247,25 +285,57 @@ def texts_of(record: Record) -> list[str]:
     return [part for part in parts if isinstance(part, str)]
 
 
-def find_outliers(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
-    """Records with far more or far fewer characters per second than is usual here."""
-    by_script: dict[str, dict[str, float]] = defaultdict(dict)  # a second holds more letters than Chinese characters
+def find_outliers(records: Manifest, clips: dict[Key, Clip]) -> list[Finding]:
+    """Clips with far more or far fewer characters per second than is usual here."""
+    by_script: dict[str, list[tuple[float, Key, str]]] = defaultdict(list)  # a second holds more letters than Chinese characters
     for record in records:
         texts = transcripts(record)
-        if texts and texts[-1].strip():
-            speed = math.log(len(texts[-1].strip()) / clips[key_of(record.audio[-1])].sec)
-            by_script[script_of(texts[-1])][record.source] = speed
-    return [finding for speeds in by_script.values() if len(speeds) >= 10 for finding in _outliers(speeds)]
+        if texts and (text := texts[-1].strip()):
+            key = key_of(record.audio[-1])
+            by_script[script_of(text)].append((math.log(len(text) / clips[key].sec), key, text))
+    found = []
+    for lines in (lines for lines in by_script.values() if len(lines) >= 10):
+        middle = statistics.median(speed for speed, *_ in lines)
+        deviation = max(0.05, 1.4826 * statistics.median(abs(speed - middle) for speed, *_ in lines))
+        usual = f"characters per second, usual are {math.exp(middle):.1f}"
+        odd = [line for line in lines if abs(line[0] - middle) > OUTLIER * deviation]
+        odd.sort(key=lambda line: -abs(line[0] - middle))
+        found += [finding(key, text, clips, f"{math.exp(speed):.1f} {usual}") for speed, key, text in odd]
+    return found
 
 
-def _outliers(speeds: dict[str, float]) -> list[str]:
-    middle = statistics.median(speeds.values())
-    deviation = max(0.05, 1.4826 * statistics.median(abs(speed - middle) for speed in speeds.values()))
-    odd = {source: speed for source, speed in speeds.items() if abs(speed - middle) > OUTLIER * deviation}
-    return [
-        f"{source}: {math.exp(speed):.1f} characters per second, usual are {math.exp(middle):.1f}"
-        for source, speed in sorted(odd.items(), key=lambda item: -abs(item[1] - middle))
-    ]
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and transcripts
+
+
+def describe_prompts(records: Manifest, report: Report) -> None:
+    """Where chats differ from what `generate` will send: ChatML trains as it is."""
+    for record in records:
+        known, turns = transcripts(record), record.chatml.messages
+        if not known or not record.audio:
+            continue
+        before = [(turn.role, "".join(map(shown_part, as_list(turn.content)))) for turn in turns[:-2]]
+        if odd := prompts.oddity(before, known[-1]):
+            report.notices["prompts that `generate` phrases in another way"].append(f"{record.source}: {odd}")
+        if (sent := prompts.normalise(known[-1])) != known[-1]:
+            what = f"{record.source}: {shown(known[-1])} is sent as {shown(sent)}"
+            report.notices["texts that `generate` changes before it sends them, unless --normalize no is given"].append(what)
+
+
+def as_list(content: Any) -> list:
+    return content if isinstance(content, list) else [content]
+
+
+def shown_part(part: Any) -> str:
+    return part if isinstance(part, str) else getattr(part, "text", prompts.CLIP)
+
+
+def describe_transcripts(records: Manifest, clips: dict[Key, Clip], report: Report, args: argparse.Namespace) -> None:
+    from prepare import match  # takes seconds: models and judges
+
+    title = "texts that are probably not those of their clips: listen"
+    for record, what in match.suspects(records, args):
+        report.notices[title].append(finding(key_of(record.audio[-1]), transcripts(record)[-1], clips, what))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import DataError, listing, write_whole
 from prepare.forms import convert, recognise
-from prepare.manifest import read_manifest, report_problems
+from prepare.manifest import audio_parts, read_manifest, report_problems
 from prepare.rows import add_reading_arguments, reading_of
 
 
@@ -62,12 +62,10 @@ def is_ours(output: Path, source: Path) -> bool:
 def move_paths(record: dict, old: Path, new: Path) -> None:
     """Change the audio paths of a ChatML record in place: they started from `old`, and now start from `new`."""
     way = _way(old, new)
-    for turn in record["messages"]:
-        content = turn["content"]
-        for part in content if isinstance(content, list) else [content]:
-            for name in ("audio_url", "audio_label_url"):
-                if isinstance(part, dict) and isinstance(part.get(name), str) and part[name]:
-                    part[name] = _moved(part[name], old, way)
+    for part in audio_parts(record):
+        for name in ("audio_url", "audio_label_url"):
+            if isinstance(part.get(name), str) and part[name]:
+                part[name] = _moved(part[name], old, way)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from common import DataError
 from prepare.rows import AUDIO_FOLDERS, AUDIO_SUFFIXES, SPLIT, STORAGE, Reading, columns_of
-from prepare.tables import Found, Rows, UnclearError, numbered_lines, read_table, read_text
+from prepare.tables import LABELS, Found, Rows, UnclearError, numbered_lines, read_table, read_text
 from prepare.timed import Segment, read_timed, timed_rows
 
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".json", ".original.txt")  # of a clip's text, the preferred one first
@@ -135,7 +135,8 @@ def speaker_folders(clips: Sequence[str]) -> tuple[int | None, str]:
         return None, "no folder names a speaker"
     named = [level for level in levels if all(stem_of(path).startswith(parts[level]) for path, parts in zip(clips, folders))]
     levels = named[:1] or levels
-    if len(levels) == 1 and not all(CHAPTER.fullmatch(parts[levels[0]]) for parts in folders):
+    names = {parts[levels[0]] for parts in folders}
+    if len(levels) == 1 and not all(CHAPTER.fullmatch(name) or name.lower() in LABELS for name in names):
         return levels[0], f"folder {levels[0] + 1} of the clip's path"
     seen = ", ".join(sorted({"/".join(parts) for parts in folders})[:3])
     raise UnclearError(
@@ -300,7 +301,7 @@ def read_timed_beside(listing: Listing, reading: Reading) -> Found | None:
 NAME = r"([^\s|;&$`<>-][^\s|;&$`<>]*)"
 KALDI_PIPE = re.compile(
     rf"flac (?:-[cds]+ )+{NAME} \|"
-    rf"|sph2pipe (?:-[fpc] \w+ |-p )*{NAME} \|"
+    rf"|sph2pipe (?:-f \w+ |-p |-c (?P<channel>[12]) )*{NAME} \|"
     rf"|sox {NAME} (?:-[rtbec] [\w-]+ )*- \|"
 )
 
@@ -340,7 +341,8 @@ def _kaldi_row(utterance: str, text: str, tables: dict[str, KaldiTable]) -> dict
         named = KALDI_PIPE.fullmatch(audio)
         if not named:
             return DataError(f"wav.scp gives a command for {recording!r}; commands are not run: write the audio to a file")
-        audio = named[1] or named[2] or named[3]
+        span |= {"channel": {"1": "left", "2": "right"}[named["channel"]]} if named["channel"] else {}
+        audio = named[1] or named[3] or named[4]
     return {"audio": audio, "text": text, "speaker": tables["utt2spk"].get(utterance, (0, None))[1], **span}
 
 

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from common import DataError
-from prepare.audio import duration_sec
+from prepare.audio import FFMPEG_SUFFIXES, duration_sec
+from prepare.channels import one_channel_each
 from prepare.chats import chat_key, from_chat, is_chatml
 from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists, read_timed_beside
 from prepare.manifest import (
     AudioPart,
     Manifest,
     Mixture,
+    audio_parts,
     check,
     parse_json,
     read_manifest,
@@ -35,7 +37,7 @@ from prepare.manifest import (
     shown,
     split_weights,
 )
-from prepare.packed import PACKED, read_packed
+from prepare.packed import PACKED, from_hub, read_packed
 from prepare.rows import (
     AUDIO_SUFFIXES,
     DEFAULT_READING,
@@ -45,6 +47,7 @@ from prepare.rows import (
     Row,
     columns_of,
     find_audio,
+    names_of,
 )
 from prepare.tables import SAMPLED, Found, Rows, UnclearError, kind_of, numbered_lines, read_table, read_text
 from prepare.timed import SUBTITLES, is_cut, read_cuts, read_timed, timed_rows
@@ -53,8 +56,16 @@ FORMS = __doc__.split("\n\n")[1]
 PEEKED_BYTES = 10_000_000  # the form of a JSONL file is recognised by so much of its beginning
 CHECKED_AT_START = 100_000  # manifests of more records are read and checked as training goes
 NUM_EXAMPLES = 3
+NUM_SPEAKERS = 5  # the largest are named
+NUM_MEASURED = 2000  # clips of larger sets are counted, not opened
 TABLES = (".csv", ".tsv", ".txt", ".list", ".lst", ".cleaned")
-ARCHIVES = {".zip": "a zip archive", ".gz": "a gzip archive", ".tgz": "a tar archive", ".rar": "a rar archive"}
+HUB_NAME = re.compile(r"(?!.*\.[a-z]+$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+")  # OWNER/NAME, not a file's name
+OTHERS = {  # kinds of files that are not read, and what to do with them
+    **dict.fromkeys((".zip", ".gz", ".tgz", ".rar", ".7z"), "an archive; unpack it first"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as CSV"),
+    **dict.fromkeys((".docx", ".doc", ".pdf", ".odt"), "a document; save the texts as CSV, beside the names of their clips"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "a recording; name the table or the folder that has its text too"),
+}
 
 
 @dataclass
@@ -73,6 +84,8 @@ class Conversion:
     examples: list[tuple[str, str, str | None]] = field(default_factory=list)  # (clip, text, speaker)
     speakers: Counter = field(default_factory=Counter)
     texts: Counter = field(default_factory=Counter)
+    changed: list[str] = field(default_factory=list)  # examples of texts that were normalised
+    clips: list[tuple[str | None, AudioPart]] = field(default_factory=list)  # (speaker, clip) of the first NUM_MEASURED
 
     def summary(self) -> list[str]:
         """What became audio, text and speaker; examples; the largest speakers; doubts. Empty for chats."""
@@ -81,7 +94,18 @@ class Conversion:
         roles = {name: self.notes.get(name) or self._columns(name) for name in ("audio", "text", "speaker")}
         lines = [f"{name:8} {role}" for name, role in roles.items()]
         lines += [f"example  {clip} | {shown(text)} | {speaker or 'no speaker'}" for clip, text, speaker in self.examples]
-        return [*lines, *self.doubts()]
+        return [*lines, self._largest(), *(f"changed  {example}" for example in self.changed), *self.doubts()]
+
+    def _largest(self) -> str:
+        """The largest speakers by minutes, or by clips where there are too many to open."""
+        is_quick = self.num_records <= NUM_MEASURED and not any(clip.path.suffix in FFMPEG_SUFFIXES for _, clip in self.clips)
+        minutes: Counter = Counter()
+        for name, clip in self.clips if is_quick else ():
+            minutes[name] += duration_sec(clip) / 60
+        minutes = +minutes  # ready-made codes have no header of seconds
+        largest = (minutes or self.speakers).most_common(NUM_SPEAKERS)
+        shares = [f"{name or 'no speaker'} {f'{n:.1f} min' if minutes else f'{n} clips'}" for name, n in largest]
+        return f"speakers {', '.join(shares)}{' ...' if len(self.speakers) > NUM_SPEAKERS else ''}"
 
     def _columns(self, meaning: str) -> str:
         names = [meaning] if meaning != "text" else ["text", "text_file"]
@@ -110,7 +134,7 @@ def open_manifest(
     tolerant: leave out records that cannot be converted; they are in `Conversion.problems`
     raises: DataError naming file, record, field and remedy
     """
-    path = Path(path)
+    path = located(path)
     found = _recognise(path, reading)
     if found.form is None and not reading.audio_root:
         return read_manifest(path), None
@@ -148,7 +172,7 @@ def recognise(path: str | Path, reading: Reading = DEFAULT_READING) -> str | Non
 
     raises: DataError for a path that does not exist, or an unknown or unclear form
     """
-    return _recognise(Path(path), reading).form
+    return _recognise(located(path), reading).form
 
 
 def convert(path: str | Path, reading: Reading = DEFAULT_READING) -> Conversion:
@@ -156,7 +180,15 @@ def convert(path: str | Path, reading: Reading = DEFAULT_READING) -> Conversion:
 
     raises: DataError if it cannot be read at all; what is wrong with single records is in `Conversion.problems`
     """
-    return _convert(Path(path), _recognise(Path(path), reading), reading)
+    path = located(path)
+    return _convert(path, _recognise(path, reading), reading)
+
+
+def located(path: str | Path) -> Path:
+    """A dataset's file or folder; one that is named as on the Hub and is not here is downloaded. raises: DataError"""
+    path = Path(path)
+    is_of_hub = HUB_NAME.fullmatch(str(path)) and not Path(path.parts[0]).exists()
+    return from_hub(str(path)) if is_of_hub else path
 
 
 def _convert(path: Path, found: Found, reading: Reading) -> Conversion:
@@ -164,7 +196,7 @@ def _convert(path: Path, found: Found, reading: Reading) -> Conversion:
     conversion = Conversion(found.form or "ChatML", folder, found.notes)
     rows_reading = replace(reading, columns={}) if found.notes else reading  # such a reader has used --columns itself
     records = _make_records(found, path if path.is_dir() else path.parent, conversion, rows_reading)
-    conversion.records = records if found.is_chat else _judged(records, conversion, reading)
+    conversion.records = records if found.is_chat else one_channel_each(_judged(records, conversion, reading), folder, reading)
     return conversion
 
 
@@ -198,10 +230,8 @@ def _make_records(found: Found, folder: Path, conversion: Conversion, reading: R
 
 def moved(record: dict, origin: Origin) -> dict:
     """A chat whose audio is looked for below --audio_root, in place."""
-    contents = [turn["content"] for turn in record["messages"]] if origin.reading.audio_root else []
-    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    for part in parts:
-        for name in ("audio_url", "audio_label_url") if isinstance(part, dict) else ():
+    for part in audio_parts(record) if origin.reading.audio_root else ():
+        for name in ("audio_url", "audio_label_url"):
             if isinstance(part.get(name), str):
                 part[name] = find_audio(part[name], origin.root, origin.repairs, origin.root) or part[name]
     return record
@@ -220,10 +250,16 @@ def _judged(records: Iterator[tuple[str, dict]], conversion: Conversion, reading
         _judge_spans([record["messages"][-1]["content"] for _, record in first], conversion.folder)
     for source, record in itertools.chain(first, records):
         text, speaker = text_of(record), record.get("speaker")
+        said, clip = record["messages"][-2]["content"], record["messages"][-1]["content"]
+        if text != said and len(conversion.changed) < NUM_EXAMPLES:
+            conversion.changed.append(f"{shown(text)} -> {shown(said)}")
+        if len(conversion.clips) < NUM_MEASURED and clip["audio_url"]:
+            span = clip.get("offset"), clip.get("duration")
+            conversion.clips.append((speaker, AudioPart(conversion.folder / clip["audio_url"], *span, True, "")))
         conversion.texts[text] += 1
         conversion.speakers[speaker] += 1
         if len(conversion.examples) < NUM_EXAMPLES:
-            conversion.examples.append((record["messages"][-1]["content"]["audio_url"] or "raw audio", text, speaker))
+            conversion.examples.append((clip["audio_url"] or "raw audio", text, speaker))
         yield source, record
 
 
@@ -251,16 +287,23 @@ def _judge_texts(texts: list[str], conversion: Conversion) -> None:
 
 
 def _judge_spans(clips: list[dict], folder: Path) -> None:
-    """Spans that were cut already: files that are as long as the span, though it begins later."""
-    cut = [clip for clip in clips if clip.get("offset") and clip.get("duration") and clip["audio_url"]][:20]
+    """Spans that were cut already: files that are as long as the span, though it begins later. And times in other units."""
+    cut = [clip for clip in clips if clip.get("duration") and clip["audio_url"]][:20]
     whole = [duration_sec(AudioPart(folder / clip["audio_url"], None, None, True, "")) for clip in cut]
-    fitting = [clip for clip, sec in zip(cut, whole) if sec and abs(sec - clip["duration"]) < 0.15 and clip["offset"] > 0.2]
+    late = [(clip, sec) for clip, sec in zip(cut, whole) if sec and clip.get("offset", 0) + clip["duration"] > sec + 0.1]
+    fitting = [clip for clip, sec in late if abs(sec - clip["duration"]) < 0.15 and clip["offset"] > 0.2]
     if len(fitting) > len(cut) / 2:
         clip = fitting[0]
         raise UnclearError(
             f"{clip['audio_url']} is {clip['duration']:g} s long, as is its span from {clip['offset']:g} s on: the clips have "
             "been cut already. Give --columns offset=none,end=none"
         )
+    if len(late) > len(cut) / 2:
+        clip, sec = late[0]
+        start = clip.get("offset", 0)
+        times = f"{start:g} to {start + clip['duration']:g} s of {clip['audio_url']}, which has {sec:.1f} s"
+        remedy = "Times are in seconds; --columns offset=none,end=none reads whole files"
+        raise UnclearError(f"most spans end after their files: {times}. {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,8 +321,8 @@ def _recognise(path: Path, reading: Reading) -> Found:
         return read_packed([path], reading)
     if path.name.endswith((".jsonl.gz",)):
         return Found("Lhotse", lambda: read_cuts(path))
-    if path.suffix.lower() in ARCHIVES:
-        raise _unknown(path, f"{ARCHIVES[path.suffix.lower()]}; unpack it first")
+    if path.suffix.lower() in OTHERS:
+        raise _unknown(path, OTHERS[path.suffix.lower()])
     if path.suffix.lower() in (*SUBTITLES, ".textgrid"):
         return _recognise_timed(path, reading)
     if path.suffix.lower() in TABLES and not _begins_as_json(path):
@@ -298,7 +341,7 @@ def _recognise(path: Path, reading: Reading) -> Found:
         return Found(None if all(map(is_chatml, chats)) else "messages", lambda: _read_values(path), is_chat=True)
     if objects and "audio" in columns_of(objects[0], reading.columns):
         return Found("table", lambda: _read_values(path))
-    raise _unknown(path, f"keys {sorted(map(str, objects[0]))}" if objects else shown(values[:1]))
+    raise _unknown(path, f"keys {sorted(map(str, objects[0]))}, {_needed()}" if objects else shown(values[:1]))
 
 
 def _recognise_folder(folder: Path, reading: Reading) -> Found:
@@ -327,9 +370,9 @@ def _recognise_folder(folder: Path, reading: Reading) -> Found:
 def _what_is_there(listing: Listing) -> str:
     if not listing.files:
         return "an empty folder"
-    for suffix, name in ARCHIVES.items():
-        if listing.with_suffix(suffix):
-            return f"{name} ({listing.with_suffix(suffix)[0]})"
+    for suffix, kind in OTHERS.items():
+        if suffix not in AUDIO_SUFFIXES and (found := listing.with_suffix(suffix)):
+            return f"{found[0]}, {kind}"
     names = sorted({path.partition("/")[0] + "/" * ("/" in path) for path in listing.files})
     kinds = Counter(Path(path).suffix.lower() for path in listing.clips)
     clips = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
@@ -365,7 +408,11 @@ def _recognise_table(path: Path, reading: Reading, listing: Listing | None = Non
         return found
     first = next(iter(numbered_lines(path)), (1, ""))[1]
     header = [name.strip().strip('"') for name in re.split(r"[|,;\t]", first)]
-    raise _unknown(path, f"a first line of {shown(header)}, where no field names a clip that exists (--audio_root, --columns)")
+    raise _unknown(path, f"a first line of {shown(header)}, where no field names a clip that exists (--audio_root), {_needed()}")
+
+
+def _needed() -> str:
+    return f"where a table has audio ({names_of('audio')}) and text ({names_of('text')})"
 
 
 def _unknown(path: Path, found: str) -> DataError:
@@ -386,8 +433,7 @@ def _read_samples(path: Path) -> Rows:
 
 def _read_values(path: Path) -> Rows:
     """The decoded JSON of each record of a JSON list or JSONL file."""
-    manifest = read_manifest(path)
-    return (manifest.value(index) for index in range(len(manifest)))
+    return read_manifest(path).values()
 
 
 def _begins_as_json(path: Path) -> bool:

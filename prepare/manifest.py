@@ -14,16 +14,17 @@ audio that differs from the input audio of an assistant turn.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
@@ -166,13 +167,18 @@ class Manifest(Sequence[Record]):
         source, value = self.value(index)
         return parse_record(value, self.folder, source)
 
-    def value(self, index: int) -> tuple[str, Any]:
-        """(source, decoded JSON) of a record, without validation."""
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """`value` of every record; the file is opened once."""
+        with open(self.path, "rb") as file:
+            yield from (self.value(index, file) for index in range(len(self)))
+
+    def value(self, index: int, file: BinaryIO | None = None) -> tuple[str, Any]:
+        """(source, decoded JSON) of a record, without validation. file: of the manifest, where it is open already"""
         start, stop = self.spans[index].tolist()
         if self._blob is not None:
             return tuple(json.loads(self._blob[start:stop].decode("utf-8", "surrogatepass")))
         record, line = self.places[index].tolist()
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb") if file is None else contextlib.nullcontext(file) as file:
             if _stamp(os.fstat(file.fileno())) != self._stamp:
                 raise DataError(f"{self.path}: has changed since it was opened; start again, from the checkpoint if it trained")
             file.seek(start)
@@ -485,6 +491,15 @@ class _Parser:
             remedy = "escape both halves (\\ud83d\\ude00) or neither"
             self.fail(where, f"half a character, which no tokenizer reads: {shown(text)}; {remedy}")
         return text
+
+
+def audio_parts(record: dict) -> Iterator[dict]:
+    """The audio parts of a ChatML record that is decoded JSON, to be changed in place."""
+    for turn in record["messages"]:
+        content = turn["content"]
+        for part in content if isinstance(content, list) else [content]:
+            if isinstance(part, dict) and part.get("type") == "audio":
+                yield part
 
 
 def leaves_folder(path: str) -> bool:

@@ -1,33 +1,37 @@
-"""Files that hold audio themselves: Parquet and Arrow of Hugging Face datasets, tar shards of WebDataset.
+"""Files that hold audio themselves: Parquet and Arrow of Hugging Face datasets, datasets on the Hub, tar shards of WebDataset.
 
 `prepare convert` writes the audio beside its output; everything else asks for that first.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import snapshot_download
 
 from common import DataError, write_whole
 from prepare.rows import AUDIO_SUFFIXES, SPLIT, Reading, columns_of
 from prepare.tables import Found, Rows
 
 PACKED = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "a tar shard"}
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements-datasets.txt"
 SUFFIX_OF = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3", b"\xff\xf3": ".mp3"}
 
 
 def read_packed(paths: Sequence[Path], reading: Reading) -> Found:
-    """The rows of files of one kind. raises: DataError if their audio has no folder to go to, or a package is missing"""
+    """The rows of files of one kind. raises: DataError if a package is missing and cannot be installed"""
     kind = paths[0].suffix.lower()
     if kind == ".tar":
         return Found("WebDataset", lambda: _of_tars(paths, reading))
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise DataError(f"{paths[0]}: {PACKED[kind]} needs a package that is not there: pip install pyarrow") from None
+    optional("pyarrow")
     return Found(PACKED[kind], lambda: _of_tables(paths, reading))
 
 
@@ -40,6 +44,36 @@ def _of_tables(paths: Sequence[Path], reading: Reading) -> Rows:
                 row |= {"split": split} if split and "split" not in row else {}
                 yield f"{path} row {number}", _unpacked(row, f"{path.stem}-{number:06d}", path, reading)
                 number += 1
+
+
+def from_hub(name: str) -> Path:
+    """The folder on this machine of OWNER/NAME, a dataset on the Hub, or of one folder in it, OWNER/NAME/FOLDER.
+
+    raises: DataError
+    """
+    owner, title, *inside = name.split("/")
+    folder = "/".join(inside)
+    try:
+        root = snapshot_download(f"{owner}/{title}", repo_type="dataset", allow_patterns=f"{folder}/*" if folder else None)
+    except (OSError, ValueError) as error:
+        problem = f"not on the Hub, or the Hub cannot be reached: {str(error).strip().splitlines()[0]}"
+        raise DataError(f"{name}: no such file or folder, and {problem}") from None
+    if not (Path(root) / folder).is_dir():
+        raise DataError(f"{name}: {owner}/{title} has no folder {folder}")
+    return Path(root) / folder
+
+
+def optional(package: str) -> Any:
+    """A package that few datasets need, installed into this virtual environment when it is first used. raises: DataError"""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
+    found = functools.partial(importlib.util.find_spec, package)
+    if not found() and sys.prefix != sys.base_prefix:
+        print(f"installing {package}: {' '.join(command)}", file=sys.stderr)
+        subprocess.run(command, stdin=subprocess.DEVNULL)
+        importlib.invalidate_caches()
+    if not found():
+        raise DataError(f"this needs the package {package}, which could not be installed: pip install -r {REQUIREMENTS}")
+    return importlib.import_module(package)
 
 
 def _batches(path: Path) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
     context(text, voices, scene, system)    the turns before a text
     record(text, clip, voices, ...)         the same with the text and its clip: a training record
+    voices_of(clips, texts, ...)            voices as a table's row or a line to generate gives them
+    oddity(turns, text)                     how the turns before a text differ from what inference sends
     normalise(text)                         a text to be spoken, in the form that the model gets to see
     Phrasing                                a mixture of phrasings, for data that does not say which
 
@@ -18,9 +20,11 @@ The turns before a text depend on what is known of its speakers:
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +55,8 @@ WORDS = {
     "[laugh]": "<SE>[Laughter]</SE>",
 }
 ENDS = (*".!?,;\"'", "</SE_e>", "</SE>")
+CLIP = "\0"  # a clip, where a turn is written as one text
+PROFILE = "profile:"  # of a reference that describes a voice in words
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,23 @@ class Voice:
     clip: dict | None = None  # a ChatML audio part
     text: str | None = None  # its transcript
     profile: str | None = None
+
+
+def voices_of(clips: Sequence[Any], texts: Sequence[Any], as_part: Callable[[Any], dict], source: str) -> list[Voice]:
+    """Voices from references: clips, or `profile:` and a description. texts: their transcripts, or none
+
+    as_part: the ChatML audio part of a clip; source: for messages
+    raises:  DataError for a number of transcripts that does not fit, or one that is no text
+    """
+    if texts and len(texts) != len(clips):
+        raise DataError(f"{source}: {len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none")
+    voices = []
+    for clip, text in itertools.zip_longest(clips, texts):
+        if not isinstance(text, (str, type(None))):
+            raise DataError(f"{source}: ref_text: expected text, found {text!r}")
+        is_profile = isinstance(clip, str) and clip.startswith(PROFILE)
+        voices.append(Voice(profile=clip.removeprefix(PROFILE).strip()) if is_profile else Voice(as_part(clip), text or None))
+    return voices
 
 
 def context(text: str, voices: Sequence[Voice] = (), scene: str = "", system: Any = None) -> list[dict]:
@@ -78,13 +101,12 @@ def context(text: str, voices: Sequence[Voice] = (), scene: str = "", system: An
         return [{"role": "system", "content": system}, *exchanges] if system else exchanges
     if exchanges and not scene:
         return exchanges
-    speakers = sorted(set(TAG.findall(text)))
+    unknown = _unknown_voices(text)
     if voices:
         described = [] if are_exchanges else [(f"SPEAKER{n}", voice.clip or voice.profile) for n, voice in enumerate(voices)]
         return [{"role": "system", "content": _scene(INSTRUCTION, scene, described)}, *exchanges]
-    if len(speakers) > 1:
-        described = [(tag, ("feminine", "masculine")[n % 2]) for n, tag in enumerate(speakers)]
-        return [{"role": "system", "content": _scene(SEVERAL_SPEAKERS, scene, described)}]
+    if len(unknown) > 1:
+        return [{"role": "system", "content": _scene(SEVERAL_SPEAKERS, scene, unknown)}]
     return [{"role": "system", "content": _scene(INSTRUCTION, scene, [])}]
 
 
@@ -102,6 +124,31 @@ def record(
     if any(turn["role"] == "assistant" for turn in before):
         made["start_index"] = len(before) + 1
     return made | ({"speaker": speaker} if speaker else {})
+
+
+def oddity(turns: Sequence[tuple[str, str]], text: str) -> str | None:
+    """How the turns before a text differ from those that `context` can make; None if they do not.
+
+    turns: (role, content) of each, a clip in the content as CLIP
+    """
+    if not turns:
+        return "no system turn, where inference sends one"
+    role, content = turns[0]
+    if role != "system":
+        return None
+    instruction, _, described = content.partition("\n\n<|scene_desc_start|>\n")
+    if instruction not in (INSTRUCTION, SEVERAL_SPEAKERS):
+        return f"a system turn of its own, which `generate` needs too (--system): {content[:60]!r}"
+    lines = described.removesuffix("\n<|scene_desc_end|>").split("\n")
+    voices = [line.split(": ", 1) for line in lines if re.match(r"SPEAKER\d+: ", line)]
+    scene = "\n".join(lines[: len(lines) - len(voices)]).strip("\n")
+    unknown = _unknown_voices(text)
+    are_unknown = len(unknown) > 1 and len(turns) == 1 and all(voice in map(list, unknown) for voice in voices)
+    expected = _scene(SEVERAL_SPEAKERS, scene, unknown) if are_unknown else _scene(INSTRUCTION, scene, voices)
+    at = len(os.path.commonprefix([content, expected]))
+    if content == expected:
+        return None
+    return f"a system turn that inference writes otherwise: {content[at : at + 40]!r} where it has {expected[at : at + 40]!r}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +182,10 @@ def normalise(text: str) -> str:
         text = text.replace(before, after)
     text = "\n".join(" ".join(line.split()) for line in text.split("\n") if line.strip())
     return text if text.endswith(ENDS) else text + "."
+
+
+def _unknown_voices(text: str) -> list[tuple[str, str]]:
+    return [(tag, ("feminine", "masculine")[n % 2]) for n, tag in enumerate(sorted(set(TAG.findall(text))))]
 
 
 def _turns(text: str, clip: dict) -> list[dict]:

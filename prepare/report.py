@@ -17,6 +17,9 @@ import numpy as np
 from common import MAX_SHOWN
 
 
+MAX_ON_PAGE = 200  # items of a list: each has a player
+
+
 class Finding(str):
     """A line of a report about a clip, which the page plays. path: of the file; start and length of the clip in seconds"""
 
@@ -42,6 +45,7 @@ class Report:
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # training would fail
     notices: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # worth a look
     histograms: dict[str, dict[str, float]] = field(default_factory=dict)  # of the page
+    speakers: list[dict[str, Any]] = field(default_factory=list)  # of the page, a row each, the largest first
 
     @property
     def trainable(self) -> bool:
@@ -79,25 +83,31 @@ def render_text(report: Report) -> str:
 
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse}td{padding:.2rem 1rem .2rem 0;vertical-align:top}td:first-child{color:#666}
-.problem summary{color:#b00020}.verdict{font-weight:600}h2{font-size:1rem}i{display:inline-block;height:.7em;background:#47a}audio{height:1.8rem}li{overflow-wrap:anywhere}"""
+table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;vertical-align:top;text-align:left;font-weight:400}
+td:first-child,th{color:#666}.bars td:first-child{white-space:nowrap}h1{font-size:1.5rem;overflow-wrap:anywhere}
+.problem summary{color:#b00020}.verdict{font-weight:600}h2{font-size:1rem;margin-top:2rem}
+i{display:inline-block;height:.7em;background:#47a}audio{height:1.8rem}li{overflow-wrap:anywhere}"""
 
 
 def render_html(report: Report, name: str) -> str:
     escape = html.escape
-    largest = report.figures.get("minutes of the largest speakers", {})
+    charts = "".join(bars(title, counts) for title, counts in report.histograms.items())
     rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in report.table())
     lists = "".join(
         f"<details{' class=problem open' if is_problem else ''}><summary>{escape(title)}</summary>"
-        f"<ul>{''.join(f'<li>{escape(item)}{player(item)}</li>' for item in items)}</ul></details>"
+        f"<ul>{''.join(f'<li>{escape(item)}{player(item)}</li>' for item in items[:MAX_ON_PAGE])}{more(items)}</ul></details>"
         for is_problem, title, items in report.lists()
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{escape(name)}</title><style>{STYLE}</style><h1>{escape(name)}</h1><p class="verdict">{report.verdict}</p>'
-        f"<table>{rows}</table>{bars('minutes by speaker', largest)}"
-        f"{''.join(bars(title, counts) for title, counts in report.histograms.items())}{lists}</html>\n"
+        f"<table>{rows}</table>{speaker_table(report.speakers)}{charts}<h2>what was found</h2>{lists or 'nothing'}</html>\n"
     )
+
+
+def more(items: Sequence[str]) -> str:
+    left = len(items) - MAX_ON_PAGE
+    return f"<li>... and {left} more, which a report in .json has</li>" if left > 0 else ""
 
 
 def player(item: str) -> str:
@@ -109,20 +119,30 @@ def player(item: str) -> str:
     return f'<br><audio controls preload="none" src="{html.escape(source)}"></audio>'
 
 
+def speaker_table(speakers: Sequence[dict[str, Any]]) -> str:
+    if not speakers:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in speakers[0])
+    cells = ("".join(f"<td>{html.escape(shown(value))}</td>" for value in row.values()) for row in speakers)
+    return f"<h2>speakers</h2><table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
 def bars(title: str, counts: dict[str, float]) -> str:
-    """A histogram, or a table of numbers, as bars."""
+    """A histogram as bars."""
     if not counts:
         return ""
     most = max(counts.values()) or 1
     rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td><i style="width:{240 * count / most:.0f}px"></i> {shown(count)}</td></tr>'
+        f'<tr><td>{html.escape(name)}</td><td><i style="width:{160 * count / most:.0f}px"></i> {shown(count)}</td></tr>'
         for name, count in counts.items()
     )
-    return f"<h2>{html.escape(title)}</h2><table>{rows}</table>"
+    return f"<h2>{html.escape(title)}</h2><table class=bars>{rows}</table>"
 
 
 def histogram(values: Sequence[float], edges: Sequence[float], unit: str) -> dict[str, float]:
-    """How many values are between each two edges, by name."""
+    """How many values are between each two edges, by name; nothing without values."""
+    if not len(values):
+        return {}
     counts, _ = np.histogram(values, [*edges, math.inf])
     names = [f"{a:g} to {b:g} {unit}" for a, b in itertools.pairwise(edges)] + [f"over {edges[-1]:g} {unit}"]
     return dict(zip(names, counts.tolist()))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import math
 import os
 import re
@@ -19,10 +18,11 @@ from urllib.parse import unquote, urlparse
 
 from common import ConfigError, DataError, split_list
 from prepare import prompts
+from prepare.audio import FFMPEG_SUFFIXES
 from prepare.manifest import leaves_folder, shown
 from prepare.prompts import Phrasing, Voice
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".m4a", ".aac", ".npy", ".safetensors")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".sph", *FFMPEG_SUFFIXES, ".npy", ".safetensors")
 # Folders of clips that tables name without a folder, and folders that never name a speaker.
 AUDIO_FOLDERS = ("clips", "wavs", "wav", "audio", "audios", "flac", "mp3")
 KINDS_OF_FILES = (
@@ -34,7 +34,6 @@ SPLIT = re.compile(
     re.IGNORECASE,
 )
 NOBODY = {"", "-", "?", "n/a", "nan", "none", "null", "unknown", "unk", "speaker"}  # what tables write for "no speaker"
-PROFILE = "profile:"  # of a `ref_audio` that describes a voice in words
 # Names of columns and keys, in order of preference; upper and lower case are the same.
 COLUMNS = {
     "audio": (
@@ -256,10 +255,8 @@ class Row:
     def voices(self) -> list[Voice]:
         """The references in this row, and in the objects of its `ref_speakers`."""
         clips, texts = self.listed("ref_audio"), self.listed("ref_text")
-        if texts and len(texts) != len(clips):
-            problem = f"{len(clips)} ref_audio but {len(texts)} ref_text; give every transcript, or none"
-            raise DataError(f"{self.origin.source}: {problem}")
-        voices = [self.voice(clip, text) for clip, text in itertools.zip_longest(clips, texts)]
+        as_part = lambda clip: audio_part(clip, self.where("ref_audio"), self.origin)  # noqa: E731
+        voices = prompts.voices_of(clips, texts, as_part, self.origin.source)
         several = self.get("ref_speakers") or []
         if not isinstance(several, list):
             raise DataError(f"{self.where('ref_speakers')}: expected a list, found {shown(several)}")
@@ -276,18 +273,11 @@ class Row:
         value = self.text(name) if name == "ref_text" else value
         return [] if value is None else [value]
 
-    def voice(self, clip: Any, text: Any) -> Voice:
-        if isinstance(clip, str) and clip.startswith(PROFILE):
-            return Voice(profile=clip.removeprefix(PROFILE).strip())
-        if not isinstance(text, (str, type(None))):
-            raise DataError(f"{self.where('ref_text')}: expected text, found {shown(text)}")
-        return Voice(audio_part(clip, self.where("ref_audio"), self.origin), text or None)
-
     def rest(self) -> dict:
-        """The simple values of columns without a meaning, and the split."""
+        """The simple values of columns without a meaning, the split and the channel."""
         meant = set(self.columns.values())
         extra = {name: v for name, v in self.row.items() if name not in meant and not is_absent(v)}
-        extra |= {"split": self.get("split")} if "split" in self.columns else {}
+        extra |= {name: self.get(name) for name in ("split", "channel") if name in self.columns}
         kept = {name: v for name, v in extra.items() if isinstance(v, (str, int, float))}
         self.origin.repairs.update(f"`{name}` was left out" for name in extra if name not in kept)
         return kept

@@ -151,8 +151,10 @@ def _rows_of_cut(line: str, source: str) -> Iterator[tuple[str, Any]]:
             if origin["type"] != "file":
                 raise DataError(f"its audio is of type {shown(origin['type'])}, not a file")
             row = {"audio": origin["source"], "text": piece.get("text"), "speaker": piece.get("speaker"), "id": piece.get("id")}
+            if len(origin.get("channels", [])) > 1:
+                row["channel"] = ("left", "right")[piece.get("channel", cut.get("channel"))]
             yield source, row | ({} if whole else times)
     except DataError as error:
         yield source, error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         yield source, DataError(f"not a cut of Lhotse that names one recording: {error!r}")

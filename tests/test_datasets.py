@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import shutil
+import subprocess
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,9 +22,9 @@ import soundfile
 import train
 from common import DataError
 from config import to_argv
-from prepare import prompts
+from prepare import packed, prompts
 from prepare.__main__ import main as prepare
-from prepare.audio import expected_frames
+from prepare.audio import duration_sec, expected_frames
 from prepare.forms import open_manifest
 from prepare.manifest import check, read_manifest
 from prepare.rows import COLUMNS, Reading
@@ -411,7 +413,7 @@ def make(layout: Layout, folder: Path) -> Path:
     return folder / layout.start
 
 
-def records_of(path: Path, folder: Path, reading: Reading) -> list[tuple]:
+def records_of(path: Path | str, folder: Path, reading: Reading) -> list[tuple]:
     """(clip, text, speaker, and offset and duration if there are any) of each record."""
     found = []
     for record in check(open_manifest(path, reading=reading)[0])[0]:
@@ -493,6 +495,26 @@ REFUSED = {
         "",
         "unclear which folder is the speaker",
     ),
+    "emotions": (
+        "happy/a.wav sad/b.wav",
+        {"happy/a.txt": ONE, "sad/b.txt": TWO},
+        "",
+        r"unclear which folder is the speaker \(happy, sad\)",
+    ),
+    "milliseconds": (
+        "a.wav b.wav",
+        {"t.csv": f"audio,text,start,end\na.wav,{ONE},0,150\nb.wav,{TWO},200,400\n"},
+        "t.csv",
+        r"most spans end after their files: 0 to 150 s of a.wav, which has 0.4 s. Times are in seconds",
+    ),
+    "a spreadsheet": ("a.wav", {"texts.xlsx": "PK"}, "texts.xlsx", "found a spreadsheet; save it as CSV"),
+    "a single recording": ("a.wav", {}, "a.wav", "found a recording; name the table or the folder that has its text too"),
+    "keys of no meaning": (
+        "a.wav",
+        {"x.jsonl": '{"sound": "a.wav", "said": "Hello."}\n'},
+        "x.jsonl",
+        r"found keys \['said', 'sound'\], where a table has audio \(audio, .* --columns audio=COLUMN\) and text \(text, ",
+    ),
     "two tables": (
         "wavs/a.wav wavs/b.wav",
         {"one.txt": f"a|{ONE}\nb|{TWO}\n", "other.txt": f"a|{TWO}\nb|{ONE}\n"},
@@ -500,7 +522,7 @@ REFUSED = {
         "one.txt, other.txt all name clips; give the one that counts",
     ),
     "clips alone": ("a.wav b.wav", {}, "", r"2 \.wav, and no text for most of them"),
-    "an archive": ("", {"data.zip": "PK"}, "", "found a zip archive"),
+    "an archive": ("", {"data.zip": "PK"}, "", "found data.zip, an archive; unpack it first"),
 }
 
 
@@ -578,6 +600,7 @@ def test_conversion_says_what_became_what(tmp_path, capsys):
         f'example  wavs/0.wav | "{ONE}" | no speaker',
         "no clip has a speaker",
         f'5 clips have the same text: "{ONE}"',
+        "speakers no speaker 0.1 min",
     ):
         assert line in converted and line in checked
 
@@ -691,7 +714,9 @@ def test_texts_of_rows_are_normalised_and_chatml_is_not(tmp_path, capsys):
     row = {"audio": "a.wav", "text": "你好，世界 [laugh] 20°C", "ref_audio": "r.wav", "ref_text": "你好，世界"}
     path, out = write_rows(tmp_path / "rows.jsonl", row), tmp_path / "out.jsonl"
     assert prepare(["convert", str(path), str(out), "--system_share", "0"]) == 0
-    assert "1 x texts were changed as upstream's example does" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 x texts were changed as upstream's example does" in said
+    assert f'changed  "{row["text"]}" -> "你好, 世界 <SE>[Laughter]</SE> 20 degrees Celsius."' in said
     record = json.loads(out.read_text())
     assert record["messages"][-2]["content"] == "你好, 世界 <SE>[Laughter]</SE> 20 degrees Celsius."
     assert record["misc"]["text"] == row["text"] and record["messages"][-4]["content"] == row["ref_text"]
@@ -765,6 +790,98 @@ def test_tar_shards_are_unpacked(tmp_path):
             shard.addfile(member, io.BytesIO(content))
     assert convert_packed(tmp_path / "EN-B000.tar", tmp_path) == [(sounds[0], ONE, "EN_s1", None), (sounds[1], TWO, None, None)]
     assert not (tmp_path.parent / "EN_1.wav").exists()
+
+
+# ---- two-channel calls
+
+
+def test_each_channel_of_a_call_becomes_a_file(tmp_path, capsys):
+    """A row names the channel that its text is in; otherwise both would be mixed."""
+    time, out = np.arange(16000), tmp_path / "lines.jsonl"
+    left, right = (0.1 * np.sin(time / slow) for slow in (9, 14))
+    soundfile.write(tmp_path / "call.wav", np.stack([left, right], 1), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "mono.wav", left, 16000, subtype="FLOAT")
+    turns = [(ONE, 0.0, 0.5), (TWO, 0.5, 1.0)]
+
+    def rows(*channels, audio: str = "call.wav") -> Path:
+        values = [{"audio": audio, "text": t, "start": a, "end": b, "channel": c} for (t, a, b), c in zip(turns, channels)]
+        return write_rows(tmp_path / "rows.jsonl", *values)
+
+    for channels in ((0, 1), (1, 2), ("left", "right"), ("A", "B")):
+        assert prepare(["convert", str(rows(*channels)), str(out)]) == 0
+        clips = [record.audio[0] for record in check(read_manifest(out))[0]]
+        assert [(clip.offset_sec, clip.duration_sec) for clip in clips] == [(0.0, 0.5), (0.5, 0.5)]
+        for clip, samples in zip(clips, (left, right)):
+            assert clip.path.parent == tmp_path / "lines_audio"
+            assert np.abs(soundfile.read(clip.path)[0] - samples).max() < 1e-6
+    mono = open_manifest(rows(1, 1, audio="mono.wav"), reading=BARE)[0]
+    assert [record.audio[0].path.name for record in mono] == ["mono.wav"] * 2
+    for channels, message in (
+        ((1, 1), "channel 1 may be the left or the right one"),
+        ((0, 3), "call.wav has 2 channels; expected 0 and 1"),
+    ):
+        assert prepare(["convert", str(rows(*channels)), str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert prepare(["check", str(rows(0, 1))]) == 2
+    assert "call.wav has 2 channels; part them: bash launch.sh prepare convert" in capsys.readouterr().err
+    (tmp_path / "wav.scp").write_text("a sph2pipe -f wav -p -c 2 call.wav |\n")
+    (tmp_path / "text").write_text(f"a {ONE}\n")
+    assert prepare(["convert", str(tmp_path / "wav.scp"), str(out)]) == 0
+    (record,) = check(read_manifest(out))[0]
+    assert np.abs(soundfile.read(record.audio[0].path)[0] - right).max() < 1e-6
+
+
+# ---- packages that few need, and the Hub
+
+
+def test_a_missing_package_is_installed_or_named(tmp_path, monkeypatch, capfd):
+    """With the real pip, which finds nothing here."""
+    monkeypatch.setattr(packed, "REQUIREMENTS", tmp_path / "requirements.txt")
+    packed.REQUIREMENTS.write_text("no-package-of-this-name\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DataError, match="needs the package nothing_here, .* pip install -r .*requirements.txt"):
+        packed.optional("nothing_here")
+    assert "installing nothing_here" in capfd.readouterr().err
+
+
+def test_datasets_of_the_hub(tmp_path, monkeypatch, capsys):
+    """The Hub is not there in tests; its cache on this machine is, in which downloads are found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached = tmp_path / "cache" / "datasets--owner--name"
+    snapshot = make(LAYOUTS["audio folder with splits"], cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    assert records_of("owner/name", snapshot, BARE) == [("test/b.wav", TWO, None), ("train/a.wav", ONE, None)]
+    assert records_of("owner/name/train", snapshot, BARE) == [("train/a.wav", ONE, None)]
+    assert prepare(["check", "owner/name"]) == 0
+    (tmp_path / "recordings").mkdir()
+    for missing, message in {
+        "owner/other": "owner/other: no such file or folder, and not on the Hub, or the Hub cannot be reached: ",
+        "owner/name/dev": "owner/name has no folder dev",
+        "recordings/anna": "recordings/anna: no such manifest file or folder",
+        "data/train.jsonl": "data/train.jsonl: no such manifest file or folder",
+    }.items():
+        assert prepare(["convert", missing, "lines.jsonl"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg")
+def test_what_libsndfile_does_not_read_goes_through_ffmpeg(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.wav").write_bytes(sound(tmp_path, 0))
+    for name in ("a.m4a", "b.webm"):
+        subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / name], check=True)
+    path = write_rows(tmp_path / "rows.jsonl", *({"audio": name, "text": f"{name}: {ONE}"} for name in ("a.m4a", "b.webm")))
+    for record in open_manifest(path)[0]:
+        assert duration_sec(record.audio[0]) == pytest.approx(0.4, abs=0.15)
+    assert prepare(["check", str(path)]) == 0
+    (tmp_path / "a.m4a").write_bytes(b"no audio at all")
+    assert prepare(["check", str(path)]) == 1
+    assert "a.m4a is not readable audio: ffmpeg: " in capsys.readouterr().out
+    monkeypatch.setenv("PATH", "")
+    assert prepare(["check", str(path)]) == 1
+    assert ".webm needs ffmpeg, which is not installed; or: ffmpeg -i b.webm b.wav" in capsys.readouterr().out
 
 
 def test_the_documentation_lists_the_same_layouts():

@@ -69,6 +69,14 @@ def ms_swift(folder: Path) -> Path:
             "speaker": "anna",
         },
         {"messages": [{"role": "assistant", "content": "Good day"}], "audios": ["a.wav"]},
+        {"messages": [{"role": "assistant", "content": "<audio>Good day."}], "audios": ["a.wav"], "speaker": "anna"},
+        {
+            "messages": [
+                {"role": "user", "content": "Say: Good day."},
+                {"role": "assistant", "content": "<audio>Good day."},
+            ],
+            "audios": ["a.wav"],
+        },
         {"messages": [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": ""}], "audios": "b.wav"},
     )
 
@@ -222,6 +230,8 @@ BY_HAND = {
                 "speaker": "anna",
             },
             line("Good day", "a.wav"),
+            line("Good day.", "a.wav", speaker="anna"),
+            line("Say: Good day.", "a.wav"),
             line("Bye", "b.wav"),
         ],
     ),
@@ -313,8 +323,8 @@ def test_every_form_trains(make, folder, codec_dir, toys, tmp_path, capsys):
 
 def test_repairs_are_counted(folder):
     repairs = open_manifest(ms_swift(folder))[1].repairs
-    assert repairs["`<audio>` tags became audio parts"] == 3
-    assert repairs["the transcript beside a clip became the user's turn, the clip the assistant's"] == 1
+    assert repairs["`<audio>` tags became audio parts"] == 4
+    assert repairs["a clip with its transcript became the answer to it, phrased as inference does"] == 2
     assert repairs["the clip became the assistant's turn, which had no words of its own"] == 1
     repairs = open_manifest(sharegpt(folder))[1].repairs
     assert repairs["from / value became role / content"] == 2 and repairs['role "gpt" became "assistant"'] == 1
@@ -336,9 +346,9 @@ def test_offsets_are_kept(folder):
     _, (_, segment) = convert(kaldi(folder), BARE).records
     assert segment["messages"][1]["content"] == {"type": "audio", "audio_url": "wavs/b.wav", "offset": 0.05, "duration": 0.05}
     assert "offset" not in second["messages"][3]["content"]
-    (folder / "t.csv").write_text("path,text,start_time,end_time\na.wav,Hello,0.5,0.75\n")
+    (folder / "t.csv").write_text("path,text,start_time,end_time\na.wav,Hello,0.025,0.075\n")
     ((_, third),) = convert(folder / "t.csv", BARE).records
-    assert third["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.5, "duration": 0.25}
+    assert third["messages"][1]["content"] == {"type": "audio", "audio_url": "a.wav", "offset": 0.025, "duration": 0.05}
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -357,7 +367,7 @@ def test_inserted_turns_shift_the_first_that_trains(folder):
     assert made == {"messages": [SYSTEM, *record["messages"]], "start_index": 4}
     record = {"messages": [SYSTEM, {"role": "assistant", "content": "y"}], "audios": ["a.wav"], "start_index": 1}
     ((_, made),) = convert(write_lines(folder / "m.jsonl", record)).records
-    assert made == {"messages": [SYSTEM, *exchange("y", "a.wav")], "start_index": 2}
+    assert made == {"messages": [SYSTEM, *exchange("y.", "a.wav")], "misc": {"text": "y"}}
 
 
 def test_plain_chatml_is_left_alone(folder):
@@ -388,6 +398,11 @@ def test_plain_chatml_is_left_alone(folder):
             "swift.jsonl",
             '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}], "audios": ["a.wav"]}',
             "no <audio> tag; write <audio> where",
+        ),
+        (
+            "swift.jsonl",
+            '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<audio>You."}], "audios": ["a.wav"]}',
+            'turn 1: a clip and then "You.", .* if it is the clip\'s transcript, make it the user\'s turn',
         ),
         ("swift.jsonl", '{"messages": [], "audios": [3]}', r"record 0 .*audios\[0\]: expected a path to audio, found 3"),
         ("swift.jsonl", '{"messages": [], "audios": ["https://x.y/a.wav"]}', "download it"),

@@ -6,16 +6,18 @@ import copy
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from conftest import make_model, make_sample
+from conftest import make_model, make_sample, open_dataset, write_manifest
 
 import loss
 import model_patch
 from collate import create_collator
-from common import CopyCollapseError
+from common import CopyCollapseError, DataError
 from generate.official import as_prompt, generate_one
+from prepare import match
 
 TURNS = [[("user", "first"), ("assistant", 11)], [("user", "second one"), ("assistant", 7)]]
 
@@ -69,6 +71,27 @@ def test_our_loss_regenerates_the_clips(trained, tokenizer):
         assert said.stopped and len(said.codes) == 1
         assert torch.equal(said.codes[0], sample.audio_ids_concat)
     assert scored.sums.copy_share() < 0.1
+
+
+def test_swapped_texts_are_found_by_their_loss(trained, tokenizer, config, tmp_path):
+    """`prepare check --transcripts`: the model predicts a clip better from its own text than from another's."""
+    (model, *_), samples, _ = trained
+    first, second = (turns[0][1] for turns in TURNS)
+    for number, sample in enumerate(samples):
+        np.save(tmp_path / f"{number}.npy", sample.audio_ids_concat.numpy())
+
+    def suspects(*said: tuple[str, int]) -> list[str]:
+        clips = [{"type": "audio", "audio_url": f"{number}.npy"} for _, number in said]
+        turns = [[{"role": "user", "content": t}, {"role": "assistant", "content": c}] for (t, _), c in zip(said, clips)]
+        path = write_manifest(tmp_path / "m.jsonl", [{"messages": messages} for messages in turns])
+        found = match.unlikely_texts(open_dataset(path, config, tokenizer), model, create_collator(config))
+        return [f"{record.audio[0].path.name}: {what}" for record, what in found]
+
+    assert suspects((first, 0), (second, 1)) == []
+    (found,) = suspects((first, 0), (second, 1), (first, 0), (first, 1))
+    assert found.startswith("1.npy: its text is number 2 of 2 by audio loss")
+    with pytest.raises(DataError, match="the model has not learnt to speak, or most texts are wrong"):
+        suspects((second, 0), (first, 1))
 
 
 def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):

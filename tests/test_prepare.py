@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from conftest import open_dataset, write_manifest
 from safetensors.numpy import save_file
@@ -18,9 +19,11 @@ from test_collate import TOWER
 
 import data
 from collate import create_collator
-from prepare import pair
+from generate.judges import Transcriber
+from prepare import pair, prompts
 from prepare.__main__ import main as prepare
 from prepare.manifest import read_manifest
+from prepare.report import RENDERERS, Report
 from tools import toys as demo
 
 
@@ -210,7 +213,8 @@ def test_figures_and_reports(tmp_path, checkpoint_dir, capsys):
     same_text, other_text = found["notices"]["duplicates"]
     assert "record 24" in same_text and "the same text as" in same_text and "record 0" in same_text
     assert "record 25" in other_text and "ANOTHER TEXT" in other_text and "record 1" in other_text
-    assert ["record 25" in item for item in found["notices"]["text and duration do not fit"]] == [True]
+    (odd,) = found["notices"]["text and duration do not fit"]
+    assert f"/1.wav (1.0 s): {300 / (1 + 1 / 24):.1f} characters per second" in odd and "| aaaa" in odd
     capsys.readouterr()
     assert prepare(["check", str(tmp_path / "m.jsonl"), *options, "--report", str(tmp_path / "r.html")]) == 0
     out, page = capsys.readouterr().out, (tmp_path / "r.html").read_text()
@@ -725,4 +729,82 @@ def test_every_spoiled_copy_of_a_good_set_is_named(tmp_path):
     assert prepare(["check", str(tmp_path / "m.jsonl"), "--report", str(tmp_path / "r.html")]) == 1
     page = (tmp_path / "r.html").read_text()
     assert '<audio controls preload="none" src="file://' in page and "too%20short.wav" in page
-    assert "clips by length" in page and "minutes by speaker" in page and "<script" not in page
+    assert "clips by length" in page and "clips by silence at both ends" in page and "<script" not in page
+    assert "<h2>speakers</h2>" in page and "<tr><td>anna</td><td>30</td><td>1</td>" in page
+
+
+def test_silence_at_the_ends_is_trimmed(tmp_path, capsys):
+    """Spans in a new manifest; the clips of the old one stay as they are."""
+    (tmp_path / "wavs").mkdir()
+    for name, before, after in (("a", 1.0, 0.5), ("b", 0.0, 0.0), ("c", 0.7, 0.9)):
+        samples = np.concatenate([np.zeros(int(24000 * before)), speech_like(6.0), np.zeros(int(24000 * after))])
+        soundfile.write(tmp_path / "wavs" / f"{name}.wav", samples, 24000, subtype="FLOAT")
+    codes = np.zeros((8, 50), np.int16)
+    np.save(tmp_path / "codes.npy", codes)
+    span = {"type": "audio", "audio_url": "wavs/c.wav", "offset": 0.2, "duration": 7.0}
+    clips = ["wavs/a.wav", "wavs/b.wav", span, "codes.npy"]
+    write_manifest(tmp_path / "m.jsonl", [line(GOOD_TEXT, clip) for clip in clips])
+    out = tmp_path / "new" / "trimmed.jsonl"
+    check = ["check", str(tmp_path / "m.jsonl"), "--trim", str(out)]
+    assert prepare(check) == 0
+    said = capsys.readouterr().out
+    assert "silence at the ends, which is learnt: cut it to 0.2 s: 2" in said and f"-> {out}, 4 records" in said
+    parts = [record.audio[0] for record in read_manifest(out)]
+    spans = [part.offset_sec and (part.offset_sec, part.offset_sec + part.duration_sec) for part in parts]
+    assert spans[0] == pytest.approx((0.8, 7.1), abs=0.1) and spans[2] == pytest.approx((0.5, 6.8), abs=0.1)
+    assert spans[1] is spans[3] is None  # speech from end to end, but for the pause after the last syllable
+    assert prepare(["check", str(out), "--report", str(tmp_path / "r.json")]) == 0
+    assert "silence at the ends" not in str(json.loads((tmp_path / "r.json").read_text())["notices"])
+    assert prepare(check) == 2 and f"--trim {out}: it exists" in capsys.readouterr().err
+
+
+def test_chats_unlike_what_generate_sends_are_noticed(tmp_path):
+    tone(tmp_path / "a.wav")
+    official, mine = prompts.record("One (1)", line("", "a.wav")["messages"][1]["content"]), line("Two.", "a.wav")
+    mine["messages"].insert(0, {"role": "system", "content": "Speak slowly."})
+    records = [line("A sentence.", "a.wav"), official, mine, prompts.record("Fine.", official["messages"][-1]["content"])]
+    status, found = check_report(tmp_path, records)
+    assert status == 0
+    odd = found["notices"]["prompts that `generate` phrases in another way"]
+    assert "record 0 (line 1): no system turn" in odd[0] and "record 2 (line 3): a system turn of its own" in odd[1]
+    (text,) = found["notices"]["texts that `generate` changes before it sends them, unless --normalize no is given"]
+    assert '"One (1)" is sent as "One 1."' in text and len(odd) == 2
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "One (1)"}) + "\n")
+    assert prepare(["check", str(tmp_path / "rows.jsonl"), "--report", str(tmp_path / "rows.json")]) == 0
+    assert not [title for title in json.loads((tmp_path / "rows.json").read_text())["notices"] if "generate" in title]
+
+
+def test_long_lists_of_a_page_are_cut():
+    report = Report(figures={"x": 1}, notices={"many": [f"item {number};" for number in range(250)]})
+    page = RENDERERS[".html"](report, "name")
+    assert "item 199;" in page and "item 200;" not in page and "... and 50 more" in page
+
+
+# ---- transcripts and clips
+
+
+def test_a_model_that_cannot_judge_transcripts_says_so(toys, checkpoint_dir, capsys):
+    """`bench transcripts` has the figures of one that can; test_generation.py what they are made of."""
+    records = [record for record in read_lines(toys / "train.jsonl") if "exchange" in record["misc"]["kind"]][:5]
+    path = write_manifest(toys / "untrained.jsonl", records)
+    command = ["check", str(path), "--transcripts", "--device", "cpu"]
+    assert prepare([*command, "--base_ckpt", str(checkpoint_dir)]) == 2
+    assert "the model has not learnt to speak, or most texts are wrong" in capsys.readouterr().err
+    assert prepare(command) == 2
+    assert "--transcripts needs a model: --base_ckpt" in capsys.readouterr().err
+    assert prepare([*command, "--no_audio", "--asr_model", "x"]) == 2
+    assert "--trim and --transcripts need the audio" in capsys.readouterr().err
+
+
+def test_speech_recognition_finds_other_words(judges, tmp_path):
+    """A model with random weights: what it writes of a clip is right, and the text of another clip is wrong."""
+    asr, _ = judges
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", speech_like(seed=number), 16000)
+    heard = Transcriber(str(asr), torch.device("cpu"))(soundfile.read(tmp_path / "0.wav", dtype="float32")[0], 16000)
+    write_manifest(tmp_path / "m.jsonl", [line(heard, "0.wav"), line("An entirely other text.", "1.wav")])
+    out = tmp_path / "r.json"
+    flags = ["--transcripts", "--asr_model", str(asr), "--device", "cpu", "--report", str(out)]
+    assert prepare(["check", str(tmp_path / "m.jsonl"), *flags]) == 0
+    (item,) = json.loads(out.read_text())["notices"]["texts that are probably not those of their clips: listen"]
+    assert "/1.wav (" in item and "errors in 4 words; recognised is: " in item

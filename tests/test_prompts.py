@@ -68,6 +68,27 @@ def test_texts_are_normalised_as_the_official_example_does(text, expected):
     assert prompts.normalise(expected) == expected or "(" in text or "【" in text, "a second time changes nothing"
 
 
+def oddity(text: str, *turns: dict) -> str | None:
+    contents = [turn["content"] if isinstance(turn["content"], list) else [turn["content"]] for turn in turns]
+    texts = ["".join(p if isinstance(p, str) else p.get("text", prompts.CLIP) for p in content) for content in contents]
+    return prompts.oddity([(turn["role"], text) for turn, text in zip(turns, texts)], text)
+
+
+def test_what_differs_from_the_official_phrasing_is_found():
+    for request in OFFICIAL["requests"]:
+        turns = prompts.context(request["text"], voices_of(request), request["scene"] or "")
+        assert oddity(request["text"], *turns) is None
+    (system,) = prompts.context("x", [Voice(CLIP)], scene="A street.")
+    part, *rest = system["content"]
+    wrong = part | {"text": part["text"].replace("A street.\n\n", "A street.\n")}
+    assert "'SPEAKER0: " in oddity("x", {"role": "system", "content": [wrong, *rest]})
+    assert oddity("x") == "no system turn, where inference sends one"
+    assert "--system" in oddity("x", {"role": "system", "content": "Speak."})
+    several = "[SPEAKER0] Hello. [SPEAKER1] Bye."
+    assert "inference writes otherwise" in oddity(several, *prompts.context("Hello."))
+    assert "inference writes otherwise" in oddity("Hello.", *prompts.context(several))
+
+
 def test_a_transcript_that_is_tagged_already_is_not_tagged_again():
     turns = prompts.context("x", [Voice(CLIP, "[SPEAKER0] Hello"), Voice(CLIP, "Bye")])
     assert [turn["content"] for turn in turns[::2]] == ["[SPEAKER0] Hello", "[SPEAKER1] Bye"]
@@ -84,18 +105,16 @@ def test_a_system_turn_of_ones_own_loses_nothing_silently():
         prompts.context("x", scene="A quiet room.", system="Speak slowly.")
 
 
-REQUESTS = [request for request in OFFICIAL["requests"] if "profile" not in (request["voices"] or "")]
-
-
-@pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: f"{r['voices']}-{r['in_system']}-{r['scene']}")
+@pytest.mark.parametrize("request_", OFFICIAL["requests"], ids=lambda r: f"{r['voices']}-{r['in_system']}-{r['scene']}")
 def test_training_and_generation_ask_with_the_same_tokens(request_, tmp_path, config, tokenizer):
     """A row as training reads it and the same as a line of `generate`, up to the answer: tokens, and what the official
     collator makes of the reference clips."""
     names = (request_["voices"] or "").split(",") if request_["voices"] else []
-    for number, name in enumerate(["target", *names]):
+    for number, name in enumerate(name for name in ["target", *names] if ":" not in name):
         np.save(tmp_path / f"{name}.npy", np.full((8, 5 + number), number, np.int16))
-    asked = {"text": request_["text"], "ref_audio": [f"{name}.npy" for name in names], "scene": request_["scene"]}
-    asked |= {} if request_["in_system"] else {"ref_text": [f"This is {name}." for name in names]}
+    clips = ["profile: Male, an old voice." if ":" in name else f"{name}.npy" for name in names]
+    asked = {"text": request_["text"], "ref_audio": clips, "scene": request_["scene"]}
+    asked |= {} if request_["in_system"] or "profile: " in str(clips) else {"ref_text": [f"This is {name}." for name in names]}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(asked | {"audio": "target.npy"}) + "\n")
     line = line_of_request(asked, "0", tmp_path, "line 0", Chunking())

@@ -342,7 +342,7 @@ def test_launch_sh_refuses_what_it_does_not_know(tmp_path):
     for words, message in {
         "trian --lr 1": "error: launch.sh knows no 'trian'; it knows train, ",
         "train.jsonl": "error: launch.sh knows no 'train.jsonl'",
-        "bench": "error: no benchmark ''; there are: batched large_manifest load save step",
+        "bench": "error: no benchmark ''; there are: batched large_manifest load save step transcripts",
         "bench setp": "error: no benchmark 'setp'",
     }.items():
         done = launch_sh(words.split(), {"VENV": str(tmp_path / "venv")})
