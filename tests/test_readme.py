@@ -84,8 +84,9 @@ def make_environment(folder: Path, python: str) -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n")
     (folder / "bin" / "python").chmod(0o755)
-    wanted = b"".join((ROOT / f"requirements{kind}.txt").read_bytes() for kind in ("", "-codec"))
-    (folder / ".installed").write_bytes(subprocess.run("cksum", input=wanted, capture_output=True, check=True).stdout)
+    for stamp, kinds in ((".installed", ("", "-codec")), (".installed-evaluate", ("-evaluate",))):
+        wanted = b"".join((ROOT / f"requirements{kind}.txt").read_bytes() for kind in kinds)
+        (folder / stamp).write_bytes(subprocess.run("cksum", input=wanted, capture_output=True, check=True).stdout)
     return folder
 
 

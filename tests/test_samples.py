@@ -134,35 +134,6 @@ def test_word_errors():
     ]
 
 
-@pytest.fixture(scope="module")
-def judges(tmp_path_factory) -> tuple[Path, Path]:
-    """Folders of a speech recogniser and a speaker verifier: real classes of transformers, tiny, with random weights."""
-    from transformers import (
-        Wav2Vec2Config,
-        Wav2Vec2CTCTokenizer,
-        Wav2Vec2FeatureExtractor,
-        Wav2Vec2ForCTC,
-        Wav2Vec2Processor,
-        WavLMConfig,
-        WavLMForXVector,
-    )  # fmt: skip
-
-    asr, sv = tmp_path_factory.mktemp("asr"), tmp_path_factory.mktemp("sv")
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    size |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
-    extractor = Wav2Vec2FeatureExtractor()
-    (asr / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(["<pad>", "<unk>", "|", *"abcdefg"])}))
-    tokenizer = Wav2Vec2CTCTokenizer(str(asr / "vocab.json"), pad_token="<pad>", unk_token="<unk>")
-    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(asr)
-    torch.manual_seed(0)
-    Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=10, **size)).save_pretrained(asr)
-    WavLMForXVector(WavLMConfig(tdnn_dim=(16, 16, 32), tdnn_kernel=(3, 1, 1), tdnn_dilation=(1, 1, 1), **size)).save_pretrained(
-        sv
-    )
-    extractor.save_pretrained(sv)
-    return asr, sv
-
-
 def test_judges_are_the_named_models(judges, tmp_path):
     from transformers import AutoProcessor, Wav2Vec2ForCTC
 
