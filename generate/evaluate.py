@@ -304,6 +304,10 @@ def evaluate(args: argparse.Namespace, options: Sequence[argparse.Namespace], di
     texts = dist.together(lambda: [text_of(line, args) for line in lines])
     spoken = [speak(each, dist) for each in options]
     judges = dist.main_first(lambda: Judges.load(args, options[0].codec, dist.device))
+    names = {line.name for line in lines}
+    for folder, results, _ in spoken:
+        if others := sorted({result["name"] for result in results} - names):
+            raise DataError(f"{folder}: holds results of other lines, such as {others[0]}; they have to be one for each of --lines")
     targets = {result["name"]: result.get("target_frames") for _, results, _ in spoken for result in results}
     takes = []
     for folder, results, _ in spoken:

@@ -69,8 +69,10 @@ class Score:
 
     @classmethod
     def of(cls, codes: Tensor, stopped: bool, target: Tensor) -> Score:
-        """codes, target: [K, T], T may differ"""
+        """codes, target: [K, T], T may differ; a target without frames is none, and only the ending is scored"""
         K, T = target.shape
+        if not T:
+            return cls(1, int(stopped), runaways=int(find_runaway(codes) is not None))
         shared = min(codes.shape[1], T)
         matching = int((codes[:, :shared] == target[:, :shared]).sum())
         compared = max(codes.shape[1], T) * K

@@ -235,6 +235,8 @@ def test_mistakes(takes_dir, toys, tmp_path, capsys):
     assert "expected NAME:AMOUNT" in error(*both, "--fail_if_worse", "wer")
     assert "--fail_if_worse frames: choose from wer, sim, wer_seedtts" in error(*both, "--fail_if_worse", "frames:1")
     assert "wer_seedtts: was not measured for both" in error(*both, "--fail_if_worse", "wer:1")
+    (tmp_path / "one.jsonl").write_text('{"text": "x", "id": "one"}\n')
+    assert "holds results of other lines, such as 00000" in error("--lines", tmp_path / "one.jsonl")
     (tmp_path / "silent.jsonl").write_text('{"text": "..."}\n')
     assert "silent.jsonl record 0 (line 1): text: '...' has no words" in error("--lines", tmp_path / "silent.jsonl")
 
