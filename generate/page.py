@@ -19,11 +19,13 @@ from PIL import Image
 from generate.lines import Line
 from generate.pictures import codes_figure
 
+PIXELS_PER_FRAME = 12  # of codes, where they fit: the same for both takes
+
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;overflow-wrap:anywhere}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}h1{font-size:1.4rem}h2{font-size:1rem;margin:0}
 th,td{padding:.2rem .8rem .2rem 0;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
 article{border-top:1px solid #ddd;padding:1rem 0}.takes{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
-h3{font-size:.85rem;font-weight:600;color:#666;margin:.3rem 0}.takes div{min-width:0}audio{width:100%}img{width:100%;image-rendering:pixelated}
+h3{font-size:.85rem;font-weight:600;color:#666;margin:.3rem 0}.takes div{min-width:0}audio{width:100%}img{image-rendering:pixelated}
 p{margin:.3rem 0}.facts,.note{color:#666;font-size:.85rem}.better{color:#1a7f37}.worse,.stuck{color:#b00020}"""
 
 
@@ -85,7 +87,8 @@ def picture(take: dict, target: np.ndarray | None) -> str:
     Image.fromarray(image).save(content, "PNG", optimize=True)
     source = base64.b64encode(content.getvalue()).decode()
     alt = "codes" if target is None else "codes: target, take, differences"
-    return f'<img alt="{alt}" style="height:{image.shape[0] * 5}px" src="data:image/png;base64,{source}">'
+    size = f"height:{image.shape[0] * 5}px;width:min(100%,{image.shape[1] * PIXELS_PER_FRAME}px)"
+    return f'<img alt="{alt}" style="{size}" src="data:image/png;base64,{source}">'
 
 
 def target_codes(line: Line) -> np.ndarray | None:

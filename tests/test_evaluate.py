@@ -19,7 +19,7 @@ from common import ConfigError, DataError
 from generate import evaluate
 from generate.evaluate import MEASURES, Measure, compare, find_worse, render_text, table
 from generate.files import write_results
-from generate.judges import SpeakerSimilarity
+from generate.judges import SpeakerSimilarity, Transcriber
 from generate.seedtts import Errors, normalise, read_meta
 from prepare.manifest import read_manifest
 
@@ -106,6 +106,24 @@ def test_wavlm_with_ecapa_head(tmp_path):
         torch.save(content, tmp_path / "bad.pth")
         with pytest.raises(ConfigError, match=problem):
             SpeakerSimilarity(str(tmp_path / "bad.pth"), torch.device("cpu"))
+
+
+def test_whisper_is_told_the_language_and_hears_long_clips(whisper_dir):
+    """As Seed-TTS-eval asks it to transcribe; by itself the pipeline guesses the language and refuses clips above 30 s."""
+    clip = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+    for language, tag in (("english", "<|en|>"), ("chinese", "<|zh|>")):
+        transcriber = Transcriber(str(whisper_dir), torch.device("cpu"), language)
+        recogniser, prompts = transcriber.pipeline, []
+        forward = recogniser.model.forward
+
+        def spy(*args, forward=forward, prompts=prompts, **kwargs):
+            prompts.append(kwargs["decoder_input_ids"][0].tolist())
+            return forward(*args, **kwargs)
+
+        recogniser.model.forward = spy
+        assert isinstance(transcriber(clip, 16000), str)
+        assert recogniser.tokenizer.convert_ids_to_tokens(prompts[0]) == ["<|startoftranscript|>", tag, "<|transcribe|>"]
+    assert isinstance(transcriber(np.tile(clip, 31), 16000), str)
 
 
 # ---- figures

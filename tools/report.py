@@ -107,6 +107,7 @@ CHARTS = (
     ("Codes of samples that match", "code_match", ("sample",), "share"),
     ("Word error rate of samples", "word_error_rate", ("sample",), ""),
     ("Speaker similarity of samples", "speaker_similarity", ("sample",), ""),
+    ("Drift from the base, other voices (nats)", "drift", ("val",), ""),
     ("Gradient norm", "grad_norm", ("train",), ""),
     ("Learning rate", "lr", ("train",), ""),
     ("Tokens per second", "tokens_per_sec", ("train",), ""),
