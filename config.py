@@ -19,6 +19,11 @@ BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
 LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
+# Figures that can choose the best step; 1: more is better, -1: less, 0: best at 1. The second line is measured on samples.
+BEST_BY = {"loss": -1, "text_loss": -1, "audio_loss": -1, "eos_loss": -1, "text_accuracy": 1, "audio_accuracy": 1, "eos_accuracy": 1}
+OF_SAMPLES = {"stop_rate": 1, "duration_ratio": 0, "code_match": 1, "runaway_rate": -1}
+OF_SAMPLES |= {"word_error_rate": -1, "speaker_similarity": 1}
+BEST_BY |= {"drift": -1} | OF_SAMPLES
 
 
 def base_revision(name: str, revision: str | None = None) -> str | None:
@@ -112,18 +117,20 @@ class Config:
     # Evaluation, samples and checkpoints
     output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
     val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
-    sample_steps: int = _setting(0, "generate samples of the validation set every so many steps; 0: never")
+    sample_steps: int = _setting(0, "generate samples of the validation set every so many steps, of the base too; 0: never")
     num_samples: int = _setting(4, "how many samples")
+    sample_texts: str = _setting("", "samples of texts of your own as well: a file with a text per line, or JSONL as for generate")
     sample_temperature: float = _setting(0.7, "sampling temperature for --sample_steps; 0: greedy")
     asr_model: str = _setting("", "speech recognition model (transformers) for the samples' word error rate")
     sv_model: str = _setting("", "speaker verification model (transformers) for the samples' speaker similarity")
     save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
     keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
     best_by: str = _setting(
-        "loss",
-        "with --save_steps, the checkpoint with the lowest validation value of this is kept too; '': none",
-        choices=("loss", "text_loss", "audio_loss", "eos_loss", ""),
+        "loss", "figure of validation or samples that chooses the best step, which --save_steps keeps; '': none", choices=(*BEST_BY, "")
     )
+    patience: int = _setting(0, "stop after so many evaluations (or rounds of samples) without a better --best_by; 0: never")
+    final: str = _setting("last", "the step that becomes final/: the last, or the best by --best_by", choices=("last", "best"))
+    drift_manifest: str = _setting("", "records of other voices and languages: how far predictions for them move from the base's")
     resume: str = _setting("none", "auto: the newest checkpoint in output_dir; or a checkpoint's path", const="auto")
     resume_changed: bool = _setting(
         False, "resume although the training data or the base checkpoint has changed since; the epoch begins again", const=True
@@ -225,6 +232,8 @@ def _find_problems(cfg: Config) -> list[str]:
     is_quantized = cfg.quantize != "none"
     no_gpu, has_judge = not torch.cuda.is_available(), cfg.asr_model or cfg.sv_model
     recomputes, has_loss = cfg.activation_checkpointing == "selective", cfg.text_loss_weight or cfg.audio_loss_weight
+    by, judges_step = cfg.best_by, cfg.patience or cfg.final == "best"
+    has_val = cfg.val_manifest or (cfg.val_steps and cfg.val_share)
     rules = {
         "--compile recomputes what is cheap; use --activation_checkpointing none or full with it": cfg.compile and recomputes,
         "--dist_timeout 0: ranks have to wait for each other": cfg.dist_timeout == 0,
@@ -237,6 +246,15 @@ def _find_problems(cfg: Config) -> list[str]:
         "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
         "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": has_judge and not cfg.codec,
         "--num_samples 0: at least 1 with --sample_steps": cfg.sample_steps and cfg.num_samples < 1,
+        "--sample_texts: samples are generated with --sample_steps": cfg.sample_texts and not cfg.sample_steps,
+        f"--best_by {by}: is measured on samples; give --sample_steps": by in OF_SAMPLES and not cfg.sample_steps,
+        f"--best_by {by}: needs --asr_model": by == "word_error_rate" and not cfg.asr_model,
+        f"--best_by {by}: needs --sv_model": by == "speaker_similarity" and not cfg.sv_model,
+        f"--best_by {by}: needs --drift_manifest": by == "drift" and not cfg.drift_manifest,
+        "--patience and --final best need --best_by": not by and (cfg.patience or cfg.final == "best"),
+        "--final best: checkpoints are kept with --save_steps": cfg.final == "best" and not cfg.save_steps,
+        "--drift_manifest: is measured at evaluations; give --val_manifest or --val_steps": cfg.drift_manifest and not has_val,
+        f"--best_by {by}: needs --val_manifest or --val_steps": judges_step and by not in ("", *OF_SAMPLES) and not has_val,
         "--memory_snapshot: there is no GPU in this run": cfg.memory_snapshot and (cfg.device == "cpu" or no_gpu),
         "--device cuda: this PyTorch sees no GPU": cfg.device == "cuda" and no_gpu,
     }

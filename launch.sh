@@ -4,12 +4,12 @@
 #   bash launch.sh                    the offline demo: train a tiny model on toy voices, then generate speech
 #   bash launch.sh [train] --FLAG...  train.py on every GPU of this node, or on NPROC ranks
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
-#   bash launch.sh NAME [ARGS...]     prepare, generate, export, merge, average, show, plan, report, replay or demo
+#   bash launch.sh NAME [ARGS...]     prepare, generate, evaluate, export, merge, average, show, plan, report, replay or demo
 #   bash launch.sh bench NAME [ARGS...]  benchmarks/NAME.py
 #   bash launch.sh test [ARGS...]     pytest tests/, or pytest ARGS...
 #   bash launch.sh setup              only set up
 #
-# `prepare encode` and `generate --lines` also use every GPU of this node.
+# `prepare encode`, `generate --lines` and `evaluate` also use every GPU of this node.
 # Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set, and an output folder that all of them see.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -33,7 +33,7 @@ MASTER_PORT=${MASTER_PORT:-29500}
 MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed is continued from its newest checkpoint
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
-TOOLS="prepare generate export merge average show plan report replay demo"
+TOOLS="prepare generate evaluate export merge average show plan report replay demo"
 
 fail() {
     echo "error: $1" >&2
@@ -57,21 +57,22 @@ if [ "$COMMAND" = bench ]; then
 fi
 
 # ---- environment ------------------------------------------------------------------------------------------------------
-setup() {
+setup() { # stamp, requirements...
     # The stamp names what was installed: while it fits, nothing is done and no network is used.
-    local wanted
-    wanted=$(cat "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt" | cksum)
-    [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ] && return
+    local stamp=$VENV/$1 wanted
+    shift
+    wanted=$(cat "$@" | cksum)
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     mkdir -p "$(dirname "$VENV")"
     exec 9>"$VENV.lock" # nodes may share this folder
     ! command -v flock >/dev/null || flock 9
-    [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ] && return
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     echo "setting up $VENV" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     local install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/requirements-codec.txt"
-    "${install[@]}" --no-deps boson-multimodal==0.1.1
-    echo "$wanted" >"$VENV/.installed"
+    "${install[@]}" "${@/#/--requirement=}"
+    [ "$stamp" != "$VENV/.installed" ] || "${install[@]}" --no-deps boson-multimodal==0.1.1
+    echo "$wanted" >"$stamp"
     exec 9>&-
 }
 
@@ -92,7 +93,10 @@ for variable in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS; do
 done
 [ "$NPROC" -gt 0 ] || fail "NPROC=$NPROC: expected at least 1"
 
-setup
+setup .installed "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt"
+case "$COMMAND" in
+evaluate | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;;
+esac
 PY="$VENV/bin/python"
 # Files are started by path, and Python is kept from looking for modules in the current folder: code there is the user's data.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
@@ -118,6 +122,7 @@ generate*) case " $* " in
     *" --lines"[=\ ]*) on_every_gpu "$ROOT/generate/__main__.py" "$@" ;; # one text needs one rank
     *) exec "$PY" "$ROOT/generate/__main__.py" "$@" ;;
     esac ;;
+evaluate*) on_every_gpu "$ROOT/generate/evaluate.py" "$@" ;;
 export* | merge* | average* | show*) exec "$PY" "$ROOT/export/__main__.py" "$COMMAND" "$@" ;;
 *) exec "$PY" "$ROOT/tools/$COMMAND.py" "$@" ;;
 esac

@@ -53,7 +53,10 @@ from data import build_loaders, check_agreement, read_records
 from distributed import Dist, is_quantized, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
+from generate import best
 from generate.batched import check as check_batched
+from generate.drift import FILE as DRIFT_FILE
+from generate.drift import Drift
 from generate.pictures import media
 from generate.samples import Sampler, describe
 from layers import nf4
@@ -388,16 +391,6 @@ def find_labels(labels: LabelSpec, batch: Batch, dist: Dist) -> LabelSpec:
     return dataclasses.replace(labels, text=text, audio=audio)
 
 
-def improves(values: dict, name: str, best: dict) -> bool:
-    """Whether an evaluation is the best so far by metric `name`; one that lacks samples is not comparable."""
-    value = values.get(name)
-    if value is None or not math.isfinite(value):
-        return False
-    if best.get("bad_samples", 0) != values["bad_samples"]:
-        return True  # on other samples: the earlier ones cannot be compared
-    return best.get("metric") != name or value < best["value"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Set up
 
@@ -416,15 +409,17 @@ class TrainState:
     spikes: int = 0
     losses: list[float] = field(default_factory=list)  # the last ones, to find spikes
     best: dict = field(default_factory=dict)  # among the evaluations: metric, value, step
+    samples: dict = field(default_factory=dict)  # their best figures; see `best.contradictions`
     evaluated: int = 0  # the step of the last evaluation
-    sampled: int = 0
+    sampled: int = -1  # the base is sampled too
+    val_loss: float | None = None  # of that evaluation
 
     # Not kept.
     saved: int = 0
     bad_in_a_row: int = 0
 
     KEPT = ("step", "position", "warm", "bad_steps", "bad_samples", "clamped", "broken", "spikes", "losses")
-    KEPT += ("best", "evaluated", "sampled")
+    KEPT += ("best", "samples", "evaluated", "sampled", "val_loss")
 
     @classmethod
     def of(cls, kept: dict) -> TrainState:
@@ -460,6 +455,7 @@ class Run:
     resumed_from: Path | None = None
     monitor: Monitor | None = None
     sampler: Sampler | None = None
+    drift: Drift | None = None
     saver: checkpoint.Saver | None = None
 
     def __post_init__(self):
@@ -470,6 +466,11 @@ class Run:
         """How many broken samples the run puts up with."""
         limit = self.cfg.max_bad_samples
         return limit if limit >= 1 else limit * self.loader.num_samples
+
+    def best_checkpoint(self, state: TrainState) -> Path | None:
+        """The best step's checkpoint, unless that is the last step."""
+        is_other = state.best.get("step", state.step) != state.step
+        return self.output_dir / "checkpoints" / f"step_{state.best['step']}" if is_other else None
 
     def epochs_done(self, state: TrainState) -> float:
         """How much of the data is consumed, on whatever number of ranks."""
@@ -494,7 +495,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
         state = start(run)
         dist.signals.begin(dist)
         if loop(run, state):
-            finish(run)
+            finish(run, state)
         return run.task.model
 
 
@@ -537,6 +538,11 @@ def start(run: Run) -> TrainState:
         check_batched(run.config)
         run.sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
         log(dist, f"{len(run.sampler.prompts)} samples every {cfg.sample_steps} steps, into {run.sampler.folder}")
+    if cfg.drift_manifest:
+        run.drift = Drift.build(cfg, run.loader, task.labels, dist)
+        if not run.lora:
+            with evaluating(task.model):
+                run.drift.remember(task.model, run.output_dir / DRIFT_FILE, state.step, dist)
     identity["settings"] = settings
     run.saver = checkpoint.Saver(run.output_dir / "checkpoints", task.model, task.optimizer, cfg.keep_last, identity)
     if cfg.memory_snapshot:
@@ -593,7 +599,7 @@ def loop(run: Run, state: TrainState) -> bool:
         if state.step <= cfg.warmup_steps:
             state.warm = run.epochs_done(state)
         progress, decayed = run.progress(state)
-        done = progress >= 1
+        done = progress >= 1 or 0 < cfg.patience <= state.best.get("waited", 0)
 
         # At the end, first save what the last evaluation, the samples and final/ could lose.
         if done and state.saved != state.step:
@@ -615,8 +621,8 @@ def loop(run: Run, state: TrainState) -> bool:
         stop, is_writing = dist.each(dist.signals.received is not None, run.saver.is_writing)  # on any rank
         if not is_writing:
             run.saver.commit()
-        best = state.best.get("step") == state.step
-        due = cfg.save_steps and (state.step % cfg.save_steps == 0 or done or best)
+        is_best = state.best.get("step") == state.step
+        due = cfg.save_steps and (state.step % cfg.save_steps == 0 or done or is_best)
         if state.saved != state.step and (due or stop or failure):
             run.saver.start(state.kept())
             state.saved = state.step
@@ -631,7 +637,7 @@ def loop(run: Run, state: TrainState) -> bool:
             raise failure
         if stop:
             dist.signals.obeyed = next(filter(None, dist.gather(dist.signals.received)))
-            name, saved = dist.signals.obeyed.name, run.saver.newest or run.resumed_from
+            name, saved = dist.signals.obeyed.name, run.saver.newest or run.resumed_from or "no checkpoint"
             log(dist, f"received {name}: stopped after step {state.step}, saved in {saved}; continue with --resume auto")
             return False
         if done:
@@ -704,16 +710,27 @@ def validate(run: Run, state: TrainState) -> None:
     cfg, task, dist = run.cfg, run.task, run.task.dist
     with averaged(task.optimizer):
         values = evaluate(task, run.val_loader)
+        if run.drift:
+            with evaluating(task.model):
+                values |= run.drift.measure(task.model)
         if run.lora and state.step and not state.evaluated:
             log(dist, describe_changes(relative_changes(task.model)))
     state.evaluated = state.step
     run.monitor.write(split="val", step=state.step, epoch=state.position.epoch, **values)
-    is_best = improves(values, cfg.best_by, state.best)
-    if is_best:
-        state.best = {"metric": cfg.best_by, "value": values[cfg.best_by], "step": state.step}
-        state.best |= {"bad_samples": values["bad_samples"]} if values["bad_samples"] else {}
+    state.val_loss = values["loss"]
     losses = f"validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})"
-    log(dist, f"step {state.step}: {losses}{', the best so far' * is_best}")
+    log(dist, f"step {state.step}: {losses}{note_best(run, state, values)}")
+
+
+def note_best(run: Run, state: TrainState, values: dict) -> str:
+    """Note an evaluation, or a round of samples; what is to be said about it."""
+    cfg, before = run.cfg, state.best
+    state.best = best.note(before, cfg.best_by, values, state.step)
+    if state.best.get("step") != before.get("step"):
+        return ", the best so far"
+    waited = state.best.get("waited", 0)
+    is_over = cfg.patience and waited == cfg.patience > before.get("waited", 0)
+    return f"; {cfg.best_by} has not improved {waited} times: the run ends (--patience)" if is_over else ""
 
 
 def sample(run: Run, state: TrainState) -> None:
@@ -727,7 +744,10 @@ def sample(run: Run, state: TrainState) -> None:
     run.monitor.write(split="sample", step=state.step, epoch=state.position.epoch, **values)
     if dist.is_main:
         run.monitor.write_samples(state.step, media(run.sampler.folder / f"step_{state.step}"))
-    log(dist, f"step {state.step}: {describe(values)}")
+    log(dist, f"step {state.step}: {describe(values)}{note_best(run, state, values)}")
+    state.samples, found = best.contradictions(state.samples, state.val_loss, values, state.step)
+    for contradiction in found:
+        log(dist, f"warning: {contradiction}")
 
 
 def check_readable(batches: Sequence[Batch], max_bad_samples: float, dist: Dist) -> None:
@@ -790,9 +810,13 @@ def find_failure(run: Run, state: TrainState, has_problems: bool) -> Exception |
     return None
 
 
-def finish(run: Run) -> None:
+def finish(run: Run, state: TrainState) -> None:
     """Write OUTPUT/final; without --save_steps the checkpoint of the last step goes then. Collective."""
     task, dist = run.task, run.task.dist
+    if chosen := run.cfg.final == "best" and run.best_checkpoint(state):
+        dist.together(lambda: checkpoint.check_state(chosen, task.model, task.optimizer))
+        checkpoint.load_state(chosen, task.model, task.optimizer)
+        log(dist, f"final/ is the best step by {run.cfg.best_by}, {state.best['step']} of {state.step}")
     with averaged(task.optimizer):
         if run.lora:
             log(dist, describe_changes(relative_changes(task.model)))

@@ -1,7 +1,8 @@
-"""Models that judge samples: speech recognition and speaker verification, both of transformers."""
+"""Models that judge samples: speech recognition and speaker verification."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import librosa
@@ -10,40 +11,63 @@ import torch
 from torch import Tensor
 
 from common import ConfigError
+from generate.ecapa import load_ecapa
 
 JUDGES_RATE_HZ = 16000  # what published speech recognition and speaker verification models take
 
 
 class SpeakerSimilarity:
-    """Cosine of two clips' speaker embeddings, by a model with an x-vector head (WavLM, ...)."""
+    """Cosine of two clips' speaker embeddings.
+
+    name: of a model of transformers with an x-vector head (WavLM, ...), or the path of wavlm_large_finetune.pth,
+          WavLM-large with an ECAPA-TDNN head, which published tables use
+    """
 
     def __init__(self, name: str, device: torch.device):
+        self.device = device
+        if Path(name).suffix in (".pth", ".pt"):
+            self.model = _load("--sv_model", name, lambda name: load_ecapa(Path(name))).to(device).eval()
+            return
         from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
-        self.extractor = _load("--sv_model", name, AutoFeatureExtractor.from_pretrained)
-        self.model = _load("--sv_model", name, AutoModelForAudioXVector.from_pretrained).to(device).eval()
+        extractor = _load("--sv_model", name, AutoFeatureExtractor.from_pretrained)
+        model = _load("--sv_model", name, AutoModelForAudioXVector.from_pretrained).to(device).eval()
+        prepare = lambda clip: extractor(clip, sampling_rate=JUDGES_RATE_HZ, return_tensors="pt").to(device)  # noqa: E731
+        self.model = lambda clip: model(**prepare(clip[0].cpu().numpy())).embeddings
 
     def __call__(self, clip: np.ndarray, reference: np.ndarray, rate_hz: int) -> float:
-        embeddings = [self._embed(_resample(samples, rate_hz)) for samples in (clip, reference)]
-        return torch.nn.functional.cosine_similarity(*embeddings, dim=-1).item()
+        return self.compare(self.embed(clip, rate_hz), self.embed(reference, rate_hz))
+
+    @staticmethod
+    def compare(one: Tensor, other: Tensor) -> float:
+        """Of two embeddings."""
+        return torch.nn.functional.cosine_similarity(one, other, dim=-1).item()
 
     @torch.no_grad()
-    def _embed(self, clip: np.ndarray) -> Tensor:
-        inputs = self.extractor(clip, sampling_rate=JUDGES_RATE_HZ, return_tensors="pt").to(self.model.device)
-        return self.model(**inputs).embeddings[0]
+    def embed(self, clip: np.ndarray, rate_hz: int) -> Tensor:
+        """The speaker embedding [D] of mono samples."""
+        return self.model(torch.from_numpy(_resample(clip, rate_hz))[None].to(self.device))[0]
 
 
 class Transcriber:
-    """A clip's transcript, by a speech recognition model (Whisper, or one with a CTC head)."""
+    """A clip's transcript, by a speech recognition model (Whisper, or one with a CTC head).
 
-    def __init__(self, name: str, device: torch.device):
+    language: that Whisper is told, as in "english"; "" lets it guess
+    """
+
+    def __init__(self, name: str, device: torch.device, language: str = ""):
         from transformers import pipeline
 
         make = lambda model: pipeline("automatic-speech-recognition", model=model, device=device)  # noqa: E731
         self.pipeline = _load("--asr_model", name, make)
+        self.options: dict[str, Any] = {}
+        if self.pipeline.type == "seq2seq_whisper":
+            asked = {"language": language, "task": "transcribe"} if language else {}
+            self.options = {"return_timestamps": True, "generate_kwargs": asked}  # without time stamps it takes 30 s at most
 
     def __call__(self, clip: np.ndarray, rate_hz: int) -> str:
-        return self.pipeline({"raw": _resample(clip, rate_hz), "sampling_rate": JUDGES_RATE_HZ})["text"]
+        clip = {"raw": _resample(clip, rate_hz), "sampling_rate": JUDGES_RATE_HZ}
+        return self.pipeline(clip, **self.options)["text"]
 
 
 def _load(flag: str, name: str, load: Any) -> Any:

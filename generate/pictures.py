@@ -73,5 +73,6 @@ def paint(codes: np.ndarray) -> np.ndarray:
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """Every pixel as a block of pixels, so that a figure of few frames is wide as well."""
+    """Every pixel as a block of pixels, so that a figure of few frames is wide as well; one of none is a white line."""
+    image = image if image.shape[1] else np.full((len(image), 1, 3), NOTHING, np.uint8)
     return image.repeat(6, axis=0).repeat(max(4, 640 // max(1, image.shape[1])), axis=1)

@@ -1,10 +1,10 @@
-"""Samples while training: the same few prompts are answered again every --sample_steps.
+"""Samples while training: the same few prompts are answered by the base, and again every --sample_steps.
 
 Losses are teacher-forced, samples free-running; where they disagree, trust the samples. They are
 generated together (see batched.py). Measured: how many end by themselves, how long they are
-against the target, how many codes agree with it. With the codec there are wavs, and with
---asr_model and --sv_model word errors and speaker similarity. Samples go to OUTPUT/samples/step_N,
-targets and reference clips to OUTPUT/samples/prompts.
+against the target, how many codes agree with it, how many got stuck in a loop or in silence. With
+the codec there are wavs, and with --asr_model and --sv_model word errors and speaker similarity.
+Samples go to OUTPUT/samples/step_N, targets and reference clips to OUTPUT/samples/prompts.
 
 Legend: K codebooks, T frames.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from torch import Tensor
 
@@ -29,12 +30,13 @@ from distributed import Dist
 from generate.batched import generate_many, rows_that_fit
 from generate.files import decode, write_both, write_results
 from generate.judges import SpeakerSimilarity, Transcriber
-from generate.lines import last_text, split_answer
+from generate.lines import Chunking, last_text, line_of_request, read_lines, split_answer
 from generate.official import Request, Sampling, as_prompt, join
-from generate.scores import Score, word_errors
+from generate.scores import Score, find_runaway, word_errors
 from prepare.audio import load_codec
 
 MAX_RECORDS_TRIED = 1000
+MOST_FRAMES_PER_LETTER = 10  # of a text without a target; slow speech has 3, and 6 for a Chinese character
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Prompt:
     source: str
     text: str
     sample: ChatMLDatasetSample  # ends where the answer begins
-    target: Tensor  # [K, T]
+    target: Tensor  # [K, T]; T is 0 for a text of the user's own
     reference: Tensor  # [K, T], the clips of the prompt one after the other
 
 
@@ -65,6 +67,31 @@ def choose_prompts(dataset: ChatMLDataset, count: int, seed: int) -> list[Prompt
         prompts.append(Prompt(str(len(prompts)), record.source, text, prompt, target, sample.audio_ids_concat))
     if not prompts:
         raise DataError("--sample_steps: no record looked at ends with an audio answer, so there is nothing to generate")
+    return prompts
+
+
+def own_prompts(path: Path, dataset: ChatMLDataset) -> list[Prompt]:
+    """Prompts of texts of the user's own: a text per line, or JSON as for `generate --lines`; raises DataError."""
+    if path.suffix in (".json", ".jsonl"):
+        lines = read_lines(path, Chunking())
+    else:
+        try:
+            texts = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--sample_texts {path}: cannot be read: {error}") from None
+        lines = [line_of_request({"text": t}, str(n), path.parent, f"{path} text {n + 1}", Chunking()) for n, t in enumerate(texts)]
+    if not lines:
+        raise DataError(f"--sample_texts {path}: holds no text")
+    records = [line.record([], line.chunks[0]) for line in lines]
+    if missing := dataset.store.missing(records):
+        part, source = missing[0]
+        raise DataError(f"{source}: {part.path}: references of --sample_texts have to be codes, or clips of the training data")
+    prompts, samples = [], ChatMLDataset(records, dataset.tokenizer, dataset.store)
+    for number, line in enumerate(lines):
+        sample = samples[number]
+        nothing = torch.zeros((dataset.store.num_codebooks, 0), dtype=torch.long)
+        prompt = as_prompt(sample, dataset.tokenizer)
+        prompts.append(Prompt(f"text-{number}", line.source, line.text, prompt, nothing, sample.audio_ids_concat))
     return prompts
 
 
@@ -88,6 +115,7 @@ class Sampler:
             raise ConfigError("--sample_steps: this checkpoint reads reference audio through Whisper, which sampling lacks")
         sampling = Sampling(temperature=cfg.sample_temperature, seed=cfg.seed)
         prompts = choose_prompts(dataset, cfg.num_samples, cfg.seed)
+        prompts += own_prompts(Path(cfg.sample_texts), dataset) if cfg.sample_texts else []
         sampler = cls(prompts, dataset.tokenizer, sampling, Path(cfg.output_dir) / "samples")
         if dist.is_main and cfg.codec:
             sampler.codec = load_codec(cfg.codec, dist.device)
@@ -124,9 +152,10 @@ class Sampler:
             return None
 
     def _request(self, number: int) -> Request:
-        K, T = self.prompts[number].target.shape
-        longest = min(self.sampling.max_new_tokens, 2 * T + K + 20)
-        return Request(self.prompts[number].sample, self.sampling.seed, longest, number)
+        prompt = self.prompts[number]
+        K, T = prompt.target.shape
+        longest = 2 * T + K + 20 if T else MOST_FRAMES_PER_LETTER * len(prompt.text) + K + 20
+        return Request(prompt.sample, self.sampling.seed, min(self.sampling.max_new_tokens, longest), number)
 
     def _keep(self, step: int, answers: Sequence[tuple[list[Tensor], bool, float]]) -> dict[str, float]:
         """Write the samples to samples/step_N; returns the figures of all prompts together."""
@@ -137,8 +166,10 @@ class Sampler:
             score = Score.of(codes, stopped, prompt.target)
             total += score
             result = {"name": prompt.name, "text": prompt.text, "source": prompt.source, "frames": codes.shape[1]}
-            result |= {"stopped": stopped, "target_frames": prompt.target.shape[1], "code_match": score.code_match}
-            result |= {"seconds": round(seconds, 2), **self._judge(prompt, codes)}
+            result["stopped"] = stopped
+            if score.target_frames:
+                result |= {"target_frames": score.target_frames, "code_match": score.code_match}
+            result |= {"runaway": find_runaway(codes), "seconds": round(seconds, 2), **self._judge(prompt, codes)}
             results.append(result | write_both(folder / prompt.name, codes, self.codec) | self._prompt_files(prompt))
         write_results(folder, results)
         return total.metrics() | self._judged(results)
@@ -161,8 +192,9 @@ class Sampler:
         if self.transcriber:
             result["heard"] = self.transcriber(clip, self.codec.sampling_rate) if clip is not None else ""
             result["word_errors"], result["words"] = word_errors(result["heard"], prompt.text)
-        if self.similarity:
-            reference = decode(self.codec, prompt.reference if prompt.reference.shape[1] else prompt.target)
+        voice = prompt.reference if prompt.reference.shape[1] else prompt.target
+        if self.similarity and voice.shape[1]:
+            reference = decode(self.codec, voice)
             rate = self.codec.sampling_rate
             result["speaker_similarity"] = self.similarity(clip, reference, rate) if clip is not None else 0.0
         return result
@@ -171,8 +203,8 @@ class Sampler:
         figures = {}
         if self.transcriber:
             figures["word_error_rate"] = sum(r["word_errors"] for r in results) / max(1, sum(r["words"] for r in results))
-        if self.similarity:
-            figures["speaker_similarity"] = sum(r["speaker_similarity"] for r in results) / len(results)
+        if found := [r["speaker_similarity"] for r in results if "speaker_similarity" in r]:
+            figures["speaker_similarity"] = sum(found) / len(found)
         return figures
 
 
@@ -185,6 +217,8 @@ def describe(figures: Mapping[str, float]) -> str:
         f"{figures['duration_ratio']:.0%} of the target's length",
         f"{figures['code_match']:.1%} of the codes right",
     ]
+    if figures.get("runaway_rate"):
+        parts.append(f"{round(figures['runaway_rate'] * count)} got stuck in a loop or in silence")
     if "word_error_rate" in figures:
         parts.append(f"{figures['word_error_rate']:.1%} of the words wrong")
     if "speaker_similarity" in figures:

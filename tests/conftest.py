@@ -93,6 +93,43 @@ def judges(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def whisper_dir(tmp_path_factory) -> Path:
+    """A tiny Whisper of the real classes with random weights, that has to be told or to guess its language."""
+    from tokenizers import pre_tokenizers
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )  # fmt: skip
+
+    folder = tmp_path_factory.mktemp("whisper")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = WhisperTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    special = ["<|startoftranscript|>", "<|en|>", "<|zh|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>", "<|notimestamps|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens([f"<|{i * 0.02:.2f}|>" for i in range(1501)])
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*special, "<|endoftext|>")}
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    size |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "max_target_positions": 16}
+    end = {"pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"]}
+    end |= {"decoder_start_token_id": ids["<|startoftranscript|>"]}
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=len(tokenizer), suppress_tokens=[], **end, **size))
+    model.generation_config = GenerationConfig(
+        is_multilingual=True, lang_to_id={token: ids[token] for token in ("<|en|>", "<|zh|>")}, max_length=12,
+        task_to_id={task: ids[f"<|{task}|>"] for task in ("translate", "transcribe")},
+        no_timestamps_token_id=ids["<|notimestamps|>"], prev_sot_token_id=ids["<|startofprev|>"], **end,
+    )  # fmt: skip
+    for part in (model, tokenizer, WhisperFeatureExtractor(feature_size=8)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     return demo.make_tokenizer()
 

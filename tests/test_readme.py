@@ -45,6 +45,7 @@ APPENDED = {
     "train": "--base_ckpt checkpoint --audio_tokenizer codec --device cpu --num_workers 0 --batch_size 2 --grad_accum 1 "
     "--max_steps 2 --save_steps 1 --num_samples 1",
     "generate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio",
+    "generate.evaluate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio --asr_model none --sv_model none",
     "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
     "prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
     "prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
@@ -84,8 +85,9 @@ def make_environment(folder: Path, python: str) -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n")
     (folder / "bin" / "python").chmod(0o755)
-    wanted = b"".join((ROOT / f"requirements{kind}.txt").read_bytes() for kind in ("", "-codec"))
-    (folder / ".installed").write_bytes(subprocess.run("cksum", input=wanted, capture_output=True, check=True).stdout)
+    for stamp, kinds in ((".installed", ("", "-codec")), (".installed-evaluate", ("-evaluate",))):
+        wanted = b"".join((ROOT / f"requirements{kind}.txt").read_bytes() for kind in kinds)
+        (folder / stamp).write_bytes(subprocess.run("cksum", input=wanted, capture_output=True, check=True).stdout)
     return folder
 
 
@@ -138,7 +140,7 @@ def program(command: str, ask) -> tuple[str, list[str]]:
     assert path.is_file(), f"{words[0]}: no such file"
     if path.stem == "__main__":
         return path.parent.name, words[1:]
-    return f"tools.{path.stem}" if path.parent.name == "tools" else path.stem, words[1:]
+    return f"{path.parent.name}.{path.stem}" if path.parent.name in ("tools", "generate") else path.stem, words[1:]
 
 
 def main_of(name: str, argv: list[str], monkeypatch) -> int:
@@ -291,6 +293,7 @@ def test_what_launch_sh_starts(asked_of_python):
         "prepare encode x": "ROOT/prepare/__main__.py encode x",
         "generate --text x": "ROOT/generate/__main__.py --text x",
         "generate --lines x": "ROOT/generate/__main__.py --lines x",
+        "evaluate --ckpt x": "ROOT/generate/evaluate.py --ckpt x",
         "merge a b": "ROOT/export/__main__.py merge a b",
         "show a": "ROOT/export/__main__.py show a",
         "plan": "ROOT/tools/plan.py",
@@ -315,6 +318,7 @@ def test_every_gpu_of_the_node_works(variables, asked_of_python):
         "prepare encode x --out y": "prepare/__main__.py encode x --out y",
         "generate --ckpt a --lines x": "generate/__main__.py --ckpt a --lines x",
         "generate --lines=x": "generate/__main__.py --lines=x",
+        "evaluate --ckpt a": "generate/evaluate.py --ckpt a",
     }.items():
         assert asked_of_python(words.split(), variables) == [*ranks, *f"{ROOT}/{file}".split()]
     for words in ("prepare check x", "generate --text x", "export a b"):
@@ -335,6 +339,16 @@ def test_code_in_the_current_folder_does_not_run(at_desk, tmp_path, monkeypatch)
         done = launch_sh(words.split(), {"VENV": str(venv), "NPROC": "1"})
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+
+
+def test_what_only_evaluate_needs_is_installed_when_it_is_used(tmp_path):
+    venv = make_environment(tmp_path / "venv", f"""echo "$@" >>'{tmp_path}/asked'""")
+    (venv / ".installed-evaluate").unlink()
+    for words in ("generate --text x", "evaluate --ckpt x", "evaluate --ckpt y"):
+        assert launch_sh(words.split(), {"VENV": str(venv)}).returncode == 0
+    generate, install, *evaluate = (tmp_path / "asked").read_text().splitlines()
+    assert generate.endswith("--text x") and [line.split()[-1] for line in evaluate] == ["x", "y"]
+    assert install.startswith("-m pip install") and install.endswith(f"--requirement={ROOT}/requirements-evaluate.txt")
 
 
 def test_launch_sh_refuses_what_it_does_not_know(tmp_path):

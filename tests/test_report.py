@@ -92,7 +92,7 @@ def test_samples_are_inside_the_page(run_dir):
     files = [run_dir / "samples" / name for name in ("prompts/0.target.wav", "step_3/0.wav")]
     assert sounds == [path.read_bytes() for path in files]
     pictures = [base64.b64decode(tag["src"].removeprefix("data:image/png;base64,")) for tag in page.all("img")]
-    assert len(pictures) == 3 * 2
+    assert len(pictures) == 4 * 2
     newest = read_results(run_dir / "samples" / "step_3")[0]
     assert np.array_equal(Image.open(io.BytesIO(pictures[0])), figure(run_dir / "samples" / "step_3", newest))
 
@@ -120,7 +120,7 @@ def test_other_samples_and_a_choice_of_samplings(run_dir, tmp_path):
     page = Page(report.page(report.read_run(tmp_path)))
     assert "0 frames · was cut off" in page.texts and not page.all("img")
     assert len(report.page(report.read_run(run_dir), max_shown=1)) < len(report.page(report.read_run(run_dir)))
-    assert "1 of 3 samplings are shown." in report.page(report.read_run(run_dir), max_shown=1)
+    assert "1 of 4 samplings are shown." in report.page(report.read_run(run_dir), max_shown=1)
 
 
 def test_mistakes(run_dir, tmp_path, capsys):

@@ -83,7 +83,7 @@ def test_sampling_in_a_run(toys, tmp_path):
     busy = run_here(settings(toys, tmp_path / "b", max_steps=3, mixed_precision="no", **extra))
     assert all(torch.equal(p.full_tensor(), q.full_tensor()) for p, q in zip(quiet.parameters(), busy.parameters()))
     lines = metrics(tmp_path / "b", "sample")
-    assert [line["step"] for line in lines] == [2, 3]
+    assert [line["step"] for line in lines] == [0, 2, 3], "the base first"
     assert lines[0].keys() >= {"stop_rate", "duration_ratio", "code_match", "num_samples"}
     for step in (2, 3):
         results = read_results(tmp_path / "b" / "samples" / f"step_{step}")

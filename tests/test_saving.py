@@ -13,6 +13,7 @@ from test_resume import logged, run, settings
 
 import checkpoint
 import train
+from generate.best import note
 
 
 def names(output_dir) -> list[str]:
@@ -93,7 +94,8 @@ def test_the_best_checkpoint_is_kept(toys, tmp_path, monkeypatch):
     ],
 )
 def test_what_counts_as_better(value, bad_samples, best, expected):
-    assert train.improves({"loss": value, "bad_samples": bad_samples}, "loss", best) is expected
+    noted = note(best, "loss", {"loss": value, "bad_samples": bad_samples}, 7)
+    assert (noted.get("step") == 7) is expected
 
 
 def test_a_run_resumed_where_it_ends_is_finished(toys, tmp_path):

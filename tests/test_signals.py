@@ -183,7 +183,8 @@ def interrupted_in(dist, argv: list[str], module, name: str, call: int) -> None:
     [
         (train, "evaluate", 1),  # before its first batch
         (train, "forward", 3 * 2 + 3),  # in the second batch of the first evaluation: a look at the first batch, two steps
-        (Batch, "step", 3),  # while samples are generated
+        (Batch, "step", 3),  # while samples of the base are generated
+        (train, "sample", 2),  # ... of step 2
         (train, "evaluate", 3),  # at the end
     ],
 )
