@@ -2,9 +2,9 @@
 
 Losses are teacher-forced, samples free-running; where they disagree, trust the samples. They are
 generated together (see batched.py). Measured: how many end by themselves, how long they are
-against the target, how many codes agree with it. With the codec there are wavs, and with
---asr_model and --sv_model word errors and speaker similarity. Samples go to OUTPUT/samples/step_N,
-targets and reference clips to OUTPUT/samples/prompts.
+against the target, how many codes agree with it, how many got stuck in a loop or in silence. With
+the codec there are wavs, and with --asr_model and --sv_model word errors and speaker similarity.
+Samples go to OUTPUT/samples/step_N, targets and reference clips to OUTPUT/samples/prompts.
 
 Legend: K codebooks, T frames.
 """
@@ -31,7 +31,7 @@ from generate.files import decode, write_both, write_results
 from generate.judges import SpeakerSimilarity, Transcriber
 from generate.lines import last_text, split_answer
 from generate.official import Request, Sampling, as_prompt, join
-from generate.scores import Score, word_errors
+from generate.scores import Score, find_runaway, word_errors
 from prepare.audio import load_codec
 
 MAX_RECORDS_TRIED = 1000
@@ -138,7 +138,7 @@ class Sampler:
             total += score
             result = {"name": prompt.name, "text": prompt.text, "source": prompt.source, "frames": codes.shape[1]}
             result |= {"stopped": stopped, "target_frames": prompt.target.shape[1], "code_match": score.code_match}
-            result |= {"seconds": round(seconds, 2), **self._judge(prompt, codes)}
+            result |= {"runaway": find_runaway(codes), "seconds": round(seconds, 2), **self._judge(prompt, codes)}
             results.append(result | write_both(folder / prompt.name, codes, self.codec) | self._prompt_files(prompt))
         write_results(folder, results)
         return total.metrics() | self._judged(results)
@@ -185,6 +185,8 @@ def describe(figures: Mapping[str, float]) -> str:
         f"{figures['duration_ratio']:.0%} of the target's length",
         f"{figures['code_match']:.1%} of the codes right",
     ]
+    if figures.get("runaway_rate"):
+        parts.append(f"{round(figures['runaway_rate'] * count)} got stuck in a loop or in silence")
     if "word_error_rate" in figures:
         parts.append(f"{figures['word_error_rate']:.1%} of the words wrong")
     if "speaker_similarity" in figures:

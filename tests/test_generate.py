@@ -21,7 +21,7 @@ from generate import __main__ as generate
 from generate import engine
 from generate.lines import Chunking, line_of_request, split_text
 from generate.official import Sampling, join
-from generate.scores import Score
+from generate.scores import Score, find_runaway
 from prepare import prompts
 from prepare.audio import import_codec, load_codec
 from tools import demo as demo_
@@ -238,13 +238,39 @@ def test_lines_and_records_over_ranks(toys, tmp_path):
 def test_score():
     target = torch.arange(12).reshape(2, 6)
     assert Score.of(target, True, target).metrics() == {
-        "num_samples": 1, "stop_rate": 1.0, "duration_ratio": 1.0, "code_match": 1.0, "exact_clips": 1,
+        "num_samples": 1, "stop_rate": 1.0, "duration_ratio": 1.0, "code_match": 1.0, "exact_clips": 1, "runaway_rate": 0.0,
     }  # fmt: skip
     longer = torch.cat([target, target[:, :2]], dim=1)
     assert Score.of(longer, True, target) == Score(1, 1, 0, 0, 12, 16, 8, 6)
     assert Score.of(target[:, :0], False, target) == Score(1, 0, 0, 0, 0, 12, 0, 6)
     both = Score.of(longer, True, target) + Score.of(target[:, :0], False, target)
     assert both.metrics()["duration_ratio"] == 8 / 12 and both.code_match == 12 / 28
+    stuck = Score.of(target[:, :1].expand(2, 60), False, target)
+    assert (both + stuck).metrics()["runaway_rate"] == 1 / 3 and str(stuck).endswith("runaways  1/1")
+
+
+def test_runaways_are_found_in_the_codes():
+    """A frozen frame and loops of every length, in the middle too; not pauses, not what is said twice, not noise."""
+    speech, before, after = torch.randint(0, 64, (3, 8, 300), generator=torch.Generator().manual_seed(0))
+
+    def found(*clips) -> str | None:
+        return find_runaway(torch.cat(clips, dim=1))
+
+    def cycle(length: int, frames: int) -> torch.Tensor:
+        return speech[:, :length].repeat(1, frames // length + 1)[:, :frames]
+
+    assert found(speech) is None and found(speech[:, :0]) is None and found(speech[:, :1]) is None
+    pause = speech[:, :1].expand(8, 49)
+    assert found(before, pause, after) is None and found(before, pause, pause[:, :1], after) == "silence"
+    for length in (2, 7, 16):
+        assert found(before, cycle(length, 50), after) == "loop" and found(before, cycle(length, 49), after) is None
+    for length in (17, 50):
+        assert found(cycle(length, 3 * length)) == "loop" and found(cycle(length, 3 * length - 1)) is None
+    varied = cycle(10, 100).clone()
+    varied[2:] = speech[2:, :100]
+    assert found(varied) == "loop", "the fine codebooks do not count"
+    varied[1] = speech[1, :100]
+    assert found(varied) is None
 
 
 # ---- mistakes: one clear message, exit status 2, no traceback

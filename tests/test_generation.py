@@ -15,7 +15,10 @@ import loss
 import model_patch
 from collate import create_collator
 from common import CopyCollapseError
-from generate.official import as_prompt, generate_one
+from distributed import setup_distributed
+from generate.files import read_results
+from generate.official import Sampling, as_prompt, generate_one
+from generate.samples import Prompt, Sampler
 
 TURNS = [[("user", "first"), ("assistant", 11)], [("user", "second one"), ("assistant", 7)]]
 
@@ -71,7 +74,7 @@ def test_our_loss_regenerates_the_clips(trained, tokenizer):
     assert scored.sums.copy_share() < 0.1
 
 
-def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):
+def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer, tmp_path):
     samples, _ = clips(tokenizer)
     model, value, scored = overfit(config, samples, unshifted=True)
     assert value < 0.05, "the wrong loss falls just as far"
@@ -84,6 +87,12 @@ def test_unshifted_loss_falls_as_well_but_the_clips_are_lost(config, tokenizer):
         matching += (said.codes[0][:, :T] == sample.audio_ids_concat[:, :T]).sum().item() if T else 0
         compared += sample.audio_ids_concat.numel()
     assert matching / compared < 0.2
+    # Sampling while training reports that they got stuck.
+    target = torch.zeros((8, 40), dtype=torch.long)
+    request = Prompt("0", "", "", prompt, target, target[:, :0])
+    sampler = Sampler([request], tokenizer, Sampling(temperature=0, ras_win_len=0), tmp_path)
+    assert sampler.sample(model, 1, setup_distributed("cpu"))["runaway_rate"] == 1
+    assert read_results(tmp_path / "step_1")[0]["runaway"] in ("loop", "silence")
     with pytest.raises(CopyCollapseError):
         scored.sums.copy_share()
 

@@ -102,6 +102,7 @@ CHARTS = (
     ("Audio accuracy", "audio_accuracy", ("train", "val"), "share"),
     ("Accuracy by codebook", "codebook_accuracies", (), "share"),
     ("Samples that end by themselves", "stop_rate", ("sample",), "share"),
+    ("Samples stuck in a loop or in silence", "runaway_rate", ("sample",), "share"),
     ("Length of samples against their targets", "duration_ratio", ("sample",), ""),
     ("Codes of samples that match", "code_match", ("sample",), "share"),
     ("Word error rate of samples", "word_error_rate", ("sample",), ""),
@@ -276,6 +277,8 @@ def answer(run: Run, folder: Path, result: dict) -> str:
         facts.append(f"target {result['target_frames']}")
         facts.append(f"{result['code_match']:.1%} of codes match")
     facts.append("ended by itself" if result["stopped"] else "was cut off")
+    if result.get("runaway"):
+        facts.append(f"stuck: {result['runaway']}")
     if "heard" in result:
         facts.append(f"recognised as “{result['heard']}”: {result['word_errors']} of {result['words']} words wrong")
     if "speaker_similarity" in result:
