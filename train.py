@@ -707,7 +707,7 @@ def iter_steps(loader: data.Loader, position: data.Position):
 
 def validate(run: Run, state: TrainState) -> None:
     """Evaluate, log, and note whether it is the best so far. Collective."""
-    cfg, task, dist = run.cfg, run.task, run.task.dist
+    task, dist = run.task, run.task.dist
     with averaged(task.optimizer):
         values = evaluate(task, run.val_loader)
         if run.drift:

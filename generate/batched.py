@@ -59,12 +59,14 @@ def generate_many(
     sampling: Sampling,
     batch_size: int,
     any_rank: Callable[[bool], bool] = bool,
+    on_step: Callable[[int], object] = bool,
 ) -> Iterator[tuple[Request, Answer]]:
     """Answer the requests, at most `batch_size` at a time; each is yielded as it ends.
 
     requests: is emptied; may be added to between answers. Seeds and lengths are the requests' own.
     any_rank: for a model under FSDP `Dist.any`. Then it is collective: every forward pass gathers
               weights, so ranks that have nothing to do take part until all have finished.
+    on_step:  is told after each step how many tokens or columns it gave
     """
     batch = Batch(model, tokenizer, sampling, batch_size)
     while any_rank(bool(requests or batch.rows)):
@@ -72,6 +74,7 @@ def generate_many(
             batch.admit([requests.popleft() for _ in range(min(len(requests), batch_size - len(batch.rows)))])
         else:
             batch.step()
+            on_step(len(batch.rows))
         yield from batch.pop_finished()
 
 

@@ -317,7 +317,7 @@ def evaluate(args: argparse.Namespace, options: Sequence[argparse.Namespace], di
             name = lines[i].name
             return judges.take(lines[i], texts[i], by_name.get(name, {}), folder, targets.get(name))  # noqa: B023
 
-        parts = dist.gather(dist.together(lambda: [take(i) for i in range(dist.rank, len(lines), dist.world_size)]))  # noqa: B023
+        parts = dist.gather(dist.together(lambda: [take(i) for i in range(dist.rank, len(lines), dist.world_size)]))
         takes.append([parts[i % dist.world_size][i // dist.world_size] for i in range(len(lines))])
     return compare(takes, [rtf for *_, rtf in spoken]), takes
 

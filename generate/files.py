@@ -15,6 +15,9 @@ import soundfile
 import torch
 from torch import Tensor
 
+from common import write_whole
+
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 RESULTS_FILE = "results.jsonl"
 
 
@@ -26,11 +29,17 @@ def decode(codec, codes: Tensor) -> np.ndarray:
 
 def write_clip(path: Path, codes: Tensor, codec=None) -> None:
     """Codes [K, T] as .npy, or decoded in the format that the suffix names to libsndfile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
-        np.save(path, codes.numpy().astype(np.int16))
-    else:
-        soundfile.write(path, decode(codec, codes), codec.sampling_rate)
+        write_whole(path, lambda file: np.save(file, codes.numpy().astype(np.int16)))
+        return
+    samples, rate = decode(codec, codes), codec.sampling_rate
+
+    def write(file) -> None:
+        with soundfile.SoundFile(file, "w", rate, 1, format=path.suffix[1:].upper()) as sound:
+            for start in range(0, len(samples), rate):  # libsndfile 1.2 crashes on minutes of Ogg at once
+                sound.write(samples[start : start + rate])
+
+    write_whole(path, write)
 
 
 def write_only(path: Path, codes: Tensor, codec=None) -> dict[str, str]:
@@ -51,8 +60,14 @@ def write_both(path: Path, codes: Tensor, codec=None) -> dict[str, str]:
 
 def write_results(folder: Path, results: Sequence[dict]) -> None:
     """FOLDER/results.jsonl: one object per clip; files are named relative to the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_FILE).write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+    text = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+    write_whole(folder / RESULTS_FILE, lambda file: file.write(text.encode()))
+
+
+def add_result(folder: Path, result: dict) -> None:
+    """One more line, for what has just been generated; the ranks of a node may share the file."""
+    with open(folder / RESULTS_FILE, "ab", buffering=0) as file:
+        file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(folder: Path) -> list[dict]:

@@ -1,7 +1,8 @@
 """What to generate: lines of a file or of the command line, records of a manifest; long texts in chunks.
 
-A line is {"text": ..., "ref_audio": path or list (also "profile: an old man"), "ref_text": text or list, "scene": ...,
-"system": ..., "id": ..., "seed": ...}, of which only the text is needed, or a ChatML record.
+A line is {"text": ..., "ref_audio": path or list, "ref_text": text or list, "scene": ...,
+"system": ..., "ref_in_system": true, "id": ..., "seed": ...}, of which only the text is needed, or
+a ChatML record. voices.py says what a reference can be.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from common import DataError
 from generate.files import file_name
 from generate.scores import WORD
+from generate.voices import VOICES, find_voices, text_or_file
 from prepare.manifest import AudioPart, Record, parse_record, read_manifest
-from prepare.prompts import context, normalise, voices_of
+from prepare.prompts import context, normalise
 
-LINE_KEYS = ("text", "ref_audio", "ref_text", "scene", "system", "id", "seed")
+LINE_KEYS = ("text", "ref_audio", "ref_text", "ref_in_system", "scene", "system", "id", "seed")
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Chunking:
     normalize: bool = True
 
 
-def read_lines(path: Path, chunking: Chunking) -> list[Line]:
-    """The lines of a JSON or JSONL file; raises DataError."""
+def read_lines(path: Path, chunking: Chunking, voices: Path = VOICES) -> list[Line]:
+    """The lines of a JSON or JSONL file; raises DataError. voices: the folder of named voices"""
     manifest = read_manifest(path)
     lines = []
     for index in range(len(manifest)):
@@ -65,12 +67,24 @@ def read_lines(path: Path, chunking: Chunking) -> list[Line]:
         if isinstance(value, dict) and "messages" in value:
             lines.append(line_of_record(value, name, manifest.folder, source))
         else:
-            lines.append(line_of_request(value, name, manifest.folder, source, chunking))
-    names = [line.name for line in lines]
-    twice = next((line for line in lines if names.count(line.name) > 1), None)
-    if twice:
-        raise DataError(f"{twice.source}: id: several lines are called {twice.name}; give each its own")
+            lines.append(line_of_request(value, name, manifest.folder, source, chunking, voices))
     return lines
+
+
+def takes_of(lines: Sequence[Line], count: int, seed: int) -> list[Line]:
+    """Each line so many times, called NAME-1, NAME-2, ... with the next seeds; raises DataError if two have one name.
+
+    seed: of lines without one
+    """
+    if count > 1:
+        numbered = [(line, number) for line in lines for number in range(count)]
+        lines = [replace(x, name=f"{x.name}-{n + 1}", seed=(seed if x.seed is None else x.seed) + n) for x, n in numbered]
+    seen: set[str] = set()
+    for line in lines:
+        if line.name in seen:
+            raise DataError(f"{line.source}: id: several lines are called {line.name}; give each its own")
+        seen.add(line.name)
+    return list(lines)
 
 
 def line_of_record(value: dict, name: str, folder: Path, source: str) -> Line:
@@ -84,7 +98,9 @@ def line_of_record(value: dict, name: str, folder: Path, source: str) -> Line:
     return Line(name, turns[:-1], [turns[-1]["content"]], folder, source, target=target, kind=kind)
 
 
-def line_of_request(value: Any, name: str, folder: Path, source: str, chunking: Chunking) -> Line:
+def line_of_request(
+    value: Any, name: str, folder: Path, source: str, chunking: Chunking, voices: Path = VOICES
+) -> Line:
     """A text with its references; see this file's docstring."""
     if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
         raise DataError(f'{source}: expected {{"text": ...}} or a ChatML record with `messages`')
@@ -94,13 +110,17 @@ def line_of_request(value: Any, name: str, folder: Path, source: str, chunking: 
     seed = value.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise DataError(f"{source}: seed: expected a whole number, 0 or more, found {seed!r}")
-    clips, texts = (_as_list(value.get(key), f"{source}: {key}") for key in ("ref_audio", "ref_text"))
-    scene, system = value.get("scene") or "", value.get("system")
-    voices = voices_of(clips, texts, lambda path: {"type": "audio", "audio_url": path}, source)
+    names, texts = (_as_list(value.get(key), f"{source}: {key}") for key in ("ref_audio", "ref_text"))
+    if not isinstance(in_system := value.get("ref_in_system", False), bool):
+        raise DataError(f"{source}: ref_in_system: expected true or false, found {in_system!r}")
+    if not isinstance(scene := value.get("scene") or "", str):
+        raise DataError(f"{source}: scene: expected text, found {scene!r}")
     try:
+        found = find_voices(names, texts, in_system, folder, voices)
+        scene = text_or_file(scene, folder, "scene")
         split_text(value["text"], chunking)  # a tag without a text is an error before the final period is added
         text = normalise(value["text"]) if chunking.normalize else value["text"]
-        chunks, turns = split_text(text, chunking), context(text, voices, scene, system)
+        chunks, turns = split_text(text, chunking), context(text, found, scene, value.get("system"))
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     return Line(file_name(str(value.get("id", name))), turns, chunks, folder, source, seed)

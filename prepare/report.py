@@ -16,7 +16,6 @@ import numpy as np
 
 from common import MAX_SHOWN
 
-
 MAX_ON_PAGE = 200  # items of a list: each has a player
 
 

@@ -24,8 +24,8 @@ from prepare.manifest import read_manifest
 from tools import toys as demo
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks that tests start
-torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

@@ -156,8 +156,8 @@ def test_chunks_carry_their_context(loud_dir, tmp_path, monkeypatch):
     prompts, answers = [], []
     original = engine.generate_many
 
-    def spy(model, tokenizer, requests, sampling, batch_size):
-        for request, answer in original(model, tokenizer, requests, sampling, batch_size):
+    def spy(*args, **kwargs):
+        for request, answer in original(*args, **kwargs):
             prompts.append(request.prompt)
             answers.append(answer)
             yield request, answer
@@ -173,8 +173,23 @@ def test_chunks_carry_their_context(loud_dir, tmp_path, monkeypatch):
     expected = torch.cat([torch.from_numpy(reference), clips[1], clips[2]], dim=1)
     assert torch.equal(prompts[3].audio_ids_concat, expected)
     assert "Two." in tokenizer.decode(prompts[3].input_ids) and "One." not in tokenizer.decode(prompts[3].input_ids)
-    alone = say(tmp_path, *argv, "--text", "One. Two. Three. Four.", "--chunk_words", 1, "--chunk_context", 0)
+    long = [*argv, "--text", "One. Two. Three. Four.", "--chunk_words", 1]
+    alone = say(tmp_path, *long, "--chunk_context", 0)
     assert not torch.equal(said, alone) and torch.equal(prompts[-1].audio_ids_concat, torch.from_numpy(reference))
+
+    def frames_before(*flags: object) -> list[int]:
+        """Earlier frames in the last chunk's prompt, and the frames of the chunks."""
+        del answers[:]
+        say(tmp_path, *long, *flags)
+        return [prompts[-1].audio_ids_concat.shape[1] - 5, *(join(answer.codes, 8).shape[1] for answer in answers)]
+
+    before, *frames = frames_before("--chunk_context", "all")
+    assert before == sum(frames[:3]) and tokenizer.decode(prompts[-1].input_ids).count("<|AUDIO_OUT|>") == 4
+    room = sum(frames[:3]) - 1  # one frame too few for all three
+    before, *frames = frames_before("--context_frames", room)
+    assert before == sum(frames[1:3]) <= room < sum(frames[:3])
+    assert frames_before("--context_frames", room, "--chunk_context", 1)[0] == frames[2]
+    assert frames_before("--context_frames", 1)[0] == 0
 
 
 def test_seeds_and_sampling(loud_dir, tmp_path):
@@ -282,7 +297,8 @@ def test_mistakes(toys, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "--top_p 2.0: must be above 0" in error("--text", "x", "--top_p", 2)
-    assert "--out a.mp3: expected a .wav or .npy file" in error("--text", "x", "--out", "a.mp3")
+    assert "--out a.mp4: expected a file that ends with .npy, .wav, .flac, .mp3, .ogg" in error("--text", "x", "--out", "a.mp4")
+    assert "--out a.mp3: expected a file that ends with .npy" in error("--text", "x", "--out", "a.mp3", *CODES)
     assert "--lines: references, scene" in error("--lines", "l", "--scene", "s")
     assert "2 ref_audio but 1 ref_text" in error("--text", "x", "--ref_audio", "a", "b", "--ref_text", "t", *CODES)
     assert "text: nothing follows [SPEAKER0]" in error("--text", "[SPEAKER0]", *CODES)
