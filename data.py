@@ -57,10 +57,11 @@ T = TypeVar("T")
 
 @dataclass
 class Sample(ChatMLDatasetSample):
-    """The official sample, where it came from, and who speaks in its clips."""
+    """The official sample, where it came from, who speaks in its clips, and the frames of the last at which that changes."""
 
     source: str = ""
     speakers: Sequence[str | None] = ()
+    changes: Sequence[int] = ()
 
 
 @dataclass(eq=False)
@@ -84,7 +85,9 @@ class ChatMLDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        record = record.cropped(self.num_turns[index]) if index in self.num_turns else record
+        changes = [round(sec * self.store.frame_rate_hz) for sec in record.changes_sec()]
+        if index in self.num_turns:
+            record, changes = record.cropped(self.num_turns[index]), []
         input_ids, label_ids = self.ids(record)
         codes = [self.store.codes(part, record.source) for part in record.audio]
         waveforms, rates = self._waveforms(record) if self.with_waveforms else ([], [])
@@ -101,6 +104,7 @@ class ChatMLDataset(Dataset):
             audio_speaker_indices=torch.zeros(0, dtype=torch.long),
             source=record.source,
             speakers=record.speakers(),
+            changes=changes,
         )
 
     def length(self, record: Record, collator: ExtendedHiggsAudioSampleCollator) -> int:

@@ -85,6 +85,10 @@ class Record:
         num_clips = sum(isinstance(part, AudioContent) for part in short.parts())
         return dataclasses.replace(short, audio=self.audio[:num_clips])
 
+    def changes_sec(self) -> list[float]:
+        """Seconds of the last clip at which another speaker begins."""
+        return (self.chatml.misc or {}).get("speaker_changes_sec", [])
+
     def speakers(self) -> list[str | None]:
         """The speaker of each clip, None where it is unclear.
 
@@ -377,6 +381,9 @@ class _Parser:
             self.fail("speaker", f"expected text, found {shown(speaker)}")
         if misc is not None and not isinstance(misc, dict):
             self.fail("misc", f"expected an object, found {shown(misc)}")
+        changes = (misc or {}).get("speaker_changes_sec", [])
+        if not isinstance(changes, list) or not all(isinstance(v, (int, float)) and 0 <= v <= MAX_SEC for v in changes):
+            self.fail("misc.speaker_changes_sec", f"expected a list of seconds, found {shown(changes)}")
         return Record(ChatMLSample(turns, start_index=start, misc=misc, speaker=speaker), self.audio, self.source)
 
     def start_index(self, value: Any, turns: Sequence[Message]) -> int | None:
