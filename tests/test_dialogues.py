@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 from conftest import make_model, make_sample, write_manifest
-from test_prepare import line, read_lines
+from test_prepare import RNG, line, read_lines
 
 import loss
 import model_patch
@@ -65,6 +65,12 @@ def pair_talk(dataset: Path) -> tuple[Path, list[dict]]:
     return out, [record for record in read_lines(out / "train.jsonl") if "speaker_changes_sec" in record.get("misc", {})]
 
 
+def write_table(path: Path, audio: str) -> Path:
+    rows = [f"{audio},{name[-1]},{start},{end},{name},{text}" for start, end, name, text in TALK]
+    path.write_text("\n".join(["audio,channel,start,end,speaker,text", *rows]))
+    return path
+
+
 def said(text: str) -> list[tuple[str, str]]:
     """(tag, words) of each turn."""
     return [tuple(turn.split(" ", 1)) for turn in text.split("\n")]
@@ -110,9 +116,7 @@ def test_other_diarised_forms_give_the_same_dialogues(form, dialogues, tmp_path)
         (tmp_path / "talk.vtt").write_text("WEBVTT\n\n" + "\n".join(cues))
         dataset = tmp_path / "talk.vtt"
     else:
-        rows = [f"talk.wav,{name[-1]},{start},{end},{name},{text}" for start, end, name, text in TALK]
-        dataset = tmp_path / "talk.csv"
-        dataset.write_text("\n".join(["audio,channel,start,end,speaker,text", *rows]))
+        dataset = write_table(tmp_path / "talk.csv", "talk.wav")
     soundfile.write(tmp_path / "talk.wav", 0.1 * np.sin(np.arange(32 * RATE) / 9).reshape(-1, 2), RATE)
     _, found = pair_talk(dataset)
     for mine, theirs in zip(found, dialogues[1]):
@@ -242,11 +246,12 @@ def test_codes_around_a_change_are_those_within_two_frames(config, tokenizer):
     assert loss.Objective().metrics(alone)["speaker_change_accuracy"] is None
 
 
-def test_dialogues_train_and_are_evaluated(dialogues, codec_dir, toys, tmp_path):
-    """As a user would: the folder that pair wrote, waveforms, two steps; the change of speaker is a figure of both splits."""
-    lines = dialogues[0] / "train.jsonl"
+def test_dialogues_train_and_are_evaluated(toys, tmp_path):
+    """As a user would: the folder that pair wrote, two steps; the change of speaker is a figure of both splits."""
+    np.save(tmp_path / "talk.npy", RNG.integers(0, 64, (8, 16 * 25)).astype(np.int16))
+    lines = pair_talk(write_table(tmp_path / "talk.csv", "talk.npy"))[0] / "train.jsonl"
     flags = {"train_manifest": lines, "val_manifest": lines, "base_ckpt": toys / "checkpoint"}
-    flags |= {"output_dir": tmp_path / "out", "audio_tokenizer": codec_dir, "codes_dir": tmp_path / "codes", "batch_size": 8}
+    flags |= {"output_dir": tmp_path / "out", "audio_tokenizer": "none", "batch_size": 8}
     flags |= {"max_steps": 2, "mixed_precision": "no", "device": "cpu", "num_workers": 0}
     assert train.main(to_argv(flags)) == 0
     written = [json.loads(text) for text in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

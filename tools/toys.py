@@ -221,7 +221,7 @@ class Toybox:
                 if len(text) > 6:
                     cut = int(self.random.integers(2, len(text) - 2))
                     texts[n] = f"{text[:cut]} {text[cut + 1 :]}"
-            if not self.used_texts.intersection(texts):
+            if ends[-1] <= 26 and not self.used_texts.intersection(texts):
                 self.used_texts.update(texts)
                 return texts
 
@@ -239,11 +239,14 @@ class Toybox:
     def record(self, kind: Kind, name: str) -> dict:
         """A ChatML record with new texts and new speakers: `name`, `name`-1 and so on. The house speaks without a reference."""
         speakers = [self.speaker(f"{name}-{n}" if n else name) for n in range(kind.num_references)]
-        transcripts = [text for _ in speakers for text in self.texts(4, 5)]
+        if len(speakers) > 1:
+            texts = self.texts(3, 5, 2 * len(speakers))
+            transcripts = [texts.pop() for _ in speakers]
+        else:
+            transcripts, texts = [text for _ in speakers for text in self.texts(4, 6)], self.texts(5, 9)
         clips = [self.clip(speech(text, speaker)) for text, speaker in zip(transcripts, speakers)]
         voices = [Voice(clip, None if kind.in_system else text) for clip, text in zip(clips, transcripts)]
         speakers = speakers or [self.house]
-        texts = self.texts(5, 9) if len(speakers) == 1 else self.texts(4, 6, len(speakers))
         turns = [speech(text, speaker) for text, speaker in zip(texts, speakers)]
         scene = "A quiet room." if not voices and self.random.random() < 0.5 else ""
         made = prompts.record(script(texts), self.clip(joined(turns)), voices, scene, speaker=speakers[0].name)
