@@ -299,7 +299,8 @@ def find_dialogues(pairing: Pairing, lines: Sequence[Line]) -> dict[int, Dialogu
     for members in dialogues.candidates(lines, speakers, rng) if share else ():
         split, names = members[0].split, dialogues.speakers_of(members)
         references = [find_references(members, pairing.pools[split, name], 1, rng) for name in names]
-        if wanted[split] >= len(members) and all(references):
+        is_own = any(own_system(pairing.value(line)) is not None for line in members)  # a system turn that would be lost
+        if wanted[split] >= len(members) and all(references) and not is_own:
             wanted[split] -= len(members)
             found |= dict.fromkeys((line.index for line in members), Dialogue(members, [line for (line,) in references]))
     if share and not found:

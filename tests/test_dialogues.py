@@ -197,6 +197,7 @@ def test_lines_of_given_speakers_are_joined(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--dialogues", "0.5", "--dialogue_speakers", "anna,cleo"], "nothing to join"),  # cleo's lines have a system turn
         (["--dialogues", "0.5"], "nothing to join. Lines need speakers, and times in one recording"),
         (["--dialogues", "2"], "--dialogues too"),
         (["--dialogues", "0.5", "--dialogue_speakers", "anna,zoe"], "--dialogue_speakers anna,zoe: no line of zoe"),
@@ -205,8 +206,11 @@ def test_lines_of_given_speakers_are_joined(tmp_path):
     ],
 )
 def test_impossible_dialogues(options, message, tmp_path, capsys):
-    np.save(tmp_path / "a.npy", np.zeros((8, 5), np.int16))
-    records = [line(f"x {i}", "a.npy", speaker=("anna", "ben")[i % 2]) for i in range(4)]
+    for number in range(9):
+        np.save(tmp_path / f"{number}.npy", np.full((8, 5), number, np.int16))
+    records = [line(f"x {i}", f"{i}.npy", speaker=("anna", "ben", "cleo")[i % 3]) for i in range(9)]
+    for record in records[2::3]:
+        record["messages"].insert(0, {"role": "system", "content": "Speak slowly."})
     assert prepare(["pair", str(write_manifest(tmp_path / "m.jsonl", records)), str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out" / "train.jsonl").exists()
 

@@ -263,11 +263,11 @@ class Toybox:
 # The demo's data
 
 KINDS = (
-    Kind("clone, reference as an exchange", 1, False, share=0.25, num_tests=20),
-    Kind("clone, reference in the system turn", 1, True, share=0.2, num_tests=20),
-    Kind("no reference", 0, False, share=0.1, num_tests=10),
-    Kind("dialogue of two speakers", 2, False, share=0.2, num_tests=10),
-    Kind("dialogue of three speakers", 3, False, share=0.25, num_tests=10),
+    Kind("clone, reference as an exchange", 1, False, share=0.33, num_tests=20),
+    Kind("clone, reference in the system turn", 1, True, share=0.25, num_tests=20),
+    Kind("no reference", 0, False, share=0.2, num_tests=10),
+    Kind("dialogue of two speakers", 2, False, share=0.11, num_tests=10),
+    Kind("dialogue of three speakers", 3, False, share=0.11, num_tests=10),
 )
 NUM_TRAIN_SPEAKERS = 8000  # records: timbres that never return have to be copied, not learned
 MARKER = ".made-by-demo"
