@@ -39,6 +39,8 @@ from loss import IGNORE_INDEX, Targets
 from prepare import whisper
 from prepare.audio import starts
 
+NEAR_FRAMES = 2  # before a change of speaker, and from it on: those in which a codebook may switch early or late
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The packed layout
 
@@ -149,7 +151,8 @@ def _audio_targets(batch: Batch, first: int) -> Targets:
         labels = torch.full_like(codes, IGNORE_INDEX)
     # Column 0 of every clip is IGNORE_INDEX in the official labels, so no clip predicts the next one's first.
     trained = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
-    return Targets(first + trained, labels[:, trained + 1].T.contiguous(), codes[:, trained].T.contiguous())
+    near = None if batch.near_changes is None else batch.near_changes[:, trained + 1].T.contiguous()
+    return Targets(first + trained, labels[:, trained + 1].T.contiguous(), codes[:, trained].T.contiguous(), near)
 
 
 def _clip_lengths(starts: Tensor | None, codes: Tensor | None) -> Tensor:
@@ -233,6 +236,7 @@ class Batch(HiggsAudioBatchInput):
     clamped: list[str] = field(default_factory=list)  # what is wrong with samples that are here but do not train
     num_frames: int = 0  # of audio, without stream ids and delay columns
     has_label_overrides: bool = False  # some labels came from `audio_label_ids_concat`, not from the inputs
+    near_changes: Tensor | None = None  # [K, N_out] bool, codes of frames around a change of speaker; None without any
     packing: Packing | None = None  # the same batch as one sequence; None where the audio comes through Whisper
     voices: Voices | None = None  # for the voice-consistency loss; None where it is off
 
@@ -330,6 +334,7 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         if self.feature_shape is not None:
             features = whisper.features(samples, self.feature_extractor, self.feature_shape)
             result.audio_features, result.audio_feature_attention_mask = features
+        result.near_changes = self._near_changes(result, [getattr(sample, "changes", ()) for sample in batch])
         result.num_frames = self._count_frames(result)
         tokens = self.audio_in_token_id, self.audio_out_token_id
         if self.has_packing:
@@ -432,6 +437,19 @@ class ExtendedHiggsAudioSampleCollator(HiggsAudioSampleCollator):
         if not self.use_delay_pattern:
             return labels
         return build_delay_pattern_mask(labels[None], bos_token_id=IGNORE_INDEX, pad_token_id=IGNORE_INDEX)[0][0]
+
+    def _near_changes(self, batch: Batch, changes: Sequence[Sequence[int]]) -> Tensor | None:
+        """changes: of each sample, the frames of its last clip with which another speaker begins"""
+        if not any(changes):
+            return None
+        near = torch.zeros_like(batch.audio_out_ids, dtype=torch.bool)
+        starts, stops = batch.audio_out_ids_start.tolist(), [*batch.audio_out_ids_start.tolist()[1:], near.shape[1]]
+        last = dict(zip(batch.audio_out_ids_start_group_loc.tolist(), zip(starts, stops)))  # clip of each row
+        for row, frame in ((row, frame) for row, frames in enumerate(changes) if row in last for frame in frames):
+            for k in range(len(near)):
+                column = last[row][0] + 1 + frame + k * self.use_delay_pattern
+                near[k, max(last[row][0], column - NEAR_FRAMES) : min(last[row][1], column + NEAR_FRAMES)] = True
+        return near
 
 
 def _repeat_last(sample: ChatMLDatasetSample, kind: str, count: int, nothing: Tensor) -> None:

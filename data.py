@@ -57,10 +57,11 @@ T = TypeVar("T")
 
 @dataclass
 class Sample(ChatMLDatasetSample):
-    """The official sample, where it came from, and who speaks in its clips."""
+    """The official sample, where it came from, who speaks in its clips, and the frames of the last at which that changes."""
 
     source: str = ""
     speakers: Sequence[str | None] = ()
+    changes: Sequence[int] = ()
 
 
 @dataclass(eq=False)
@@ -103,6 +104,7 @@ class ChatMLDataset(Dataset):
             audio_speaker_indices=torch.zeros(0, dtype=torch.long),
             source=record.source,
             speakers=record.speakers(),
+            changes=[round(sec * self.store.frame_rate_hz) for sec in record.changes_sec()],
         )
 
     def length(self, record: Record, collator: ExtendedHiggsAudioSampleCollator) -> int:

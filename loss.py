@@ -82,11 +82,13 @@ class Targets(NamedTuple):
     rows   [n] int64, positions whose hidden states predict
     labels [n, K] int64, IGNORE_INDEX where nothing is trained
     inputs [n, K] int64, what is fed at the position
+    near   [n, K] bool, codes of frames around a change of speaker; None where no sample tells of one
     """
 
     rows: Tensor
     labels: Tensor
     inputs: Tensor
+    near: Tensor | None = None
 
 
 class Scores(NamedTuple):
@@ -143,11 +145,13 @@ def dense_targets(output, batch, spec: LabelSpec) -> tuple[Targets, Targets]:
     rows = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     text = Targets(rows, labels.flatten()[rows, None], inputs.flatten()[rows, None])
     labels, inputs = batch.label_audio_ids.T, batch.audio_out_ids.T  # [N, K]
+    near = None if batch.near_changes is None else batch.near_changes.T
     if labels.shape != (covered := output.audio_logits.shape[:2]):
         raise ValueError(f"audio labels cover {tuple(labels.shape)} positions, logits {tuple(covered)}")
     if spec.audio == "shift":  # a clip's first label is IGNORE_INDEX, so no clip predicts the next one's
         labels = F.pad(labels[1:], (0, 0, 0, 1), value=IGNORE_INDEX) if len(labels) else labels
-    return text, Targets(torch.arange(len(labels), device=labels.device), labels, inputs)
+        near = None if near is None else F.pad(near[1:], (0, 0, 0, 1))
+    return text, Targets(torch.arange(len(labels), device=labels.device), labels, inputs, near)
 
 
 def text_labels(output, batch, spec: LabelSpec) -> Tensor:
@@ -228,6 +232,7 @@ class LossSums(Summable):
     text: Tally  # [1]
     audio: Tally  # [K]
     eos: Tally  # [] end-of-stream targets, which are among audio's
+    speaker_change: Tally  # [] audio targets around a change of speaker
     consistency: Tally  # [] pairs of voices
     changed: Tensor  # [] targets that differ from the input at the predicting position
     copied: Tensor  # [] those of them at which the input is predicted; evaluation only
@@ -235,12 +240,15 @@ class LossSums(Summable):
     @classmethod
     def of(cls, text: Targets, text_scores: Scores, audio: Targets, audio_scores: Scores, stream_eos: int) -> LossSums:
         zero = text_scores.nats.new_zeros(())
+        is_target = audio.labels != IGNORE_INDEX
+        near = torch.zeros_like(is_target) if audio.near is None else audio.near & is_target
         return cls(
             text=Tally.of(text_scores, text.labels != IGNORE_INDEX),
-            audio=Tally.of(audio_scores, audio.labels != IGNORE_INDEX),
+            audio=Tally.of(audio_scores, is_target),
             eos=Tally.among(audio_scores, audio.labels == stream_eos),
+            speaker_change=Tally.among(audio_scores, near),
             consistency=Tally(zero, zero, zero),
-            changed=(_is_changed(*text[1:]).sum() + _is_changed(*audio[1:]).sum()).float(),
+            changed=(_is_changed(*text[1:3]).sum() + _is_changed(*audio[1:3]).sum()).float(),
             copied=(text_scores.is_copy.sum() + audio_scores.is_copy.sum()).float(),
         )
 

@@ -32,7 +32,7 @@ from prepare.clips import Clip, Key, clips_of, inspect_clips, key_of
 from prepare.findings import odd_scripts, place, script_of, sound_faults, text_faults
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Manifest, Record, scan, shown
-from prepare.pair import transcripts
+from prepare.overlap import transcripts
 from prepare.report import MAX_ON_PAGE, RENDERERS, Finding, Report, histogram, render_text
 from prepare.rows import add_reading_arguments, reading_of
 from prepare.trim import trim

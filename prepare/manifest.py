@@ -33,6 +33,7 @@ from common import DataError, MissingAudioError, listing
 
 ROLES = ("system", "user", "assistant")
 CODE_SUFFIXES = (".npy", ".safetensors")
+CHANGES = "speaker_changes_sec"  # in misc: seconds of a record's last clip at which another speaker begins
 SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SPEAKER0: ..." of a scene
 # The tokens that upstream puts between turns and around clips. <|AUDIO|> and <|AUDIO_OUT|> in a text are the collator's to find.
 CONTROL = re.compile(r"<\|(audio_(out_)?bos|audio_eos|begin_of_text|end_of_text|(start|end)_header_id|eo[mt]_id|recipient)\|>")
@@ -82,9 +83,15 @@ class Record:
 
     def cropped(self, num_turns: int) -> Record:
         """The record's first turns alone, with their clips."""
-        short = dataclasses.replace(self, chatml=dataclasses.replace(self.chatml, messages=self.chatml.messages[:num_turns]))
+        misc = {name: value for name, value in (self.chatml.misc or {}).items() if name != CHANGES}  # of the clip left out
+        chatml = dataclasses.replace(self.chatml, messages=self.chatml.messages[:num_turns], misc=misc)
+        short = dataclasses.replace(self, chatml=chatml)
         num_clips = sum(isinstance(part, AudioContent) for part in short.parts())
         return dataclasses.replace(short, audio=self.audio[:num_clips])
+
+    def changes_sec(self) -> list[float]:
+        """Seconds of the last clip at which another speaker begins."""
+        return (self.chatml.misc or {}).get(CHANGES, [])
 
     def speakers(self) -> list[str | None]:
         """The speaker of each clip, None where it is unclear.
@@ -383,6 +390,9 @@ class _Parser:
             self.fail("speaker", f"expected text, found {shown(speaker)}")
         if misc is not None and not isinstance(misc, dict):
             self.fail("misc", f"expected an object, found {shown(misc)}")
+        changes = (misc or {}).get(CHANGES, [])
+        if not isinstance(changes, list) or not all(isinstance(v, (int, float)) and 0 <= v <= MAX_SEC for v in changes):
+            self.fail("misc.speaker_changes_sec", f"expected a list of seconds, found {shown(changes)}")
         return Record(ChatMLSample(turns, start_index=start, misc=misc, speaker=speaker), self.audio, self.source)
 
     def start_index(self, value: Any, turns: Sequence[Message]) -> int | None:

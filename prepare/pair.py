@@ -7,6 +7,10 @@ exchange (`turn`) or in the system turn (`system`), as the official inference do
 scene. A line with a system turn of its own keeps it, and its reference is an earlier exchange. All other records stay as
 they are.
 
+--dialogues joins a share of the lines: those that follow each other in one recording, or lines of --dialogue_speakers. The
+text has a `[SPEAKERn]` turn for each, every speaker gets a reference, and `misc.speaker_changes_sec` tells evaluation where
+another one begins.
+
 Records that share audio (the same content, overlapping parts of a file) or a speaker's text go into one split, and a
 reference comes from the split of its line. So val and test hold nothing that training has seen. Held-out lines are taken a
 few at a time from each speaker, so that they have references too. The same seed gives the same files.
@@ -17,55 +21,27 @@ Writes train.jsonl, val.jsonl and test.jsonl (unless empty), and leakage.json, w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import os
 import random
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from boson_multimodal.data_types import AudioContent, Message, TextContent
-
-from common import DataError, sha256_of, split_list, write_whole
-from prepare import prompts
+from common import DataError, split_list, write_whole
+from prepare import dialogues, prompts
 from prepare.convert import move_paths
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Manifest, Record, check
+from prepare.manifest import Manifest, check
+from prepare.overlap import Contents, Line, group_lines, overlapping, read_lines, sole, sole_text
 from prepare.prompts import Phrasing, Voice
 from prepare.rows import Reading
 
 SPLITS = ("train", "val", "test")
 STYLES = ("turn", "system")
-TOUCHING_SEC = 0.001  # spans may overlap by this much: seconds in manifests are rounded
-
-T = TypeVar("T")
-Source = str | tuple[int, str]  # of clips: a file's path, or size and digest of `raw_audio`
-Span = tuple[Source, float, float]  # a clip: its source, start and end in seconds
-
-
-@dataclass
-class Line:
-    """A record, as far as pairing needs it."""
-
-    index: int  # in the manifest
-    speaker: str | None
-    texts: list[str]  # of `transcripts`, words only
-    context: list[Span]
-    targets: list[Span]  # the clips that train, and their label audio
-    is_plain: bool  # one transcript and its clip: can have a reference, and be one
-    group: int = -1  # records of one group go into one split
-    split: str = "train"
-
-    @property
-    def spans(self) -> list[Span]:
-        return self.context + self.targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scene_share", type=float, default=Phrasing.scene_share, help="share of records with the official scene"
     )
+    parser.add_argument(
+        "--dialogues", type=float, default=0.0, metavar="SHARE", help="share of the lines joined into dialogues"
+    )
+    parser.add_argument(
+        "--dialogue_speakers", default="", help="join lines of these, a,b,c; default: lines that follow each other in one file"
+    )
     parser.add_argument("--val_share", type=float, default=0.02, help="share of the input's records for val.jsonl")
     parser.add_argument("--test_share", type=float, default=0.0, help="share of the input's records for test.jsonl")
     parser.add_argument(
@@ -89,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     styles = parse_styles(args.styles)
-    if args.ref_per_line < 1 or not (0 <= args.ref_drop <= 1 and 0 <= args.scene_share <= 1):
-        raise DataError("--ref_per_line is 1 or more, --ref_drop between 0 and 1, --scene_share too")
+    if args.ref_per_line < 1 or not all(0 <= share <= 1 for share in (args.ref_drop, args.scene_share, args.dialogues)):
+        raise DataError("--ref_per_line is 1 or more, --ref_drop between 0 and 1, --scene_share and --dialogues too")
     if not (min(args.val_share, args.test_share) >= 0 and args.val_share + args.test_share < 1):
         raise DataError("--val_share and --test_share leave nothing to train on, or are negative")
     refuse_used(args.output_dir)
@@ -99,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     group_lines(lines)
     shares = {"test": args.test_share, "val": args.val_share}
     split_lines(lines, shares, find_speakers(lines, args.hold_out_speakers, args.seed), args.seed)
-    counts = write_splits(manifest, lines, styles, args)
+    pairing = Pairing(manifest, styles, args, make_pools(lines))
+    pairing.dialogues = find_dialogues(pairing, lines)
+    counts = write_splits(pairing, lines)
     report = {"written": counts, "not filled": find_short(lines, shares), **find_leaks(args.output_dir)}
     write_whole(args.output_dir / "leakage.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode()))
     show_report(report, args.output_dir)
@@ -121,141 +105,11 @@ def refuse_used(folder: Path) -> None:
     """raises: DataError if files would be replaced: the input, or splits made by hand"""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: this is a file; name a folder for the splits")
-    found = [name for name in (*(f"{split}.jsonl" for split in SPLITS), "leakage.json") if (folder / name).exists()]
+    found = [
+        name for name in (*(f"{split}.jsonl" for split in SPLITS), "leakage.json", "dialogues") if (folder / name).exists()
+    ]
     if found:
         raise DataError(f"{folder}: holds {', '.join(found)} already; choose another folder, or delete what is there")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is the same
-
-
-def read_lines(manifest: Manifest) -> Iterator[Line]:
-    for index, record in enumerate(manifest):
-        texts = transcripts(record)
-        num_before = len(record.cropped(record.chatml.start_index or 0).audio)
-        context, targets = [], []
-        for number, part in enumerate(record.audio):
-            spans = targets if part.is_output and number >= num_before else context
-            spans += [span_of(clip) for clip in (part, part.label) if clip is not None]
-        is_plain = len(texts) == len(record.audio) == 1
-        yield Line(index, record.chatml.speaker, [words(text) for text in texts], context, targets, is_plain)
-
-
-def transcripts(record: Record) -> list[str]:
-    """The transcripts of a line, or of a reference (an earlier exchange) and a line, perhaps after a system turn.
-
-    Empty for any other record: in a dialogue the user's texts may be prompts, not transcripts.
-    """
-    turns = record.chatml.messages
-    start = len(turns) - 1
-    turns = turns[turns[0].role == "system" :]
-    if len(turns) != 2 and not (len(turns) == 4 and record.chatml.start_index == start):
-        return []
-    exchanges = list(zip(turns[::2], turns[1::2]))
-    texts = [sole_text(user.content) for user, _ in exchanges]
-    return texts if all(map(is_exchange, *zip(*exchanges))) else []
-
-
-def is_exchange(user: Message, assistant: Message) -> bool:
-    """Whether a turn is one text, and the next turn is one clip."""
-    roles = user.role == "user" and assistant.role == "assistant" and assistant.recipient is None
-    return roles and sole_text(user.content) is not None and isinstance(sole(assistant.content), AudioContent)
-
-
-def sole(content: Any) -> Any:
-    """The only part of a turn's content; of decoded JSON or of the official message."""
-    return content[0] if isinstance(content, list) and len(content) == 1 else content
-
-
-def sole_text(content: Any) -> str | None:
-    """The text of a turn that has nothing else."""
-    part = sole(content)
-    if isinstance(part, dict):
-        return part.get("text")
-    return part.text if isinstance(part, TextContent) else part if isinstance(part, str) else None
-
-
-class _Words(dict):
-    """For `str.translate`: keeps letters, digits and their marks; anything else becomes a space."""
-
-    def __missing__(self, code: int) -> int | str:
-        self[code] = code if unicodedata.category(chr(code))[0] in "LMN" else " "
-        return self[code]
-
-
-WORDS = _Words()
-
-
-def words(text: str) -> str:
-    """The words of a text: equal for two spellings of one sentence."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(WORDS).split())
-
-
-def span_of(part: AudioPart) -> Span:
-    source = str(part.path) if part.path is not None else (len(part.raw_audio), hashlib.sha256(part.raw_audio).hexdigest())
-    start = part.offset_sec or 0.0
-    return source, start, math.inf if part.duration_sec is None else start + part.duration_sec
-
-
-class Contents:
-    """The content of sources, equal for copies. Files are only read if another source has the same size."""
-
-    def __init__(self, lines: Iterable[Line]):
-        sources = {source for line in lines for source, _, _ in line.spans}
-        self._sizes = {source: source[0] if isinstance(source, tuple) else os.stat(source).st_size for source in sources}
-        self._count = Counter(self._sizes.values())
-        self._known: dict[Source, str] = {}
-
-    def __getitem__(self, source: Source) -> str:
-        if source not in self._known:
-            self._known[source] = self._digest(source)
-        return self._known[source]
-
-    def _digest(self, source: Source) -> str:
-        if isinstance(source, tuple):
-            return source[1]
-        if self._count[self._sizes[source]] == 1:
-            return f"size {self._sizes[source]}"
-        with open(source, "rb") as file:
-            return sha256_of(file).hex()
-
-
-def overlapping(spans: Iterable[tuple[Span, T]], contents: Contents) -> Iterator[list[T]]:
-    """Lists of the owners of spans that overlap, directly or through other spans."""
-    owners: list[T] = []
-    last, end = "", 0.0
-    named = ((contents[source], start, stop, owner) for (source, start, stop), owner in spans)
-    for content, start, stop, owner in sorted(named, key=itemgetter(0, 1)):
-        if owners and (content != last or start > end - TOUCHING_SEC):
-            yield owners
-            owners = []
-        last, end = content, max(stop, end if owners else 0.0)
-        owners.append(owner)
-    if owners:
-        yield owners
-
-
-def group_lines(lines: Sequence[Line]) -> None:
-    """Set the group of each line. Lines share a group if they share audio, or speaker and text, also through others."""
-    parents = list(range(len(lines)))
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
-
-    first: dict[Any, int] = {}
-    for number, line in enumerate(lines):
-        for text in filter(None, line.texts):
-            parents[root(number)] = root(first.setdefault((line.speaker, text), number))
-    spans = ((span, number) for number, line in enumerate(lines) for span in line.spans)
-    for numbers in overlapping(spans, Contents(lines)):
-        for number in numbers[1:]:
-            parents[root(number)] = root(numbers[0])
-    for number, line in enumerate(lines):
-        line.group = root(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,18 +194,46 @@ def find_short(lines: Sequence[Line], shares: dict[str, float]) -> dict[str, str
 # References
 
 
-def write_splits(manifest: Manifest, lines: Sequence[Line], styles: dict[str, float], args: argparse.Namespace) -> dict:
+@dataclass
+class Pairing:
+    """What the records are made from."""
+
+    manifest: Manifest
+    styles: dict[str, float]
+    args: argparse.Namespace
+    pools: dict[tuple, list[list[Line]]]  # see `make_pools`
+    dialogues: dict[int, Dialogue] = field(default_factory=dict)  # by the index of each of their lines
+
+    def value(self, line: Line) -> dict:
+        """The line's record, whose paths start from the output folder."""
+        _, value = self.manifest.value(line.index)
+        move_paths(value, self.manifest.folder, self.args.output_dir)
+        return value
+
+    def style(self, rng: random.Random) -> str:
+        return rng.choices(list(self.styles), list(self.styles.values()))[0]
+
+    def scene(self, rng: random.Random) -> str:
+        return prompts.QUIET_ROOM if rng.random() < self.args.scene_share else ""
+
+
+@dataclass
+class Dialogue:
+    lines: list[Line]
+    references: list[Line]  # of SPEAKER0, SPEAKER1, ...
+
+
+def write_splits(pairing: Pairing, lines: Sequence[Line]) -> dict:
     """Write each split; returns its number of records by kind."""
-    pools = make_pools(lines)
     counts: dict[str, Counter] = {}
     for split in SPLITS:
         members = [line for line in lines if line.split == split]
         if members:
             counts[split] = Counter()
-            records = make_records(manifest, members, pools, styles, args, counts[split])
+            records = make_records(pairing, members, counts[split])
             content = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             write_whole(
-                args.output_dir / f"{split}.jsonl",
+                pairing.args.output_dir / f"{split}.jsonl",
                 lambda file, content=content: file.writelines(text.encode() for text in content),
             )
     return {split: dict(count) for split, count in counts.items()}
@@ -366,26 +248,25 @@ def make_pools(lines: Iterable[Line]) -> dict[tuple, list[list[Line]]]:
     return {key: list(groups.values()) for key, groups in pools.items()}
 
 
-def make_records(
-    manifest: Manifest,
-    lines: Sequence[Line],
-    pools: dict[tuple, list[list[Line]]],
-    styles: dict[str, float],
-    args: argparse.Namespace,
-    count: Counter,
-) -> Iterator[dict]:
+def make_records(pairing: Pairing, lines: Sequence[Line], count: Counter) -> Iterator[dict]:
     """The ChatML records of a split; their paths start from the output folder."""
+    args = pairing.args
     for line in lines:
         rng = random.Random(f"{args.seed} {line.index}")
         if not line.is_plain:
             count["kept as they were"] += 1
-            yield moved_value(manifest, line, args.output_dir)
+            yield pairing.value(line)
             continue
-        references = find_references(line, pools.get((line.split, line.speaker), []), args.ref_per_line, rng)
+        if dialogue := pairing.dialogues.get(line.index):
+            if dialogue.lines[0] is line:
+                count[f"dialogues of {len(dialogue.references)} speakers"] += 1
+                yield make_dialogue(pairing, dialogue, rng)
+            continue
+        references = find_references([line], pairing.pools.get((line.split, line.speaker), []), args.ref_per_line, rng)
         for reference in references or [None]:
-            record = moved_value(manifest, line, args.output_dir)
+            record = pairing.value(line)
             system = own_system(record)
-            voice = style = None
+            voices: list[Voice] = []
             if reference is None:
                 kind = (
                     "without a speaker" if line.speaker is None else "no other line of the speaker that shares nothing with it"
@@ -393,17 +274,58 @@ def make_records(
             elif rng.random() < args.ref_drop:
                 kind = "reference dropped"
             else:
-                (style,) = rng.choices(list(styles), list(styles.values())) if system is None else ["turn"]
-                kind, voice = f"reference: {style}", moved_value(manifest, reference, args.output_dir)
+                style = pairing.style(rng) if system is None else "turn"
+                kind, voices = f"reference: {style}", [voice_of(pairing.value(reference), style)]
             count[kind] += 1
-            scene = prompts.QUIET_ROOM if system is None and rng.random() < args.scene_share else ""
-            yield phrased(record, voice, style, system, scene)
+            yield phrased(record, voices, system, pairing.scene(rng) if system is None else "")
 
 
-def find_references(line: Line, pool: Sequence[Sequence[Line]], count: int, rng: random.Random) -> list[Line]:
-    """Up to `count` lines of the pool, each of another group, none of the line's own."""
-    groups = rng.sample(pool, min(count + 1, len(pool)))
-    return [rng.choice(group) for group in groups if group[0].group != line.group][:count]
+def find_references(lines: Sequence[Line], pool: Sequence[Sequence[Line]], count: int, rng: random.Random) -> list[Line]:
+    """Up to `count` lines of the pool, each of another group, none of a group of `lines`."""
+    own = {line.group for line in lines}
+    groups = rng.sample(pool, min(count + len(own), len(pool)))
+    return [rng.choice(group) for group in groups if group[0].group not in own][:count]
+
+
+def find_dialogues(pairing: Pairing, lines: Sequence[Line]) -> dict[int, Dialogue]:
+    """Dialogues whose speakers all have a reference, by the index of each line, until --dialogues of each split are joined."""
+    share, speakers = pairing.args.dialogues, split_list(pairing.args.dialogue_speakers)
+    unknown = sorted(set(speakers) - {line.speaker for line in lines})
+    if unknown or len(speakers) == 1 or (speakers and not share):
+        problem = f"no line of {', '.join(unknown)}" if unknown else "name two or more, and a share with --dialogues"
+        raise DataError(f"--dialogue_speakers {pairing.args.dialogue_speakers}: {problem}")
+    rng, found = random.Random(f"dialogues {pairing.args.seed}"), {}
+    wanted = Counter({split: share * count for split, count in Counter(line.split for line in lines if line.is_plain).items()})
+    for members in dialogues.candidates(lines, speakers, rng) if share else ():
+        split, names = members[0].split, dialogues.speakers_of(members)
+        references = [find_references(members, pairing.pools[split, name], 1, rng) for name in names]
+        is_own = any(own_system(pairing.value(line)) is not None for line in members)  # a system turn that would be lost
+        if wanted[split] >= len(members) and all(references) and not is_own:
+            wanted[split] -= len(members)
+            found |= dict.fromkeys((line.index for line in members), Dialogue(members, [line for (line,) in references]))
+    if share and not found:
+        raise DataError(
+            "--dialogues: nothing to join. Lines need speakers, and times in one recording (or --dialogue_speakers), and each "
+            "speaker a further line as reference"
+        )
+    return found
+
+
+def make_dialogue(pairing: Pairing, dialogue: Dialogue, rng: random.Random) -> dict:
+    """The ChatML record of a dialogue; a clip that it does not share with a recording is written to dialogues/."""
+    lines, records = dialogue.lines, [pairing.value(line) for line in dialogue.lines]
+    texts = [sole_text(record["messages"][-2]["content"]) for record in records]
+    if shared := dialogues.shared_clip(lines):
+        clip, begins = sole(records[0]["messages"][-1]["content"]) | shared[0], shared[1]
+    else:
+        parts = [(record.audio[0], record.source) for record in (pairing.manifest[line.index] for line in lines)]
+        folder = pairing.args.output_dir / "dialogues"
+        path, begins = dialogues.write_joined(parts, folder / f"{lines[0].index:06d}")
+        clip = {"type": "audio", "audio_url": f"{folder.name}/{path.name}"}
+    style, scene = pairing.style(rng), pairing.scene(rng)
+    voices = [voice_of(pairing.value(line), style) for line in dialogue.references]
+    made = prompts.record(dialogues.script(lines, texts), clip, voices, scene, speaker=records[0].get("speaker"))
+    return made | {"misc": {"speaker_changes_sec": dialogues.changes(lines, begins)}}
 
 
 def own_system(record: dict) -> Any:
@@ -413,24 +335,20 @@ def own_system(record: dict) -> Any:
     return first["content"] if is_own else None
 
 
-def phrased(record: dict, reference: dict | None, style: str | None, system: Any, scene: str) -> dict:
-    """A plain line as the official inference would ask for it, after a reference (another plain line) or without one."""
+def voice_of(reference: dict, style: str) -> Voice:
+    """A plain line as the reference of its speaker: its transcript belongs to an earlier exchange alone ("turn")."""
+    *_, user, assistant = reference["messages"]
+    clip = {name: value for name, value in sole(assistant["content"]).items() if name != "audio_label_url"}
+    transcript = reference.get("misc", {}).get("text") or sole_text(user["content"])  # references are not normalised
+    return Voice(clip, transcript if style == "turn" else None)
+
+
+def phrased(record: dict, voices: Sequence[Voice], system: Any, scene: str) -> dict:
+    """A plain line as the official inference would ask for it, after a reference or without one."""
     *_, user, assistant = record["messages"]
-    voices = []
-    if reference:
-        *_, ref_user, ref_assistant = reference["messages"]
-        clip = {name: value for name, value in sole(ref_assistant["content"]).items() if name != "audio_label_url"}
-        transcript = reference.get("misc", {}).get("text") or sole_text(ref_user["content"])  # references are not normalised
-        voices = [Voice(clip, transcript if style == "turn" else None)]
     text, clip = sole_text(user["content"]), sole(assistant["content"])
     made = prompts.record(text, clip, voices, scene, system, record.get("speaker"))
     return made | {name: record[name] for name in ("misc",) if name in record}
-
-
-def moved_value(manifest: Manifest, line: Line, folder: Path) -> dict:
-    _, value = manifest.value(line.index)
-    move_paths(value, manifest.folder, folder)
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def sums_by_hand(text: float, num_text: float, audio: list[float], num_audio: li
         return Tally(torch.tensor(nats), torch.tensor(targets), torch.zeros(len(nats) if isinstance(nats, list) else ()))
 
     zero = torch.zeros(())
-    return LossSums(tally([text], [num_text]), tally(audio, num_audio), tally(0.0, 0.0), tally(0.0, 0.0), zero, zero)
+    return LossSums(tally([text], [num_text]), tally(audio, num_audio), *[tally(0.0, 0.0)] * 3, zero, zero)
 
 
 def counts_of(sums: LossSums) -> tuple[torch.Tensor, torch.Tensor]:

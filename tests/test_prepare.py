@@ -23,6 +23,7 @@ from generate.judges import Transcriber
 from prepare import pair, prompts
 from prepare.__main__ import main as prepare
 from prepare.manifest import read_manifest
+from prepare.overlap import Line, words
 from prepare.report import RENDERERS, Report
 from tools import toys as demo
 
@@ -579,12 +580,12 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 def test_one_large_group_takes_no_time_that_grows_with_its_square(tmp_path):
     """Each of 20,000 lines looks for references in a pool that is one group but for two lines."""
-    group = [pair.Line(i, "anna", [], [], [], True, group=0) for i in range(20_000)]
-    others = [pair.Line(20_000 + i, "anna", [], [], [], True, group=1 + i) for i in range(2)]
+    group = [Line(i, "anna", [], [], [], True, group=0) for i in range(20_000)]
+    others = [Line(20_000 + i, "anna", [], [], [], True, group=1 + i) for i in range(2)]
     pool = pair.make_pools(group + others)["train", "anna"]
     assert [len(alternatives) for alternatives in pool] == [20_000, 1, 1]
     for member in group:
-        found = pair.find_references(member, pool, 3, random.Random(member.index))
+        found = pair.find_references([member], pool, 3, random.Random(member.index))
         assert sorted(reference.group for reference in found) == [1, 2]
 
 
@@ -599,7 +600,7 @@ def test_one_large_group_takes_no_time_that_grows_with_its_square(tmp_path):
     ],
 )
 def test_texts_are_compared_by_their_words(one, other, same):
-    assert (pair.words(one) == pair.words(other)) == same
+    assert (words(one) == words(other)) == same
 
 
 @pytest.mark.parametrize(

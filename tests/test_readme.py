@@ -185,6 +185,10 @@ def desk(tmp_path_factory, toys, loud_dir, codec_files) -> Path:
     for index in range(1, 21):
         write_wav(folder / "recordings" / "anna" / f"{index:03}.wav", 0.2, seed=index)
         (folder / "recordings" / "anna" / f"{index:03}.txt").write_text(f"line {index:03}")
+    (folder / "calls").mkdir()
+    write_wav(folder / "calls" / "one.wav", 2.0)
+    said = [{"start": n / 4, "end": n / 4 + 0.2, "text": f"line {n}", "speaker": f"SPEAKER_0{n % 2}"} for n in range(8)]
+    (folder / "calls" / "one.json").write_text(json.dumps({"segments": said}))
     records = (toys / "train.jsonl").read_text()
     (folder / "train.jsonl").write_text(records * 2)
     (folder / "val.jsonl").write_text("".join(records.splitlines(keepends=True)[:2]))
