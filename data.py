@@ -44,7 +44,7 @@ from config import Config
 from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
 from prepare import forms
-from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_waveform, starts
+from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_codes_shape, read_waveform, starts
 from prepare.encode import encode_clips
 from prepare.forms import open_records
 from prepare.manifest import Mixture, Record, read_manifest, report_problems
@@ -380,7 +380,10 @@ def _workers(num_workers: int) -> dict:
     # after a process that ended at once without a warning.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    here = os.getcwd()
+    os.chdir(Path(__file__).parent)  # the server and the tracker import modules from the current folder first
     forkserver.ensure_running()
+    os.chdir(here)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _live_with_parent}
@@ -576,7 +579,7 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
     frames = f"{store.num_codebooks} {store.codebook_size} {store.frame_rate_hz} {store.codec}"
     key = hashlib.sha256(f"{dataset.records.digest} {frames} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
     path = store.cache_dir / f"lengths-{key.hexdigest()[:16]}.npy"
-    lengths = dist.from_main(np.load(path) if dist.is_main and path.is_file() else None)
+    lengths = dist.from_main(dist.together(lambda: read_lengths(path, len(dataset)) if dist.is_main else None))
     if lengths is None:
         log(dist, f"measuring {len(dataset)} records for --max_tokens")
         lengths, problems = dist.together(
@@ -589,6 +592,15 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
     dataset, lengths, changes = dist.together(lambda: fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
     log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
     return dataset, lengths
+
+
+def read_lengths(path: Path, count: int) -> np.ndarray | None:
+    """Kept lengths [count] int32, or None. raises: DataError for a damaged file"""
+    if not path.is_file():
+        return None
+    if read_codes_shape(path, "lengths") != [count] or (lengths := np.load(path, allow_pickle=False)).dtype != np.int32:
+        raise DataError(f"{path}: damaged, it does not hold the lengths of {count} records; delete it")
+    return lengths
 
 
 def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequence[Mixture]) -> None:
@@ -604,8 +616,7 @@ def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequenc
     if not clips:
         return
     problems = encode_clips(store, clips, dist, dist.device)
-    if problems:
-        raise DataError(listing(f"{len(problems)} audio clips cannot be encoded:", problems))
+    report_problems(problems, "audio clips cannot be encoded")
     store.refresh()  # with what other ranks have added
 
 

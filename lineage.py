@@ -222,14 +222,18 @@ def compare(folder: Path, now: dict, allow: bool) -> tuple[dict, list[str]]:
     raises:  CheckpointError
     """
     kept = checkpoint.read_state(folder)
-    then = {**kept.get("run", {}), **kept.get("data", {})}  # format 1 has no "data"
+    try:
+        then = {**kept.get("run", {}), **kept.get("data", {})}  # format 1 has no "data"
+        base = {"name": "unknown", **kept.get("base", now["base"])}
+        epoch, _ = map(int, kept["position"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"--resume {folder}: its state.json does not describe a run: {error!r}") from None
     run = [_change(name, then[name], value) for name, value in now["run"].items() if then.get(name, value) != value]
     if run:
         raise CheckpointError(f"--resume {folder}: this is not the same run: {', '.join(run)}")
     data = [_change(name, then[name], value) for name, value in now["data"].items() if then.get(name, value) != value]
-    base = kept.get("base", now["base"])
     changes = data + [f"the base checkpoint {now['base']['name']} is not that of the run, {base['name']}"] * (
-        base["fingerprint"] != now["base"]["fingerprint"]
+        base.get("fingerprint") != now["base"]["fingerprint"]
     )
     if changes and not allow:
         raise CheckpointError(
@@ -238,15 +242,15 @@ def compare(folder: Path, now: dict, allow: bool) -> tuple[dict, list[str]]:
         )
     notes = [f"continued with changes: {', '.join(changes)}"] if changes else []
     if data:
-        kept |= {"position": [kept["position"][0], 0], "best": {}}
-        notes.append(f"epoch {kept['position'][0] + 1} begins again, with the data as it is now")
+        kept |= {"position": [epoch, 0], "best": {}}
+        notes.append(f"epoch {epoch + 1} begins again, with the data as it is now")
     if kept.get("validation", now["validation"]) != now["validation"]:
         kept["best"] = {}
         notes.append("the validation records have changed: the best evaluation so far does not count")
     if "format" not in kept:
         notes.append("saved by an earlier version, which noted neither records nor base: whether they are the same is unknown")
-    elif kept["code"] != now["code"]:
-        notes.append(f"saved by the code at commit {kept['code']}, continued at commit {now['code']}")
+    elif kept.get("code") != now["code"]:
+        notes.append(f"saved by the code at commit {kept.get('code')}, continued at commit {now['code']}")
     return kept, notes
 
 

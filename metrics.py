@@ -274,7 +274,7 @@ def _is_done(text: str, steps_done: int, redo: Collection[str]) -> bool:
     try:
         line = json.loads(text)
         return line["step"] < steps_done or (line["step"] == steps_done and line.get("split") not in redo)
-    except (ValueError, KeyError, TypeError, AttributeError):  # cut off by a kill, or of another version
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # cut off by a kill, or of another version
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import librosa
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import ConfigError
+from common import ConfigError, reason
 
 JUDGES_RATE_HZ = 16000  # what published speech recognition and speaker verification models take
 
@@ -20,8 +21,9 @@ class SpeakerSimilarity:
     def __init__(self, name: str, device: torch.device):
         from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
-        self.extractor = _load("--sv_model", name, AutoFeatureExtractor.from_pretrained)
-        self.model = _load("--sv_model", name, AutoModelForAudioXVector.from_pretrained).to(device).eval()
+        self.extractor = _load("--sv_model", name, AutoFeatureExtractor.from_pretrained, trust_remote_code=False)
+        self.model = _load("--sv_model", name, AutoModelForAudioXVector.from_pretrained, trust_remote_code=False)
+        self.model = self.model.to(device).eval()
 
     def __call__(self, clip: np.ndarray, reference: np.ndarray, rate_hz: int) -> float:
         embeddings = [self._embed(_resample(samples, rate_hz)) for samples in (clip, reference)]
@@ -39,18 +41,18 @@ class Transcriber:
     def __init__(self, name: str, device: torch.device):
         from transformers import pipeline
 
-        make = lambda model: pipeline("automatic-speech-recognition", model=model, device=device)  # noqa: E731
-        self.pipeline = _load("--asr_model", name, make)
+        make = functools.partial(pipeline, "automatic-speech-recognition", device=device)
+        self.pipeline = _load("--asr_model", name, make, trust_remote_code=False)
 
     def __call__(self, clip: np.ndarray, rate_hz: int) -> str:
         return self.pipeline({"raw": _resample(clip, rate_hz), "sampling_rate": JUDGES_RATE_HZ})["text"]
 
 
-def _load(flag: str, name: str, load: Any) -> Any:
+def _load(flag: str, name: str, load: Any, **settings: Any) -> Any:
     try:
-        return load(name)
+        return load(name, **settings)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or the parser's own
-        raise ConfigError(f"{flag} {name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{flag} {name}: cannot be loaded: {reason(error)}") from None
 
 
 def _resample(clip: np.ndarray, rate_hz: int) -> np.ndarray:

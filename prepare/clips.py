@@ -14,7 +14,16 @@ import soundfile
 from tqdm import tqdm
 
 from common import DataError
-from prepare.audio import FRAME_RATE_HZ, MAX_CUT_OFF, expected_frames, open_audio, read_codes, read_codes_shape, span
+from prepare.audio import (
+    FRAME_RATE_HZ,
+    MAX_CUT_OFF,
+    checked_span,
+    expected_frames,
+    open_audio,
+    read_codes,
+    read_codes_shape,
+    span,
+)
 from prepare.findings import Listener, Sound
 from prepare.manifest import AudioPart, Manifest, Record
 from prepare.report import Report
@@ -100,7 +109,7 @@ def inspect_waveform(part: AudioPart, source: str) -> Clip:
     digest, num_samples = hashlib.sha256(), 0
     try:
         with open_audio(part) as file:
-            rate, (start, stop) = file.samplerate, span(part, file.samplerate, len(file))
+            rate, (start, stop) = file.samplerate, checked_span(part, file)
             past_end = (part.offset_sec or 0) + (part.duration_sec or 0) - len(file) / rate
             listener = Listener(rate, file.channels)
             file.seek(start)

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import DataError, listing
+from common import DataError
 from config import Config
 from distributed import Dist, log, progress_bar, setup_distributed
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Record, check
+from prepare.manifest import AudioPart, Record, check, report_problems
 
 Clip = tuple[AudioPart, str]
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
@@ -41,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     dist = setup_distributed("cpu", timeout_min=60_000)  # gloo: ranks only divide the clips, and wait at the end
     problems = encode(args, dist)
-    if problems:
-        remedy = "repair the files or take out the records; all other clips are in the cache"
-        raise DataError(listing(f"{len(problems)} clips cannot be encoded ({remedy}):", problems))
+    remedy = "repair the files or take out the records; all other clips are in the cache"
+    report_problems(problems, f"clips cannot be encoded ({remedy})")
     return 0
 
 
