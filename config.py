@@ -135,6 +135,9 @@ class Config:
     )
     memory_snapshot: int = _setting(0, "write OUTPUT/memory-rankN.pickle, what the GPU holds, after this step; 0: never")
     dist_timeout: float = _setting(60.0, "minutes that ranks wait for each other before the run fails; downloads count")
+    step_timeout: float = _setting(
+        30.0, "minutes without progress after which a rank notes where it stands, in OUTPUT/stuck, and ends; 0: never"
+    )
     dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
 
     @property

@@ -14,6 +14,7 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
@@ -44,7 +46,7 @@ from config import Config
 from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
 from prepare import forms
-from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_codes_shape, read_waveform, starts
+from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
 from prepare.encode import encode_clips
 from prepare.forms import open_records
 from prepare.manifest import Mixture, Record, read_manifest, report_problems
@@ -460,6 +462,16 @@ class Loader:
         num_batches = (len(self.plan(position)[1]) - 1 for position in positions)
         return sum(math.ceil(count / (self.world_size * self.grad_accum)) for count in num_batches)
 
+    def find_faults(self) -> list[str]:
+        """Its worker processes that neither run nor wait to."""
+        found = []
+        for number, worker in enumerate(getattr(self._loader._iterator, "_workers", [])):
+            with contextlib.suppress(psutil.AccessDenied):
+                status = psutil.Process(worker.pid).status() if psutil.pid_exists(worker.pid) else "gone"
+                if status not in (psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING, psutil.STATUS_IDLE):
+                    found.append(f"its loader worker {number} (process {worker.pid}) is {status}")
+        return found
+
     def epoch(self, position: Position) -> Iterator[tuple[list[Batch], Position]]:
         """The optimizer steps of an epoch from `position` on; raises DataError for samples that make no batch."""
         order, bounds = self.plan(position)
@@ -592,15 +604,6 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
     dataset, lengths, changes = dist.together(lambda: fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
     log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
     return dataset, lengths
-
-
-def read_lengths(path: Path, count: int) -> np.ndarray | None:
-    """Kept lengths [count] int32, or None. raises: DataError for a damaged file"""
-    if not path.is_file():
-        return None
-    if read_codes_shape(path, "lengths") != [count] or (lengths := np.load(path, allow_pickle=False)).dtype != np.int32:
-        raise DataError(f"{path}: damaged, it does not hold the lengths of {count} records; delete it")
-    return lengths
 
 
 def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequence[Mixture]) -> None:

@@ -233,6 +233,15 @@ def read_codes_shape(path: Path, source: str) -> list[int]:
         raise DataError(f"{source}: {path} cannot be read as codes: {reason(error)}") from None
 
 
+def read_lengths(path: Path, count: int) -> np.ndarray | None:
+    """The lengths [count] int32 that a run has kept beside its codes, or None. raises: DataError for a damaged file"""
+    if not path.is_file():
+        return None
+    if read_codes_shape(path, "lengths") != [count] or (lengths := np.load(path, allow_pickle=False)).dtype != np.int32:
+        raise DataError(f"{path}: damaged, it does not hold the lengths of {count} records; delete it")
+    return lengths
+
+
 def _npy_shape(path: Path) -> list[int]:
     """Shape of the array in a file that is as long as its header says. raises: ValueError, OSError"""
     size = path.stat().st_size
