@@ -47,7 +47,7 @@ from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
 from prepare import forms
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
-from prepare.encode import encode_clips
+from prepare.encode import Clips, encode_clips
 from prepare.forms import open_records
 from prepare.manifest import Mixture, Record, read_manifest, report_problems
 
@@ -600,7 +600,10 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
         report_problems([problem for part in dist.gather(problems) for problem in part])
         lengths = sum(dist.gather(lengths))
         if dist.is_main:
-            write_whole(path, lambda file: np.save(file, lengths))
+            try:
+                write_whole(path, lambda file: np.save(file, lengths))
+            except OSError as error:  # a cache that others have filled and that is read-only here
+                log(dist, f"note: the lengths cannot be kept, and are measured anew each time: {error}")
     dataset, lengths, changes = dist.together(lambda: fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
     log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
     return dataset, lengths
@@ -613,14 +616,19 @@ def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequenc
         if len(part) > forms.CHECKED_AT_START:
             remedy = f"bash launch.sh prepare check {part.path} reads them before"
             log(dist, f"{part.path}: {len(part)} records are checked as they are read; {remedy}")
-    small = itertools.chain.from_iterable(part for part in parts if len(part) <= forms.CHECKED_AT_START)
-    clips = dist.main_first(lambda: store.missing(small))
-    clips = dist.from_main(clips)  # one list for all: codes appear while ranks look
-    if not clips:
+    small = Mixture([part for part in parts if len(part) <= forms.CHECKED_AT_START])
+    mine = dist.main_first(lambda: store.missing_places(small))
+    places = dist.from_main(mine)  # one list for all: codes appear while ranks look
+    if not dist.any(bool(mine)):
         return
-    problems = encode_clips(store, clips, dist, dist.device)
-    report_problems(problems, "audio clips cannot be encoded")
+    if places:
+        problems = encode_clips(store, Clips(small, places), dist, dist.device)
+        report_problems(problems, "audio clips cannot be encoded")
     store.refresh()  # with what other ranks have added
+    lacking = dist.gather(dist.local_rank == 0 and len(store.missing_places(small)))
+    if any(lacking):
+        where = f"--codes_dir {store.cache_dir}: rank {lacking.index(max(lacking))} does not see {max(lacking)} clips there"
+        raise DataError(f"{where} that other ranks have encoded; name a folder that all nodes share")
 
 
 def main(argv: Sequence[str]) -> None:

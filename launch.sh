@@ -64,7 +64,7 @@ setup() {
     [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ] && return
     mkdir -p "$(dirname "$VENV")"
     exec 9>"$VENV.lock" # nodes may share this folder
-    ! command -v flock >/dev/null || flock 9
+    ! command -v flock >/dev/null || flock 9 || echo "note: no locks on this file system; set up on one node first" >&2
     [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ] && return
     echo "setting up $VENV" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"

@@ -7,6 +7,7 @@ is compared with all of that (`compare`). Later checkpoints of the branch that i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,6 +15,8 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+import time
 import uuid
 from pathlib import Path
 from typing import IO
@@ -27,6 +30,7 @@ from distributed import Dist, log
 
 # Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
 SAME = ("lora_r", "lora_alpha", "lora_targets", "freeze", "ema")
+LAG_SEC = 120.0  # how long a shared folder may show different files to different nodes
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for a base's fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +49,10 @@ def lock(output_dir: Path) -> IO:
         raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's workers would inherit that
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"note: {output_dir}: two runs in it would not notice each other: {error}", file=sys.stderr, flush=True)
+            return file
         file.seek(0)
         raise CheckpointError(f"--output_dir {output_dir}: in use by another run ({file.read() or 'unknown'})") from None
     file.truncate(0)
@@ -117,11 +124,16 @@ def find_newest(output_dir: Path, dist: Dist) -> Path | None:
 
     raises: CheckpointError, on all ranks, if ranks see different folders
     """
-    candidates = checkpoint.list_states(output_dir / "checkpoints")[::-1]
-    if len(set(map(tuple, dist.gather(candidates)))) > 1:
-        raise CheckpointError(
-            f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
-        )
+    deadline = time.monotonic() + LAG_SEC
+    while True:
+        candidates = checkpoint.list_states(output_dir / "checkpoints")[::-1]
+        if len(set(map(tuple, dist.gather(candidates)))) == 1:
+            break
+        if dist.any(time.monotonic() > deadline):
+            raise CheckpointError(
+                f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
+            )
+        time.sleep(1)
     for folder in candidates:
         damage = _find_damage(folder, dist)
         if not damage:

@@ -493,21 +493,26 @@ class AudioStore:
 
         Files that were copied, moved or touched are among them: `encode` finds them in the cache by their content.
         """
-        missing, seen = [], set()
-        for record in records:
-            for part in record.audio:
-                for clip in filter(None, (part, part.label)):
-                    place = (clip.path or clip.raw_audio, clip.offset_sec, clip.duration_sec)
-                    if clip.holds_codes or place in seen:
-                        continue
-                    seen.add(place)
-                    key = self._key(clip, record.source)
-                    if key is None or key not in self.cache:
-                        missing.append((clip, record.source))
-        return missing
+        return [(clip, source) for _, clip, source in self._missing(records)]
+
+    def missing_places(self, records: Iterable[Record]) -> list[tuple[int, int]]:
+        """Where these are: (index of the record, of the clip among `Record.clips`)."""
+        return [place for place, _, _ in self._missing(records)]
+
+    def _missing(self, records: Iterable[Record]) -> Iterator[tuple[tuple[int, int], AudioPart, str]]:
+        seen = set()
+        for number, record in enumerate(records):
+            for index, clip in enumerate(record.clips()):
+                content = clip.path or hashlib.sha256(clip.raw_audio).digest()
+                if clip.holds_codes or (content, clip.offset_sec, clip.duration_sec) in seen:
+                    continue
+                seen.add((content, clip.offset_sec, clip.duration_sec))
+                key = self._key(clip, record.source)
+                if key is None or key not in self.cache:
+                    yield (number, index), clip, record.source
 
     def encode(
-        self, load: Callable[[], Any], clips: Sequence[tuple[AudioPart, str]], num_threads: int = 4
+        self, load: Callable[[], Any], clips: Iterable[tuple[AudioPart, str]], num_threads: int = 4
     ) -> Iterator[str | None]:
         """Encode clips into the cache; yields None for each clip, or what is wrong with its audio.
 

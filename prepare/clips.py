@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +49,6 @@ def key_of(part: AudioPart) -> Key:
     return source, part.offset_sec, part.duration_sec
 
 
-def clips_of(record: Record) -> Iterator[AudioPart]:
-    """The clips of a record; label audio follows its clip."""
-    return (clip for part in record.audio for clip in (part, part.label) if clip is not None)
-
-
 def inspect_clips(records: Manifest, report: Report, config: Any, num_workers: int) -> dict[Key, Clip]:
     """Open every clip once; clips that cannot be read go to the report.
 
@@ -62,7 +56,7 @@ def inspect_clips(records: Manifest, report: Report, config: Any, num_workers: i
     """
     parts: dict[Key, tuple[AudioPart, str]] = {}
     for record in records:
-        for part in clips_of(record):
+        for part in record.clips():
             parts.setdefault(key_of(part), (part, record.source))
     codebooks = (config.audio_num_codebooks, config.audio_codebook_size) if config else None
     clips = {}

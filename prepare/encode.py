@@ -10,10 +10,10 @@ that is idle then can take several ranks (NPROC=16). Clips that cannot be encode
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,26 @@ from config import Config
 from distributed import Dist, log, progress_bar, setup_distributed
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Record, check, report_problems
+from prepare.manifest import AudioPart, Mixture, Record, check, report_problems
 
 Clip = tuple[AudioPart, str]
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+@dataclass
+class Clips(Sequence[Clip]):
+    """Clips by their places, which ranks tell each other (see `AudioStore.missing_places`): clips may be in the records."""
+
+    records: Sequence[Record]
+    places: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Clip:
+        number, clip = self.places[index]
+        record = self.records[number]
+        return record.clips()[clip], record.source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +68,8 @@ def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
         raise DataError(f"--num_workers {args.num_workers}: must be at least 1")
     info = dist.main_first(lambda: find_codec(args.audio_tokenizer, args.out))
     store = AudioStore(info.num_codebooks, info.codebook_size, info.frame_rate_hz, args.out, args.audio_tokenizer)
-    clips = dist.together(lambda: store.missing(read_records(args.manifest)) if dist.is_main else [])
-    clips = dist.from_main(clips)
+    records = dist.together(lambda: Mixture([check(open_manifest(path)[0])[0] for path in args.manifest]))
+    clips = Clips(records, dist.from_main(dist.together(lambda: store.missing_places(records) if dist.is_main else [])))
     if not clips:
         log(dist, f"nothing to encode: {args.out} holds the codes of all clips")
         return []
@@ -70,7 +86,7 @@ def encode_clips(store: AudioStore, clips: Sequence[Clip], dist: Dist, device: t
     )
     started = time.perf_counter()
     mine = np.flatnonzero(split(seconds, dist.world_size) == dist.rank)
-    outcomes = store.encode(lambda: load_codec(store.codec, device), [clips[i] for i in mine], num_threads)
+    outcomes = store.encode(lambda: load_codec(store.codec, device), (clips[i] for i in mine), num_threads)
     problems = dist.together(lambda: collect(outcomes, seconds[mine], dist))
     problems = [problem for share in dist.gather(problems) for problem in share]
     elapsed = time.perf_counter() - started
@@ -91,15 +107,11 @@ def collect(outcomes: Iterable[str | None], seconds: np.ndarray, dist: Dist) -> 
     return problems
 
 
-def read_records(paths: Sequence[Path]) -> Iterable[Record]:
-    return itertools.chain.from_iterable(check(open_manifest(path)[0])[0] for path in paths)
-
-
 def measure(clips: Sequence[Clip], dist: Dist, num_threads: int) -> np.ndarray:
     """[clips] seconds of each clip, 0 if it cannot be read; each rank opens a part of the files. Collective."""
-    seconds, mine = np.zeros(len(clips)), slice(dist.rank, None, dist.world_size)
+    seconds, mine = np.zeros(len(clips)), range(dist.rank, len(clips), dist.world_size)
     with ThreadPoolExecutor(num_threads) as pool:
-        seconds[mine] = list(pool.map(duration_sec, [part for part, _ in clips[mine]]))
+        seconds[mine] = list(pool.map(lambda index: duration_sec(clips[index][0]), mine))
     return sum(dist.gather(seconds))
 
 

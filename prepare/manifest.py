@@ -76,6 +76,10 @@ class Record:
     audio: list[AudioPart]
     source: str  # "manifest.jsonl record 3 (line 4)"
 
+    def clips(self) -> list[AudioPart]:
+        """Its clips; label audio follows the clip beside it."""
+        return [clip for part in self.audio for clip in (part, part.label) if clip is not None]
+
     def parts(self) -> list[str | TextContent | AudioContent]:
         """The content parts of all turns, in order."""
         contents = (turn.content for turn in self.chatml.messages)
