@@ -17,6 +17,11 @@ BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
 BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
+# Of the codec, and of the HuBERT that it loads: the originals as well.
+REVISIONS = {
+    AUDIO_TOKENIZER: "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
+    "bosonai/hubert_base": "d7a7039bd0d93005f6532853db1934722d9a5e02",
+}
 LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
 

@@ -30,6 +30,7 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
+LOCK=${LOCK:-}                  # a file of versions to install, as requirements.lock
 MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed is continued from its newest checkpoint
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ setup() {
     echo "setting up $VENV" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     local install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/requirements-codec.txt"
+    "${install[@]}" ${LOCK:+-c "$LOCK"} -r "$ROOT/requirements.txt" -r "$ROOT/requirements-codec.txt"
     "${install[@]}" --no-deps boson-multimodal==0.1.1
     echo "$wanted" >"$VENV/.installed"
     exec 9>&-

@@ -35,6 +35,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from common import DataError, read_json, reason, sha256_of, write_whole
+from config import REVISIONS
 from prepare.codes_cache import CacheWriter, CodesCache, digest
 from prepare.manifest import AudioPart, Record
 
@@ -113,7 +114,8 @@ def codec_folder(name_or_path: str) -> Path | None:
     if Path(name_or_path).exists():
         return Path(name_or_path)
     try:
-        found = [try_to_load_from_cache(name_or_path, file) for file in ("config.json", "model.pth")]
+        revision = REVISIONS.get(name_or_path)
+        found = [try_to_load_from_cache(name_or_path, file, revision=revision) for file in ("config.json", "model.pth")]
     except ValueError:  # no name that the Hub could have
         return None
     return Path(found[0]).parent if all(isinstance(path, str) for path in found) else None
@@ -122,7 +124,7 @@ def codec_folder(name_or_path: str) -> Path | None:
 def download_codec(name_or_path: str) -> Path:
     """The codec's folder on this machine, downloaded from the Hub where necessary. raises: DataError"""
     try:
-        return codec_folder(name_or_path) or Path(snapshot_download(name_or_path))
+        return codec_folder(name_or_path) or Path(snapshot_download(name_or_path, revision=REVISIONS.get(name_or_path)))
     except (OSError, ValueError) as error:
         raise DataError(f"--audio_tokenizer {name_or_path}: no such folder, and not on the Hub: {error}") from None
 
@@ -157,7 +159,7 @@ def import_codec():
     class PlainHubert:
         @staticmethod
         def from_pretrained(name: str, trust_remote_code: bool = False, **kwargs):
-            return HubertModel.from_pretrained(name, **kwargs)
+            return HubertModel.from_pretrained(name, revision=REVISIONS.get(name, "main"), **kwargs)
 
     try:
         import torchaudio
