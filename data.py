@@ -466,7 +466,7 @@ class Loader:
         """Its worker processes that neither run nor wait to."""
         found = []
         for number, worker in enumerate(getattr(self._loader._iterator, "_workers", [])):
-            with contextlib.suppress(psutil.AccessDenied):
+            with contextlib.suppress(psutil.Error):
                 status = psutil.Process(worker.pid).status() if psutil.pid_exists(worker.pid) else "gone"
                 if status not in (psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING, psutil.STATUS_IDLE):
                     found.append(f"its loader worker {number} (process {worker.pid}) is {status}")

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import faulthandler
 import functools
+import itertools
 import json
 import os
 import signal
@@ -302,7 +303,7 @@ class Watchdog:
     """Ends a rank that stands still, after it has noted where.
 
     OUTPUT/stuck/rankN.txt gets the stacks of all threads, rankN.json the last collectives, which NCCL's flight recorder has
-    noted. OUTPUT/heartbeat.json says every few seconds what rank 0 does. A thread looks, because a rank usually stands still
+    noted. OUTPUT/heartbeat.json says every ten seconds what rank 0 does. A thread looks, because a rank usually stands still
     inside a call that never returns; should such a call not let other threads run, faulthandler's timer writes the stacks.
     """
 
@@ -324,12 +325,14 @@ class Watchdog:
         ended, first = threading.Event(), self.step
 
         def watch() -> None:
-            while not ended.wait(1):
+            for second in itertools.count():
+                if ended.wait(1):
+                    return
                 quiet_sec = time.monotonic() - self.since
                 limit_sec = 60 * timeout_min * (1 if self.step > first else self.FIRST)
                 if limit_sec:
                     faulthandler.dump_traceback_later(limit_sec + 60, exit=True, file=2)
-                if dist.is_main:
+                if dist.is_main and second % 10 == 0:
                     beat = {"time": time.time(), "step": self.step, "doing": self.doing, "for_sec": round(quiet_sec, 1)}
                     with contextlib.suppress(OSError):
                         write_whole(folder / "heartbeat.json", lambda file: file.write(json.dumps(beat).encode()))

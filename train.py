@@ -495,6 +495,7 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
             return run.task.model
         state = start(run)
         dist.signals.begin(dist)
+        dist.watchdog.at("starting", state.step)
         with dist.watchdog.watching(dist, run.output_dir, cfg.step_timeout, run.find_faults):
             is_done = loop(run, state)
         if is_done:
@@ -593,7 +594,6 @@ def loop(run: Run, state: TrainState) -> bool:
     bar = progress_bar(dist, desc="train", unit="step", total=total_steps, initial=state.step)
     steps = dist.iterate(iter_steps(run.loader, state.position))
     checked, failure, stragglers = False, None, metrics.Stragglers()
-    dist.watchdog.at("starting", state.step)
     while True:
         if state.step <= cfg.warmup_steps:
             state.warm = run.epochs_done(state)

@@ -36,7 +36,7 @@ def test_a_rank_that_stands_still_is_named(fault, what, culprit, toys, tmp_path)
         assert "rank 0 stands still" in done.stderr and "waiting for other ranks" in done.stderr
     assert re.search(what, (stuck / "rank1.txt").read_text())
     assert culprit in (stuck / "rank1.txt").read_text() and "in loop" in (stuck / "rank0.txt").read_text()
-    assert json.loads((tmp_path / "o" / "heartbeat.json").read_text())["for_sec"] > 3
+    assert json.loads((tmp_path / "o" / "heartbeat.json").read_text())["doing"]
     assert leaves_nothing_running(tmp_path / "o")
 
 
@@ -59,5 +59,5 @@ def test_a_straggler_is_named(toys, tmp_path):
     assert all(fast < 0.1 < 0.12 <= slow for fast, slow in waits)
     assert steps[0] == [0.0, 0.0] and all(min(of_rank) > 0 for of_rank in steps[1:])
     beat = json.loads((tmp_path / "o" / "heartbeat.json").read_text())
-    assert beat["step"] > 0 and abs(beat["time"] - time.time()) < 100
+    assert beat["step"] >= 0 and abs(beat["time"] - time.time()) < 100
     assert not (tmp_path / "o" / "stuck").exists()
