@@ -45,9 +45,8 @@ from common import SIGNALS, CollateError, ConfigError, DataError, listing, write
 from config import Config
 from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
-from prepare import forms
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
-from prepare.encode import Clips, encode_clips
+from prepare.encode import encode_missing
 from prepare.forms import open_records
 from prepare.manifest import Mixture, Record, read_manifest, report_problems
 
@@ -557,7 +556,7 @@ def build_loaders(
         dist.together(lambda: check_voices(records))
     if cfg.max_tokens and not collator.has_packing:
         raise ConfigError("--max_tokens: this checkpoint's batches are padded rows; use --batch_size")
-    encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
+    encode_missing(dist, store, [part for part in (records, val_records) if part])
 
     def build(records: Mixture, grad_accum: int, shuffle: bool) -> Loader:
         dataset = ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None)
@@ -607,28 +606,6 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
     dataset, lengths, changes = dist.together(lambda: fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
     log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
     return dataset, lengths
-
-
-def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequence[Mixture]) -> None:
-    """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
-    parts = [part for mixture in mixtures for part in mixture.parts]
-    for part in parts:
-        if len(part) > forms.CHECKED_AT_START:
-            remedy = f"bash launch.sh prepare check {part.path} reads them before"
-            log(dist, f"{part.path}: {len(part)} records are checked as they are read; {remedy}")
-    small = Mixture([part for part in parts if len(part) <= forms.CHECKED_AT_START])
-    mine = dist.main_first(lambda: store.missing_places(small))
-    places = dist.from_main(mine)  # one list for all: codes appear while ranks look
-    if not dist.any(bool(mine)):
-        return
-    if places:
-        problems = encode_clips(store, Clips(small, places), dist, dist.device)
-        report_problems(problems, "audio clips cannot be encoded")
-    store.refresh()  # with what other ranks have added
-    lacking = dist.gather(dist.local_rank == 0 and len(store.missing_places(small)))
-    if any(lacking):
-        where = f"--codes_dir {store.cache_dir}: rank {lacking.index(max(lacking))} does not see {max(lacking)} clips there"
-        raise DataError(f"{where} that other ranks have encoded; name a folder that all nodes share")
 
 
 def main(argv: Sequence[str]) -> None:

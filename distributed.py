@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import faulthandler
 import functools
-import itertools
-import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from common import EARLY_END, PREEMPTED, SIGNALS, ConfigError, Interrupted, UserError, listing, write_whole
+from common import EARLY_END, PREEMPTED, SIGNALS, ConfigError, Interrupted, UserError, listing
 
 T = TypeVar("T")
 
@@ -86,7 +80,7 @@ class Dist:
     device: torch.device
     mesh: DeviceMesh
     signals: Signals = field(default_factory=lambda: Signals(), compare=False)
-    watchdog: Watchdog = field(default_factory=lambda: Watchdog(), compare=False)
+    progress: Progress = field(default_factory=lambda: Progress(), compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -104,7 +98,7 @@ class Dist:
     def pace(self) -> Tensor:
         """[ranks, 2] zeros but for this rank: the seconds that it waited for its last batches, and of its last step."""
         pace = torch.zeros(self.world_size, 2)
-        pace[self.rank] = torch.tensor([self.watchdog.data_wait_sec, self.watchdog.step_sec])
+        pace[self.rank] = torch.tensor([self.progress.data_wait_sec, self.progress.step_sec])
         return pace.to(self.device, non_blocking=True)
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -134,14 +128,14 @@ class Dist:
         iterator = iter(iterable)
 
         def fetch() -> T | None:
-            self.watchdog.at("waiting for data")
+            self.progress.at("waiting for data")
             with self.signals.interrupting():
                 item = next(iterator, None)
-            self.watchdog.at(WAITING)
+            self.progress.at(WAITING)
             return item
 
         while (item := self.together(fetch)) is not None:
-            self.watchdog.at("computing")
+            self.progress.at("computing")
             yield item
 
     def check_signals(self) -> None:
@@ -299,18 +293,15 @@ class Signals:
 WAITING = "waiting for other ranks"
 
 
-class Watchdog:
-    """Ends a rank that stands still, after it has noted where.
+@dataclass
+class Progress:
+    """What this rank does, since when, and how long the last step took: see tools/watchdog.py."""
 
-    OUTPUT/stuck/rankN.txt gets the stacks of all threads, rankN.json the last collectives, which NCCL's flight recorder has
-    noted. OUTPUT/heartbeat.json says every ten seconds what rank 0 does. A thread looks, because a rank usually stands still
-    inside a call that never returns; should such a call not let other threads run, faulthandler's timer writes the stacks.
-    """
-
-    FIRST = 4  # times as long may the first step take, in which kernels are compiled
-
-    def __init__(self):
-        self.doing, self.since, self.step, self.data_wait_sec, self.step_sec = "starting", time.monotonic(), 0, 0.0, 0.0
+    doing: str = "starting"
+    since: float = field(default_factory=time.monotonic)
+    step: int = 0
+    data_wait_sec: float = 0.0
+    step_sec: float = 0.0
 
     def at(self, doing: str, step: int | None = None) -> None:
         """Note what this rank begins to do: it goes on."""
@@ -318,56 +309,6 @@ class Watchdog:
         if self.doing == "waiting for data":
             self.data_wait_sec = now - self.since
         self.doing, self.since, self.step = doing, now, self.step if step is None else step
-
-    @contextlib.contextmanager
-    def watching(self, dist: Dist, folder: Path, timeout_min: float, find_faults: Callable[[], list[str]]) -> Iterator[None]:
-        """find_faults: what is wrong with the processes that this rank waits for"""
-        ended, first = threading.Event(), self.step
-
-        def watch() -> None:
-            for second in itertools.count():
-                if ended.wait(1):
-                    return
-                quiet_sec = time.monotonic() - self.since
-                limit_sec = 60 * timeout_min * (1 if self.step > first else self.FIRST)
-                if limit_sec:
-                    faulthandler.dump_traceback_later(limit_sec + 60, exit=True, file=2)
-                if dist.is_main and second % 10 == 0:
-                    beat = {"time": time.time(), "step": self.step, "doing": self.doing, "for_sec": round(quiet_sec, 1)}
-                    with contextlib.suppress(OSError):
-                        write_whole(folder / "heartbeat.json", lambda file: file.write(json.dumps(beat).encode()))
-                if 0 < limit_sec < quiet_sec:
-                    self._give_up(dist, folder / "stuck", quiet_sec, find_faults())
-
-        threading.Thread(target=watch, daemon=True).start()
-        try:
-            yield
-        finally:
-            ended.set()
-            faulthandler.cancel_dump_traceback_later()
-
-    def _give_up(self, dist: Dist, folder: Path, quiet_sec: float, faults: list[str]) -> None:
-        path, doing = folder / f"rank{dist.rank}.txt", self.doing
-        what = "; ".join([f"rank {dist.rank} stands still after step {self.step}, {doing} for {quiet_sec:.0f} s", *faults])
-        message = f"{what}. The stacks of its threads are in {path}"
-        with contextlib.suppress(OSError):
-            folder.mkdir(exist_ok=True)
-            with open(path, "w") as file:
-                print(message, file=file, flush=True)
-                faulthandler.dump_traceback(file)
-        if dist.device.type == "cuda":
-            with contextlib.suppress(OSError, AttributeError, RuntimeError):
-                path.with_suffix(".json").write_bytes(torch._C._distributed_c10d._dump_nccl_trace_json())
-        time.sleep(3 * (doing == WAITING))  # the rank that the others wait for is to speak first
-        print(message, file=sys.stderr, flush=True)
-        try:
-            raise RuntimeError(message)
-        except RuntimeError as error:
-            get_error_handler().record_exception(error)  # for the launcher, which repeats it last
-        time.sleep(5)  # the other ranks note theirs
-        for process in psutil.Process().children(recursive=True):  # a worker that is stopped would not notice the end
-            process.kill()
-        os._exit(1)
 
 
 def _launch_note() -> Path | None:

@@ -59,6 +59,7 @@ from generate.samples import Sampler, describe
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
+from tools.watchdog import watching
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -495,8 +496,8 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
             return run.task.model
         state = start(run)
         dist.signals.begin(dist)
-        dist.watchdog.at("starting", state.step)
-        with dist.watchdog.watching(dist, run.output_dir, cfg.step_timeout, run.find_faults):
+        dist.progress.at("starting", state.step)
+        with watching(dist, run.output_dir, cfg.step_timeout, run.find_faults):
             is_done = loop(run, state)
         if is_done:
             finish(run)
@@ -627,7 +628,7 @@ def loop(run: Run, state: TrainState) -> bool:
             state.saved = state.step
         elif done:
             run.saver.amend(state.kept())  # by what the last evaluation and samples were
-        dist.watchdog.at("saving")
+        dist.progress.at("saving")
         if stop or failure or done:
             run.saver.commit()
             bar.close()
@@ -659,10 +660,10 @@ def loop(run: Run, state: TrainState) -> bool:
         started = time.perf_counter()
         lr = lr_at(state.step, decayed, cfg)
         result = train_step(task, batches, state.step, lr)
-        seconds = dist.watchdog.step_sec = time.perf_counter() - started
+        seconds = dist.progress.step_sec = time.perf_counter() - started
         values = metrics.step_metrics(result.total, task.objective, seconds, flops, frame_rate_hz, dist)
         state.step += 1
-        dist.watchdog.at("logging", state.step)
+        dist.progress.at("logging", state.step)
 
         # Log it, and keep what went wrong.
         mine = ([problem for batch in batches for problem in getattr(batch, kind)] for kind in ("unreadable", "clamped"))
@@ -728,7 +729,7 @@ def validate(run: Run, state: TrainState) -> None:
 def sample(run: Run, state: TrainState) -> None:
     """Generate the samples, log and keep them. Collective."""
     dist = run.task.dist
-    dist.watchdog.at("generating samples")
+    dist.progress.at("generating samples")
     with averaged(run.task.optimizer), evaluating(run.task.model):
         values = run.sampler.sample(run.task.model, state.step, dist)
     state.sampled = state.step

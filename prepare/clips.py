@@ -24,7 +24,7 @@ from prepare.audio import (
     span,
 )
 from prepare.findings import Listener, Sound
-from prepare.manifest import AudioPart, Manifest, Record
+from prepare.manifest import AudioPart, Manifest
 from prepare.report import Report
 
 Key = tuple[str, float | None, float | None]  # of a clip: its file, offset, duration

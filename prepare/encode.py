@@ -22,6 +22,7 @@ import torch
 from common import DataError
 from config import Config
 from distributed import Dist, log, progress_bar, setup_distributed
+from prepare import forms
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Mixture, Record, check, report_problems
@@ -75,6 +76,28 @@ def encode(args: argparse.Namespace, dist: Dist) -> list[str]:
         return []
     device = choose_device(args.device, dist.local_rank)
     return encode_clips(store, clips, dist, device, args.num_workers)
+
+
+def encode_missing(dist: Dist, store: AudioStore, mixtures: Sequence[Mixture]) -> None:
+    """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
+    parts = [part for mixture in mixtures for part in mixture.parts]
+    for part in parts:
+        if len(part) > forms.CHECKED_AT_START:
+            remedy = f"bash launch.sh prepare check {part.path} reads them before"
+            log(dist, f"{part.path}: {len(part)} records are checked as they are read; {remedy}")
+    small = Mixture([part for part in parts if len(part) <= forms.CHECKED_AT_START])
+    mine = dist.main_first(lambda: store.missing_places(small))
+    places = dist.from_main(mine)  # one list for all: codes appear while ranks look
+    if not dist.any(bool(mine)):
+        return
+    if places:
+        problems = encode_clips(store, Clips(small, places), dist, dist.device)
+        report_problems(problems, "audio clips cannot be encoded")
+    store.refresh()  # with what other ranks have added
+    lacking = dist.gather(dist.local_rank == 0 and len(store.missing_places(small)))
+    if any(lacking):
+        where = f"--codes_dir {store.cache_dir}: rank {lacking.index(max(lacking))} does not see {max(lacking)} clips there"
+        raise DataError(f"{where} that other ranks have encoded; name a folder that all nodes share")
 
 
 def encode_clips(store: AudioStore, clips: Sequence[Clip], dist: Dist, device: torch.device, num_threads: int = 4) -> list[str]:

@@ -23,14 +23,13 @@ from test_codec import write_wav
 from test_resume import run, settings
 
 import checkpoint
-import data
 import lineage
 import prepare.__main__
 import train
 from common import CheckpointError, DataError
-from config import parse_config
 from prepare.audio import AudioStore
 from prepare.codes_cache import CodesCache
+from prepare.encode import encode_missing
 from prepare.manifest import Mixture, read_manifest
 
 # ---- locks and clocks
@@ -119,13 +118,12 @@ def encode_on_two_nodes(dist, manifest: Path, cases: list[list[Path]], codec_dir
     """Each rank is the first of a node, with the caches that it sees; returns what is said in each case."""
     os.chdir(codec_dir)
     dist = dataclasses.replace(dist, local_rank=0)
-    cfg = parse_config(["--train_manifest", str(manifest), "--output_dir", "unused"])
     sizes, said, original = [], [], torch_dist.broadcast_object_list
     torch_dist.broadcast_object_list = lambda values, **how: (sizes.append(len(pickle.dumps(values))), original(values, **how))
     for caches in cases:
         store = AudioStore(8, 64, 25.0, caches[dist.rank], str(codec_dir))
         try:
-            data.encode_missing(cfg, dist, store, [Mixture([read_manifest(manifest)])])
+            encode_missing(dist, store, [Mixture([read_manifest(manifest)])])
             said.append("")
         except DataError as error:
             said.append(str(error))
