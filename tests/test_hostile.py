@@ -638,10 +638,10 @@ STOLEN = ("json", "socket", "struct", "config", "common", "train", "data", "mult
 
 @pytest.mark.parametrize(
     "how",
-    ["python train.py", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torchrun", "launch.sh", "prepare", "tools"))],
+    ["python train.py", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torchrun", "prepare", "tools"))],
 )
 def test_code_in_the_current_folder_is_never_run(how, toys, tmp_path):
-    """Whatever it is called; by the command, by its ranks, and by the server of the loader's workers."""
+    """Without launch.sh (test_readme.py), and whatever it is called: by the command, its ranks, the server of its workers."""
     here = tmp_path / "here"
     here.mkdir()
     for name in STOLEN:
@@ -652,12 +652,10 @@ def test_code_in_the_current_folder_is_never_run(how, toys, tmp_path):
     commands = {
         "python train.py": [sys.executable, ROOT / "train.py", *flags],
         "torchrun": [Path(sys.executable).parent / "torchrun", "--standalone", ROOT / "train.py", *flags],
-        "launch.sh": ["bash", ROOT / "launch.sh", "train", *flags],
         "prepare": [sys.executable, ROOT / "prepare" / "__main__.py", "convert", toys / "train.jsonl", tmp_path / "x.jsonl"],
         "tools": [sys.executable, ROOT / "tools" / "plan.py", "--help"],
     }
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    environment |= {"NPROC": "1", "VENV": str(Path(sys.executable).parent.parent)}
     environment |= {"PYTHONPATH": str(ROOT)} if how in ("prepare", "tools") else {}  # as launch.sh sets it
     done = subprocess.run(commands[how], cwd=here, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
