@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from common import CheckpointError, read_json, sha256_of, write_whole
+from common import CheckpointError, read_json, reason, sha256_of, write_whole
 from config import base_revision
 from distributed import gather, is_quantized, own_rows, says_errors
 from export import layouts
@@ -63,9 +63,8 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the Hub client has many: offline, no access, no such repository or revision
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {name_or_path} (revision {revision}): not a folder here, and the Hub gave no copy: {reason}"
+            f"checkpoint {name_or_path} (revision {revision}): not a folder here, and the Hub gave no copy: {reason(error)}"
         ) from None
 
 
@@ -76,17 +75,18 @@ def read_base_config(folder: Path) -> HiggsAudioConfig:
         values = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {folder}: no config.json, so this is not a checkpoint folder") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: broken JSON: {error}") from None
-    kind = values.get("model_type")
+    kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in layouts.LAYOUTS:
         raise CheckpointError(f"checkpoint {folder}: model_type is {kind!r}, expected {' or '.join(layouts.LAYOUTS)}")
-    if layouts.LAYOUTS[kind] == "boson":
-        return HiggsAudioConfig.from_dict(values)
     try:
-        return layouts.to_boson(values, load_tokenizer(folder))
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {folder}: {error}") from None
+        is_boson = layouts.LAYOUTS[kind] == "boson"
+        config = HiggsAudioConfig.from_dict(values) if is_boson else layouts.to_boson(values, load_tokenizer(folder))
+        config.text_config.num_hidden_layers  # noqa: B018  it may be anything
+        return config
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: config.json describes no such model: {error}") from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         kind = PreTrainedTokenizerFast if newer else AutoTokenizer
         return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or the parser's own
-        raise CheckpointError(f"checkpoint {folder}: no usable tokenizer beside the weights: {error}") from None
+        raise CheckpointError(f"checkpoint {folder}: no usable tokenizer beside the weights: {reason(error)}") from None
 
 
 def base_name(name: str) -> str:
@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
     elif index.is_file():
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index}: cannot be read: {error!r}") from None
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))

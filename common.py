@@ -67,6 +67,11 @@ def listing(title: str, items: Sequence[str]) -> str:
     return "\n  ".join([title, *items[:MAX_SHOWN], *more])
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or repr(error)).split("\n")[0]
+
+
 def split_list(text: str) -> list[str]:
     """The items of a comma-separated list, without blanks."""
     return [item.strip() for item in text.split(",") if item.strip()]

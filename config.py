@@ -17,6 +17,11 @@ BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
 BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
+# Of the codec, and of the HuBERT that it loads: the originals as well.
+REVISIONS = {
+    AUDIO_TOKENIZER: "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
+    "bosonai/hubert_base": "d7a7039bd0d93005f6532853db1934722d9a5e02",
+}
 LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
 # Figures that can choose the best step; 1: more is better, -1: less, 0: best at 1. The second line is measured on samples.
@@ -145,6 +150,9 @@ class Config:
     )
     memory_snapshot: int = _setting(0, "write OUTPUT/memory-rankN.pickle, what the GPU holds, after this step; 0: never")
     dist_timeout: float = _setting(60.0, "minutes that ranks wait for each other before the run fails; downloads count")
+    step_timeout: float = _setting(
+        30.0, "minutes without progress after which a rank notes where it stands, in OUTPUT/stuck, and ends; 0: never"
+    )
     dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
 
     @property

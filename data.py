@@ -14,6 +14,7 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
@@ -43,9 +45,8 @@ from common import SIGNALS, CollateError, ConfigError, DataError, listing, write
 from config import Config
 from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
-from prepare import forms
-from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_waveform, starts
-from prepare.encode import encode_clips
+from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
+from prepare.encode import encode_missing
 from prepare.forms import open_records
 from prepare.manifest import Mixture, Record, read_manifest, report_problems
 
@@ -384,7 +385,10 @@ def _workers(num_workers: int) -> dict:
     # after a process that ended at once without a warning.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    here = os.getcwd()
+    os.chdir(Path(__file__).parent)  # the server and the tracker import modules from the current folder first
     forkserver.ensure_running()
+    os.chdir(here)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _live_with_parent}
@@ -460,6 +464,16 @@ class Loader:
         positions = [first, *(Position(epoch, 0) for epoch in range(first.epoch + 1, epochs))][: max(0, epochs - first.epoch)]
         num_batches = (len(self.plan(position)[1]) - 1 for position in positions)
         return sum(math.ceil(count / (self.world_size * self.grad_accum)) for count in num_batches)
+
+    def find_faults(self) -> list[str]:
+        """Its worker processes that neither run nor wait to."""
+        found = []
+        for number, worker in enumerate(getattr(self._loader._iterator, "_workers", [])):
+            with contextlib.suppress(psutil.Error):
+                status = psutil.Process(worker.pid).status() if psutil.pid_exists(worker.pid) else "gone"
+                if status not in (psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING, psutil.STATUS_IDLE):
+                    found.append(f"its loader worker {number} (process {worker.pid}) is {status}")
+        return found
 
     def epoch(self, position: Position) -> Iterator[tuple[list[Batch], Position]]:
         """The optimizer steps of an epoch from `position` on; raises DataError for samples that make no batch."""
@@ -546,7 +560,7 @@ def build_loaders(
         dist.together(lambda: check_voices(records))
     if cfg.max_tokens and not collator.has_packing:
         raise ConfigError("--max_tokens: this checkpoint's batches are padded rows; use --batch_size")
-    encode_missing(cfg, dist, store, [part for part in (records, val_records) if part])
+    encode_missing(dist, store, [part for part in (records, val_records) if part])
 
     def build(records: Mixture, grad_accum: int, shuffle: bool) -> Loader:
         dataset = ChatMLDataset(records, tokenizer, store, with_waveforms=collator.feature_extractor is not None)
@@ -580,7 +594,7 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
     frames = f"{store.num_codebooks} {store.codebook_size} {store.frame_rate_hz} {store.codec}"
     key = hashlib.sha256(f"{dataset.records.digest} {frames} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
     path = store.cache_dir / f"lengths-{key.hexdigest()[:16]}.npy"
-    lengths = dist.from_main(np.load(path) if dist.is_main and path.is_file() else None)
+    lengths = dist.from_main(dist.together(lambda: read_lengths(path, len(dataset)) if dist.is_main else None))
     if lengths is None:
         log(dist, f"measuring {len(dataset)} records for --max_tokens")
         lengths, problems = dist.together(
@@ -589,28 +603,13 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
         report_problems([problem for part in dist.gather(problems) for problem in part])
         lengths = sum(dist.gather(lengths))
         if dist.is_main:
-            write_whole(path, lambda file: np.save(file, lengths))
+            try:
+                write_whole(path, lambda file: np.save(file, lengths))
+            except OSError as error:  # a cache that others have filled and that is read-only here
+                log(dist, f"note: the lengths cannot be kept, and are measured anew each time: {error}")
     dataset, lengths, changes = dist.together(lambda: fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
     log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
     return dataset, lengths
-
-
-def encode_missing(cfg: Config, dist: Dist, store: AudioStore, mixtures: Sequence[Mixture]) -> None:
-    """Encode the waveforms that have no codes yet, divided among the ranks. Collective."""
-    parts = [part for mixture in mixtures for part in mixture.parts]
-    for part in parts:
-        if len(part) > forms.CHECKED_AT_START:
-            remedy = f"bash launch.sh prepare check {part.path} reads them before"
-            log(dist, f"{part.path}: {len(part)} records are checked as they are read; {remedy}")
-    small = itertools.chain.from_iterable(part for part in parts if len(part) <= forms.CHECKED_AT_START)
-    clips = dist.main_first(lambda: store.missing(small))
-    clips = dist.from_main(clips)  # one list for all: codes appear while ranks look
-    if not clips:
-        return
-    problems = encode_clips(store, clips, dist, dist.device)
-    if problems:
-        raise DataError(listing(f"{len(problems)} audio clips cannot be encoded:", problems))
-    store.refresh()  # with what other ranks have added
 
 
 def main(argv: Sequence[str]) -> None:

@@ -85,6 +85,7 @@ class Dist:
     device: torch.device
     mesh: DeviceMesh
     signals: Signals = field(default_factory=lambda: Signals(), compare=False)
+    progress: Progress = field(default_factory=lambda: Progress(), compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -98,6 +99,12 @@ class Dist:
     def gather(self, value: T) -> list[T]:
         """Every rank's value. Collective."""
         return gather(value)
+
+    def pace(self) -> Tensor:
+        """[ranks, 2] zeros but for this rank: the seconds that it waited for its last batches, and of its last step."""
+        pace = torch.zeros(self.world_size, 2)
+        pace[self.rank] = torch.tensor([self.progress.data_wait_sec, self.progress.step_sec])
+        return pace.to(self.device, non_blocking=True)
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Every rank's rows [n, D], one rank after the other. Collective, unless nobody has any.
@@ -126,10 +133,14 @@ class Dist:
         iterator = iter(iterable)
 
         def fetch() -> T | None:
+            self.progress.at("waiting for data")
             with self.signals.interrupting():
-                return next(iterator, None)
+                item = next(iterator, None)
+            self.progress.at(WAITING)
+            return item
 
         while (item := self.together(fetch)) is not None:
+            self.progress.at("computing")
             yield item
 
     def check_signals(self) -> None:
@@ -282,6 +293,27 @@ class Signals:
         if note := _launch_note():
             note.write_text("preempted")
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
+
+
+WAITING = "waiting for other ranks"
+
+
+@dataclass
+class Progress:
+    """What this rank does, since when, and how long the last step took: see tools/watchdog.py."""
+
+    doing: str = "starting"
+    since: float = field(default_factory=time.monotonic)
+    step: int = 0
+    data_wait_sec: float = 0.0
+    step_sec: float = 0.0
+
+    def at(self, doing: str, step: int | None = None) -> None:
+        """Note what this rank begins to do: it goes on."""
+        now = time.monotonic()
+        if self.doing == "waiting for data":
+            self.data_wait_sec = now - self.since
+        self.doing, self.since, self.step = doing, now, self.step if step is None else step
 
 
 def _launch_note() -> Path | None:

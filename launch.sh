@@ -30,6 +30,7 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
+LOCK=${LOCK:-}                  # a file of versions to install, as requirements.lock
 MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed is continued from its newest checkpoint
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
@@ -65,12 +66,12 @@ setup() { # stamp, requirements...
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     mkdir -p "$(dirname "$VENV")"
     exec 9>"$VENV.lock" # nodes may share this folder
-    ! command -v flock >/dev/null || flock 9
+    ! command -v flock >/dev/null || flock 9 || echo "note: no locks on this file system; set up on one node first" >&2
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     echo "setting up $VENV" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     local install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" "${@/#/--requirement=}"
+    "${install[@]}" ${LOCK:+-c "$LOCK"} "${@/#/--requirement=}"
     [ "$stamp" != "$VENV/.installed" ] || "${install[@]}" --no-deps boson-multimodal==0.1.1
     echo "$wanted" >"$stamp"
     exec 9>&-

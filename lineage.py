@@ -7,6 +7,7 @@ is compared with all of that (`compare`). Later checkpoints of the branch that i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,6 +15,8 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+import time
 import uuid
 from pathlib import Path
 from typing import IO
@@ -27,6 +30,7 @@ from distributed import Dist, log
 
 # Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
 SAME = ("lora_r", "lora_alpha", "lora_targets", "quantize", "freeze", "ema")
+LAG_SEC = 120.0  # how long a shared folder may show different files to different nodes
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for a base's fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +49,10 @@ def lock(output_dir: Path) -> IO:
         raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's workers would inherit that
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"note: {output_dir}: two runs in it would not notice each other: {error}", file=sys.stderr, flush=True)
+            return file
         file.seek(0)
         raise CheckpointError(f"--output_dir {output_dir}: in use by another run ({file.read() or 'unknown'})") from None
     file.truncate(0)
@@ -117,11 +124,16 @@ def find_newest(output_dir: Path, dist: Dist) -> Path | None:
 
     raises: CheckpointError, on all ranks, if ranks see different folders
     """
-    candidates = checkpoint.list_states(output_dir / "checkpoints")[::-1]
-    if len(set(map(tuple, dist.gather(candidates)))) > 1:
-        raise CheckpointError(
-            f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
-        )
+    deadline = time.monotonic() + LAG_SEC
+    while True:
+        candidates = checkpoint.list_states(output_dir / "checkpoints")[::-1]
+        if len(set(map(tuple, dist.gather(candidates)))) == 1:
+            break
+        if dist.any(time.monotonic() > deadline):
+            raise CheckpointError(
+                f"--output_dir {output_dir}: ranks see different checkpoints; all nodes have to share this folder"
+            )
+        time.sleep(1)
     for folder in candidates:
         damage = _find_damage(folder, dist)
         if not damage:
@@ -222,14 +234,18 @@ def compare(folder: Path, now: dict, allow: bool) -> tuple[dict, list[str]]:
     raises:  CheckpointError
     """
     kept = checkpoint.read_state(folder)
-    then = {**kept.get("run", {}), **kept.get("data", {})}  # format 1 has no "data"
+    try:
+        then = {**kept.get("run", {}), **kept.get("data", {})}  # format 1 has no "data"
+        base = {"name": "unknown", **kept.get("base", now["base"])}
+        epoch, _ = map(int, kept["position"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"--resume {folder}: its state.json does not describe a run: {error!r}") from None
     run = [_change(name, then[name], value) for name, value in now["run"].items() if then.get(name, value) != value]
     if run:
         raise CheckpointError(f"--resume {folder}: this is not the same run: {', '.join(run)}")
     data = [_change(name, then[name], value) for name, value in now["data"].items() if then.get(name, value) != value]
-    base = kept.get("base", now["base"])
     changes = data + [f"the base checkpoint {now['base']['name']} is not that of the run, {base['name']}"] * (
-        base["fingerprint"] != now["base"]["fingerprint"]
+        base.get("fingerprint") != now["base"]["fingerprint"]
     )
     if changes and not allow:
         raise CheckpointError(
@@ -238,15 +254,15 @@ def compare(folder: Path, now: dict, allow: bool) -> tuple[dict, list[str]]:
         )
     notes = [f"continued with changes: {', '.join(changes)}"] if changes else []
     if data:
-        kept |= {"position": [kept["position"][0], 0], "best": {}}
-        notes.append(f"epoch {kept['position'][0] + 1} begins again, with the data as it is now")
+        kept |= {"position": [epoch, 0], "best": {}}
+        notes.append(f"epoch {epoch + 1} begins again, with the data as it is now")
     if kept.get("validation", now["validation"]) != now["validation"]:
         kept["best"] = {}
         notes.append("the validation records have changed: the best evaluation so far does not count")
     if "format" not in kept:
         notes.append("saved by an earlier version, which noted neither records nor base: whether they are the same is unknown")
-    elif kept["code"] != now["code"]:
-        notes.append(f"saved by the code at commit {kept['code']}, continued at commit {now['code']}")
+    elif kept.get("code") != now["code"]:
+        notes.append(f"saved by the code at commit {kept.get('code')}, continued at commit {now['code']}")
     return kept, notes
 
 

@@ -53,6 +53,7 @@ class Totals(Summable):
     num_frames: float = 0.0  # of audio, without delay columns
     num_unreadable: float = 0.0  # samples that are left out
     num_clamped: float = 0.0  # samples that do not train
+    pace: Tensor | float = 0.0  # [ranks, 2] seconds that each has waited for this step's data, and that its last step took
 
     def sum_over(self, dist: Dist) -> Totals:
         """The same over all ranks, on the host: one all-reduce, one wait for the device. Collective."""
@@ -115,7 +116,29 @@ def step_metrics(
         "mfu": num_flops / step_time_sec / (gpu.bf16_flops * dist.world_size) if gpu else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(dist.device) if on_gpu else None,
         "step_time_sec": step_time_sec,
+        "data_wait_sec": total.pace[:, 0].tolist(),
+        "rank_step_time_sec": total.pace[:, 1].tolist(),
     }
+
+
+class Stragglers:
+    """Names the rank that the others wait for, by the time it waits for its data."""
+
+    STEPS, SHARE = 20, 0.2  # it is judged by so many steps, and said from this share of their time on
+
+    def __init__(self):
+        self.waits: list[list[float]] = []
+
+    def add(self, waits: list[float], step_sec: float) -> str | None:
+        self.waits.append(waits)
+        if len(self.waits) < self.STEPS or len(waits) == 1:
+            return None
+        means, self.waits = [statistics.mean(of_rank) for of_rank in zip(*self.waits)], []
+        slowest, usual = max(means), statistics.median_low(means)
+        if slowest - usual < self.SHARE * (step_sec + slowest):
+            return None
+        where = f"rank {means.index(slowest)} waits {slowest:.2f} s a step for its data, others {usual:.2f} s"
+        return f"{where}, and all wait for it: look at its disk and its --num_workers"
 
 
 @dataclass(frozen=True)
@@ -274,7 +297,7 @@ def _is_done(text: str, steps_done: int, redo: Collection[str]) -> bool:
     try:
         line = json.loads(text)
         return line["step"] < steps_done or (line["step"] == steps_done and line.get("split") not in redo)
-    except (ValueError, KeyError, TypeError, AttributeError):  # cut off by a kill, or of another version
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # cut off by a kill, or of another version
         return False
 
 

@@ -63,6 +63,7 @@ from layers import nf4
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
+from tools.watchdog import watching
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -208,6 +209,7 @@ def train_step(task: Task, batches: Sequence[Batch], step: int, lr: float) -> St
 
     parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, task.grad_clip or math.inf)
+    total.pace = dist.pace()
     total, grad_norm = total.sum_over(dist), whole(grad_norm).item()
     culprits: list[str] = []
     has_targets = total.losses.text.targets.sum() + total.losses.audio.targets.sum() + num_voices > 0
@@ -424,7 +426,11 @@ class TrainState:
     @classmethod
     def of(cls, kept: dict) -> TrainState:
         """From what `kept` gave; a checkpoint of an earlier version has no `clamped`."""
-        values = {name: kept[name] for name in cls.KEPT if name in kept}
+        values, fresh = {name: kept[name] for name in cls.KEPT if name in kept}, cls()
+        for name, value in values.items():
+            default = getattr(fresh, name)
+            if not isinstance(value, list if isinstance(default, (list, tuple)) else dict if name == "best" else (int, float)):
+                raise CheckpointError(f"{checkpoint.STATE_FILE} of the checkpoint to resume from: {name} is {value!r}")
         done = dict.fromkeys(("evaluated", "sampled", "saved"), kept["step"])
         return cls(**done | values | {"position": data.Position(*kept["position"])})
 
@@ -472,6 +478,10 @@ class Run:
         is_other = state.best.get("step", state.step) != state.step
         return self.output_dir / "checkpoints" / f"step_{state.best['step']}" if is_other else None
 
+    def find_faults(self) -> list[str]:
+        loaders = [loader for loader in (self.loader, self.val_loader) if loader]
+        return [fault for loader in loaders for fault in loader.find_faults()]
+
     def epochs_done(self, state: TrainState) -> float:
         """How much of the data is consumed, on whatever number of ranks."""
         return state.position.epoch + state.position.samples_done / self.loader.num_samples
@@ -494,7 +504,10 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
             return run.task.model
         state = start(run)
         dist.signals.begin(dist)
-        if loop(run, state):
+        dist.progress.at("starting", state.step)
+        with watching(dist, run.output_dir, cfg.step_timeout, run.find_faults):
+            is_done = loop(run, state)
+        if is_done:
             finish(run, state)
         return run.task.model
 
@@ -594,7 +607,7 @@ def loop(run: Run, state: TrainState) -> bool:
     total_steps = cfg.max_steps or state.step + run.loader.num_steps(state.position, cfg.epochs)
     bar = progress_bar(dist, desc="train", unit="step", total=total_steps, initial=state.step)
     steps = dist.iterate(iter_steps(run.loader, state.position))
-    checked, failure = False, None
+    checked, failure, stragglers = False, None, metrics.Stragglers()
     while True:
         if state.step <= cfg.warmup_steps:
             state.warm = run.epochs_done(state)
@@ -628,6 +641,7 @@ def loop(run: Run, state: TrainState) -> bool:
             state.saved = state.step
         elif done:
             run.saver.amend(state.kept())  # by what the last evaluation and samples were
+        dist.progress.at("saving")
         if stop or failure or done:
             run.saver.commit()
             bar.close()
@@ -659,9 +673,10 @@ def loop(run: Run, state: TrainState) -> bool:
         started = time.perf_counter()
         lr = lr_at(state.step, decayed, cfg)
         result = train_step(task, batches, state.step, lr)
-        seconds = time.perf_counter() - started
+        seconds = dist.progress.step_sec = time.perf_counter() - started
         values = metrics.step_metrics(result.total, task.objective, seconds, flops, frame_rate_hz, dist)
         state.step += 1
+        dist.progress.at("logging", state.step)
 
         # Log it, and keep what went wrong.
         mine = ([problem for batch in batches for problem in getattr(batch, kind)] for kind in ("unreadable", "clamped"))
@@ -670,6 +685,8 @@ def loop(run: Run, state: TrainState) -> bool:
         counts = {name: getattr(state, name) for name in ("bad_steps", "bad_samples", "clamped", "spikes")}
         about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.grad_norm}
         run.monitor.write(**about, **counts, **values)
+        if straggler := stragglers.add(values["data_wait_sec"], seconds):
+            log(dist, f"step {state.step}: {straggler}")
         if result.culprits or is_spike:
             keep_batches(run, state, result, values["loss"], batches)
         if state.step == cfg.memory_snapshot:
@@ -736,6 +753,7 @@ def note_best(run: Run, state: TrainState, values: dict) -> str:
 def sample(run: Run, state: TrainState) -> None:
     """Generate the samples, log and keep them. Collective."""
     dist = run.task.dist
+    dist.progress.at("generating samples")
     with averaged(run.task.optimizer), evaluating(run.task.model):
         values = run.sampler.sample(run.task.model, state.step, dist)
     state.sampled = state.step

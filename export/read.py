@@ -125,7 +125,9 @@ def open_model(folder: Path) -> Full | Adapter:
     try:
         kind = read_json(folder / "adapter_config.json")["peft_type"]
         lora = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except (ValueError, TypeError, KeyError) as error:
+        if lora and not (isinstance(lora.r, int) and lora.r > 0 and isinstance(lora.lora_alpha, (int, float))):
+            raise ValueError(f"r {lora.r!r}, lora_alpha {lora.lora_alpha!r}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder}: adapter_config.json is not a LoRA adapter's: {error!r}") from None
     if lora is None:
         raise CheckpointError(f"{folder}: a {kind} adapter, expected LORA")

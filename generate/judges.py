@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import ConfigError
+from common import ConfigError, reason
 from generate.ecapa import load_ecapa
 
 JUDGES_RATE_HZ = 16000  # what published speech recognition and speaker verification models take
@@ -30,8 +31,9 @@ class SpeakerSimilarity:
             return
         from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
-        extractor = _load("--sv_model", name, AutoFeatureExtractor.from_pretrained)
-        model = _load("--sv_model", name, AutoModelForAudioXVector.from_pretrained).to(device).eval()
+        extractor = _load("--sv_model", name, AutoFeatureExtractor.from_pretrained, trust_remote_code=False)
+        model = _load("--sv_model", name, AutoModelForAudioXVector.from_pretrained, trust_remote_code=False)
+        model = model.to(device).eval()
         prepare = lambda clip: extractor(clip, sampling_rate=JUDGES_RATE_HZ, return_tensors="pt").to(device)  # noqa: E731
         self.model = lambda clip: model(**prepare(clip[0].cpu().numpy())).embeddings
 
@@ -58,8 +60,8 @@ class Transcriber:
     def __init__(self, name: str, device: torch.device, language: str = ""):
         from transformers import pipeline
 
-        make = lambda model: pipeline("automatic-speech-recognition", model=model, device=device)  # noqa: E731
-        self.pipeline = _load("--asr_model", name, make)
+        make = functools.partial(pipeline, "automatic-speech-recognition", device=device)
+        self.pipeline = _load("--asr_model", name, make, trust_remote_code=False)
         self.options: dict[str, Any] = {}
         if self.pipeline.type == "seq2seq_whisper":
             asked = {"language": language, "task": "transcribe"} if language else {}
@@ -70,11 +72,11 @@ class Transcriber:
         return self.pipeline(clip, **self.options)["text"]
 
 
-def _load(flag: str, name: str, load: Any) -> Any:
+def _load(flag: str, name: str, load: Any, **settings: Any) -> Any:
     try:
-        return load(name)
+        return load(name, **settings)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or the parser's own
-        raise ConfigError(f"{flag} {name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{flag} {name}: cannot be loaded: {reason(error)}") from None
 
 
 def _resample(clip: np.ndarray, rate_hz: int) -> np.ndarray:

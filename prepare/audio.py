@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import struct
 import subprocess
@@ -36,7 +37,8 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 
-from common import DataError, read_json, sha256_of, write_whole
+from common import DataError, read_json, reason, sha256_of, write_whole
+from config import REVISIONS
 from prepare.codes_cache import CacheWriter, CodesCache, digest
 from prepare.manifest import AudioPart, Record
 
@@ -49,6 +51,11 @@ CODEC_NOTE = "codec.json"  # in a cache's folder
 FFMPEG_SUFFIXES = (".m4a", ".aac", ".webm", ".mp4", ".wma", ".amr")  # libsndfile does not read these
 STREAMED_BYTES = 0.9 * (2**31 - 2**16)  # programs that write a WAV file to a pipe put about 2 or 4 GB in its header
 MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some headers only estimate the length
+# What a file may claim: checked before anything is decoded or read as a whole.
+RATES_HZ, MAX_CHANNELS = (4_000, 384_000), 32
+MAX_CLIP_SEC, MAX_CLIP_SAMPLES = 900, 45_000_000  # of one channel: 15 minutes at 48 kHz
+MAX_FILE_BYTES, MAX_CODES_BYTES = 2**34, 2**27  # a day of 16-bit stereo at 48 kHz, and of codes in 64 bits
+BLOCK_SAMPLES = 2**20  # of all channels, decoded at once
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Codec
@@ -73,15 +80,16 @@ class CodecInfo:
             if not 0 < bins <= 2**15:
                 raise ValueError(f"{bins} codes per codebook do not fit 16 bits")
             return cls(identity, config["sample_rate"], _frame_rate_hz(config), config["n_q"], bins)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise DataError(f"--audio_tokenizer {folder}: not the files of a codec: {error!r}") from None
 
 
 def _read_config(folder: Path) -> dict:
     try:
         config = read_json(folder / "config.json")
-        _frame_rate_hz(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not 0 < _frame_rate_hz(config) <= min(RATES_HZ):
+            raise ValueError("no possible frame rate")
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"--audio_tokenizer {folder}: config.json is not the codec's: {error!r}") from None
     return config
 
@@ -110,7 +118,8 @@ def codec_folder(name_or_path: str) -> Path | None:
     if Path(name_or_path).exists():
         return Path(name_or_path)
     try:
-        found = [try_to_load_from_cache(name_or_path, file) for file in ("config.json", "model.pth")]
+        revision = REVISIONS.get(name_or_path)
+        found = [try_to_load_from_cache(name_or_path, file, revision=revision) for file in ("config.json", "model.pth")]
     except ValueError:  # no name that the Hub could have
         return None
     return Path(found[0]).parent if all(isinstance(path, str) for path in found) else None
@@ -119,7 +128,7 @@ def codec_folder(name_or_path: str) -> Path | None:
 def download_codec(name_or_path: str) -> Path:
     """The codec's folder on this machine, downloaded from the Hub where necessary. raises: DataError"""
     try:
-        return codec_folder(name_or_path) or Path(snapshot_download(name_or_path))
+        return codec_folder(name_or_path) or Path(snapshot_download(name_or_path, revision=REVISIONS.get(name_or_path)))
     except (OSError, ValueError) as error:
         raise DataError(f"--audio_tokenizer {name_or_path}: no such folder, and not on the Hub: {error}") from None
 
@@ -139,8 +148,8 @@ def load_codec(name_or_path: str, device: str | torch.device):
     folder = download_codec(str(name_or_path))
     try:
         return module.load_higgs_audio_tokenizer(str(folder), device=str(device))
-    except (OSError, json.JSONDecodeError, TypeError, ValueError) as error:
-        raise DataError(f"--audio_tokenizer {name_or_path}: cannot load the codec: {error}") from None
+    except (OSError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"--audio_tokenizer {name_or_path}: cannot load the codec: {reason(error)}") from None
 
 
 def import_codec():
@@ -154,7 +163,7 @@ def import_codec():
     class PlainHubert:
         @staticmethod
         def from_pretrained(name: str, trust_remote_code: bool = False, **kwargs):
-            return HubertModel.from_pretrained(name, **kwargs)
+            return HubertModel.from_pretrained(name, revision=REVISIONS.get(name, "main"), **kwargs)
 
     try:
         import torchaudio
@@ -203,12 +212,13 @@ def read_codes(path: Path, num_codebooks: int, codebook_size: int, source: str) 
     """Codes [K, T] int64 from `.npy` or `.safetensors` (one tensor); DataError for anything else."""
     try:
         if path.suffix == ".npy":
+            _npy_shape(path)
             codes = np.load(path, allow_pickle=False)
         else:
             with safe_open(path, framework="np") as file:
                 codes = file.get_tensor(_only_tensor(file))
     except Exception as error:  # each reader has its own exceptions for a damaged file
-        raise DataError(f"{source}: {path} cannot be read as codes: {error}") from None
+        raise DataError(f"{source}: {path} cannot be read as codes: {reason(error)}") from None
     expected = f"expected an integer array [{num_codebooks} codebooks, frames] of codes 0 to {codebook_size - 1}"
     if codes.dtype.kind not in "iu" or codes.ndim != 2 or codes.shape[0] != num_codebooks or codes.shape[1] == 0:
         raise DataError(f"{source}: {path} holds {codes.dtype} {list(codes.shape)}; {expected}")
@@ -222,11 +232,34 @@ def read_codes_shape(path: Path, source: str) -> list[int]:
     """Shape of the array in `.npy` or `.safetensors`, from the file's header alone."""
     try:
         if path.suffix == ".npy":
-            return list(np.load(path, mmap_mode="r", allow_pickle=False).shape)
+            return _npy_shape(path)
         with safe_open(path, framework="np") as file:
             return file.get_slice(_only_tensor(file)).get_shape()
     except Exception as error:
-        raise DataError(f"{source}: {path} cannot be read as codes: {error}") from None
+        raise DataError(f"{source}: {path} cannot be read as codes: {reason(error)}") from None
+
+
+def read_lengths(path: Path, count: int) -> np.ndarray | None:
+    """The lengths [count] int32 that a run has kept beside its codes, or None. raises: DataError for a damaged file"""
+    if not path.is_file():
+        return None
+    if read_codes_shape(path, "lengths") != [count] or (lengths := np.load(path, allow_pickle=False)).dtype != np.int32:
+        raise DataError(f"{path}: damaged, it does not hold the lengths of {count} records; delete it")
+    return lengths
+
+
+def _npy_shape(path: Path) -> list[int]:
+    """Shape of the array in a file that is as long as its header says. raises: ValueError, OSError"""
+    size = path.stat().st_size
+    if size > MAX_CODES_BYTES:
+        raise ValueError(f"{size} bytes, more than the codes of a day")
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size - file.tell():
+            raise ValueError(f"its header promises {dtype} {list(shape)}, which does not fit its {size} bytes")
+    return list(shape)
 
 
 def _only_tensor(file) -> str:
@@ -239,14 +272,18 @@ def _only_tensor(file) -> str:
 def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
     """Mono float32 samples and their rate in Hz; `offset` and `duration` are applied while reading.
 
-    raises: DataError for a file that is not audio, is cut off, or holds NaN or infinity
+    raises: DataError for a file that is not audio, is too long, is cut off, or holds NaN or infinity
     """
     name = f"{source}: {part.field}: {part.path or 'raw_audio'}"
     try:
         with open_audio(part) as file:
-            rate, start, stop = file.samplerate, *span(part, file.samplerate, len(file))
+            rate, start, stop = file.samplerate, *checked_span(part, file)
             file.seek(start)
-            samples = file.read(stop - start, dtype="float32", always_2d=True).mean(axis=1)
+            samples, done = np.empty(max(0, stop - start), np.float32), 0
+            while len(block := file.read(min(len(samples) - done, BLOCK_SAMPLES // file.channels), "float32", True)):
+                samples[done : done + len(block)] = block.mean(axis=1)
+                done += len(block)
+            samples = samples[:done]
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
         raise DataError(f"{name} is not readable audio: {error}") from None
     if stop <= start:
@@ -292,13 +329,42 @@ def expected_frames(sec: float, ratios: Sequence[int] = RATIOS) -> int:
 def open_audio(part: AudioPart) -> soundfile.SoundFile:
     """raises: LibsndfileError, OSError; RuntimeError for a WAV file that is cut off, which libsndfile does not report"""
     if part.path is not None and part.path.suffix.lower() in FFMPEG_SUFFIXES:
-        return _open_by_ffmpeg(part.path)
-    with io.BytesIO(part.raw_audio) if part.path is None else open(part.path, "rb") as file:
+        _open_regular(part.path).close()
+        return _checked(_open_by_ffmpeg(part.path))
+    with io.BytesIO(part.raw_audio) if part.path is None else _open_regular(part.path) as file:
         form, size = struct.unpack("<4sI", file.read(8).ljust(8))
         there, promised = file.seek(0, os.SEEK_END), size + 8
     if form == b"RIFF" and there < (1 - MAX_CUT_OFF) * promised < STREAMED_BYTES:
         raise RuntimeError(f"it is cut off: {there} of {promised} bytes are there")
-    return soundfile.SoundFile(io.BytesIO(part.raw_audio) if part.path is None else part.path)
+    return _checked(soundfile.SoundFile(io.BytesIO(part.raw_audio) if part.path is None else part.path))
+
+
+def _checked(opened: soundfile.SoundFile) -> soundfile.SoundFile:
+    """raises: RuntimeError for a file whose header claims what no recording has"""
+    if not RATES_HZ[0] <= opened.samplerate <= RATES_HZ[1] or opened.channels > MAX_CHANNELS:
+        raise RuntimeError(
+            f"{opened.samplerate} samples per second, {opened.channels} channels; expected {RATES_HZ[0]} to {RATES_HZ[1]}, "
+            f"and at most {MAX_CHANNELS}"
+        )
+    return opened
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """A file that has an end. raises: OSError for others: devices, those of /proc, and those that claim terabytes"""
+    stat = os.stat(path)
+    if not path.is_file() or not 0 < stat.st_size <= MAX_FILE_BYTES:
+        raise OSError(f"a regular file of 1 to {MAX_FILE_BYTES} bytes is expected, found one of {stat.st_size}")
+    return open(path, "rb")
+
+
+def checked_span(part: AudioPart, file: soundfile.SoundFile) -> tuple[int, int]:
+    """`span` of a waveform. raises: RuntimeError for a clip that is too long to train on, or to decode"""
+    start, stop = span(part, file.samplerate, len(file))
+    if stop - start > min(MAX_CLIP_SEC * file.samplerate, MAX_CLIP_SAMPLES):
+        sec = min(MAX_CLIP_SEC, MAX_CLIP_SAMPLES / file.samplerate)
+        found = f"{(stop - start) / file.samplerate:.0f} s at {file.samplerate} Hz"
+        raise RuntimeError(f"it has {found}, and a clip at most {sec:.0f} s; cut it with offset and duration")
+    return start, stop
 
 
 def _open_by_ffmpeg(path: Path) -> soundfile.SoundFile:
@@ -306,7 +372,8 @@ def _open_by_ffmpeg(path: Path) -> soundfile.SoundFile:
     if not (ffmpeg := shutil.which("ffmpeg")):
         raise RuntimeError(f"{path.suffix} needs ffmpeg, which is not installed; or: ffmpeg -i {path.name} {path.stem}.wav")
     with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
-        command = [ffmpeg, "-nostdin", "-v", "error", "-y", "-i", f"file:{path.absolute()}", "-vn", f"file:{wav.name}"]
+        command = [ffmpeg, "-nostdin", "-v", "error", "-y", "-i", f"file:{path.absolute()}", "-vn", "-fs", str(MAX_FILE_BYTES)]
+        command.append(f"file:{wav.name}")
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise RuntimeError(f"ffmpeg: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
@@ -354,16 +421,29 @@ def find_codec(name_or_path: str, cache_dir: Path) -> CodecInfo:
     folder = codec_folder(name_or_path)
     if folder is None:
         notes = sorted(cache_dir.glob(f"*/{CODEC_NOTE}"), key=lambda path: path.stat().st_mtime)
-        for note in map(read_json, reversed(notes)):
-            if name_or_path in note["names"]:
-                return CodecInfo(**note["codec"])
+        for path in reversed(notes):
+            names, info = _read_note(path)
+            if name_or_path in names:
+                return info
     return CodecInfo.of_folder(folder or download_codec(name_or_path))
+
+
+def _read_note(path: Path) -> tuple[list[str], CodecInfo]:
+    """(names, figures) of the codec of a cache. raises: DataError"""
+    try:
+        note = read_json(path)
+        info = CodecInfo(**note["codec"])
+        if Path(info.identity).name != info.identity or min(info.num_codebooks, info.codebook_size, info.sample_rate_hz) < 1:
+            raise ValueError("impossible figures")
+        return [str(name) for name in note["names"]], info
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); delete it") from None
 
 
 def _note_codec(folder: Path, name: str, info: CodecInfo) -> None:
     """Write the codec's figures beside the cache, so that reading the cache does not need the codec."""
     path = folder / CODEC_NOTE
-    names = {name, *(read_json(path)["names"] if path.exists() else ())}
+    names = {name, *(_read_note(path)[0] if path.exists() else ())}
     content = json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n"
     write_whole(path, lambda file: file.write(content.encode()))
 
@@ -439,21 +519,26 @@ class AudioStore:
 
         Files that were copied, moved or touched are among them: `encode` finds them in the cache by their content.
         """
-        missing, seen = [], set()
-        for record in records:
-            for part in record.audio:
-                for clip in filter(None, (part, part.label)):
-                    place = (clip.path or clip.raw_audio, clip.offset_sec, clip.duration_sec)
-                    if clip.holds_codes or place in seen:
-                        continue
-                    seen.add(place)
-                    key = self._key(clip, record.source)
-                    if key is None or key not in self.cache:
-                        missing.append((clip, record.source))
-        return missing
+        return [(clip, source) for _, clip, source in self._missing(records)]
+
+    def missing_places(self, records: Iterable[Record]) -> list[tuple[int, int]]:
+        """Where these are: (index of the record, of the clip among `Record.clips`)."""
+        return [place for place, _, _ in self._missing(records)]
+
+    def _missing(self, records: Iterable[Record]) -> Iterator[tuple[tuple[int, int], AudioPart, str]]:
+        seen = set()
+        for number, record in enumerate(records):
+            for index, clip in enumerate(record.clips()):
+                content = clip.path or hashlib.sha256(clip.raw_audio).digest()
+                if clip.holds_codes or (content, clip.offset_sec, clip.duration_sec) in seen:
+                    continue
+                seen.add((content, clip.offset_sec, clip.duration_sec))
+                key = self._key(clip, record.source)
+                if key is None or key not in self.cache:
+                    yield (number, index), clip, record.source
 
     def encode(
-        self, load: Callable[[], Any], clips: Sequence[tuple[AudioPart, str]], num_threads: int = 4
+        self, load: Callable[[], Any], clips: Iterable[tuple[AudioPart, str]], num_threads: int = 4
     ) -> Iterator[str | None]:
         """Encode clips into the cache; yields None for each clip, or what is wrong with its audio.
 
@@ -570,10 +655,10 @@ class AudioStore:
 def _read_content(path: Path, name: str) -> bytes:
     """Digest of a file. raises: DataError"""
     try:
-        with open(path, "rb") as file:
+        with _open_regular(path) as file:
             return _content_of(file)
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error}") from None
+        raise DataError(f"{name} is not readable audio: {error}") from None
 
 
 def _content_of(file: BinaryIO) -> bytes:

@@ -28,7 +28,7 @@ from common import DataError, MissingAudioError, write_whole
 from config import Config
 from prepare import prompts
 from prepare.audio import AudioStore
-from prepare.clips import Clip, Key, clips_of, inspect_clips, key_of
+from prepare.clips import Clip, Key, inspect_clips, key_of
 from prepare.findings import odd_scripts, place, script_of, sound_faults, text_faults
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Manifest, Record, scan, shown
@@ -157,7 +157,7 @@ def records_with(records: Manifest, clips: dict[Key, Clip], report: Report) -> M
     """The records whose clips can all be read, with label audio as long as the clip beside it."""
     kept = np.ones(len(records), bool)
     for index, record in enumerate(records):
-        kept[index] = all(key_of(part) in clips for part in clips_of(record))
+        kept[index] = all(key_of(part) in clips for part in record.clips())
         for part in record.audio if kept[index] else ():
             frames, label_frames = (clips[key_of(clip)].num_frames for clip in (part, part.label or part))
             if label_frames != frames:

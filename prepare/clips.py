@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,18 @@ import soundfile
 from tqdm import tqdm
 
 from common import DataError
-from prepare.audio import FRAME_RATE_HZ, MAX_CUT_OFF, expected_frames, open_audio, read_codes, read_codes_shape, span
+from prepare.audio import (
+    FRAME_RATE_HZ,
+    MAX_CUT_OFF,
+    checked_span,
+    expected_frames,
+    open_audio,
+    read_codes,
+    read_codes_shape,
+    span,
+)
 from prepare.findings import Listener, Sound
-from prepare.manifest import AudioPart, Manifest, Record
+from prepare.manifest import AudioPart, Manifest
 from prepare.report import Report
 
 Key = tuple[str, float | None, float | None]  # of a clip: its file, offset, duration
@@ -41,11 +49,6 @@ def key_of(part: AudioPart) -> Key:
     return source, part.offset_sec, part.duration_sec
 
 
-def clips_of(record: Record) -> Iterator[AudioPart]:
-    """The clips of a record; label audio follows its clip."""
-    return (clip for part in record.audio for clip in (part, part.label) if clip is not None)
-
-
 def inspect_clips(records: Manifest, report: Report, config: Any, num_workers: int) -> dict[Key, Clip]:
     """Open every clip once; clips that cannot be read go to the report.
 
@@ -53,7 +56,7 @@ def inspect_clips(records: Manifest, report: Report, config: Any, num_workers: i
     """
     parts: dict[Key, tuple[AudioPart, str]] = {}
     for record in records:
-        for part in clips_of(record):
+        for part in record.clips():
             parts.setdefault(key_of(part), (part, record.source))
     codebooks = (config.audio_num_codebooks, config.audio_codebook_size) if config else None
     clips = {}
@@ -100,7 +103,7 @@ def inspect_waveform(part: AudioPart, source: str) -> Clip:
     digest, num_samples = hashlib.sha256(), 0
     try:
         with open_audio(part) as file:
-            rate, (start, stop) = file.samplerate, span(part, file.samplerate, len(file))
+            rate, (start, stop) = file.samplerate, checked_span(part, file)
             past_end = (part.offset_sec or 0) + (part.duration_sec or 0) - len(file) / rate
             listener = Listener(rate, file.channels)
             file.seek(start)

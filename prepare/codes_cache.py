@@ -30,6 +30,7 @@ CLIP = np.dtype([("key", "S16"), ("offset", "<u8"), ("num_frames", "<u4"), ("crc
 FILE = np.dtype([("key", "S16"), ("content", "V16")])
 COMMIT_SEC = 1.0  # seconds of work that a kill can lose
 MAX_OPEN_SHARDS = 256  # each holds a file descriptor
+MAX_TABLE_BYTES = 2**31  # of .clips and .files, which are read as a whole
 
 
 def digest(*values: object) -> bytes:
@@ -41,6 +42,9 @@ class _Table:
     """The rows of several files, sorted by `key`. A kill can leave an incomplete last row in a file: it is ignored."""
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype):
+        for path in paths:
+            if not path.is_file() or path.stat().st_size > MAX_TABLE_BYTES:
+                raise DataError(f"{path} is damaged; delete it")
         contents = [path.read_bytes() for path in paths]
         rows = [np.frombuffer(content, dtype, count=len(content) // dtype.itemsize) for content in contents]
         merged = np.concatenate([*rows, np.zeros(0, dtype)])
@@ -65,7 +69,10 @@ class CodesCache:
         self._shards = [path.with_suffix(".codes") for path in paths]
         self._clips = _Table(paths, CLIP)
         self._files = _Table(sorted(folder.glob("*.files")), FILE)
-        self._open: dict[int, np.ndarray] = {}
+        self._open: dict[int, io.FileIO] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}  # the loader's workers open files of their own
 
     def __len__(self) -> int:
         return len(self._clips.rows)
@@ -94,21 +101,24 @@ class CodesCache:
     def _read(self, index: int) -> np.ndarray:
         _, offset, num_frames, crc32 = self._clips.rows[index].item()
         shard, size = int(self._clips.origins[index]), 2 * self.num_codebooks * num_frames
-        block = self._shard(shard)[offset : offset + size]
-        if len(block) < size or zlib.crc32(block) != crc32:
+        block = self._block(shard, offset, size)
+        if block is None or zlib.crc32(block) != crc32:
             path = self._shards[shard]
             raise DataError(f"{path} is damaged; delete it and {path.with_suffix('.clips').name}, and encode again")
-        return block.view("<i2").reshape(self.num_codebooks, num_frames)
+        return np.frombuffer(block, "<i2").reshape(self.num_codebooks, num_frames)
 
-    def _shard(self, number: int) -> np.ndarray:
-        """The bytes of a file of codes, memory-mapped at the first use; empty if the file is gone."""
-        if number not in self._open:
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                self._open.clear()
-            path = self._shards[number]
-            there = path.is_file() and path.stat().st_size
-            self._open[number] = np.asarray(np.memmap(path, np.uint8, mode="r")) if there else np.zeros(0, np.uint8)
-        return self._open[number]
+    def _block(self, shard: int, offset: int, size: int) -> bytes | None:
+        """Bytes of a file of codes, None if it is gone or too short. Not memory-mapped: whoever reads a mapped file that is
+        being cut off gets SIGBUS."""
+        try:
+            if shard not in self._open:
+                if len(self._open) >= MAX_OPEN_SHARDS:
+                    self._open.clear()
+                self._open[shard] = open(self._shards[shard], "rb", buffering=0)
+            number = self._open[shard].fileno()
+            return os.pread(number, size, offset) if offset + size <= os.fstat(number).st_size else None
+        except OSError:
+            return None
 
 
 class CacheWriter:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from common import DataError
-from prepare.rows import AUDIO_FOLDERS, AUDIO_SUFFIXES, SPLIT, STORAGE, Reading, columns_of
+from prepare.rows import AUDIO_FOLDERS, AUDIO_SUFFIXES, DEFAULT_READING, SPLIT, STORAGE, Reading, check_inside, columns_of
 from prepare.tables import LABELS, Found, Rows, UnclearError, numbered_lines, read_table, read_text
 from prepare.timed import Segment, read_timed, timed_rows
 
@@ -37,18 +37,38 @@ PEEKED = 20  # files of a kind that are opened to see whether they have times
 class Listing:
     """The files below a folder, as relative paths with /. Hidden files, and those that macOS adds to archives, are left out."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, reading: Reading = DEFAULT_READING):
         self.root = root
         self.files: list[str] = []
-        for folder, folders, names in os.walk(root, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-            place = os.path.relpath(folder, root).replace(os.sep, "/")
-            prefix = "" if place == "." else f"{place}/"
-            self.files += [prefix + name for name in sorted(names) if not name.startswith(".")]
+        waiting = [("", False)]  # folders, each with whether a link leads there
+        while waiting:
+            place, is_linked = waiting.pop()
+            try:
+                with os.scandir(root / place) as found:
+                    entries = sorted(found, key=lambda entry: entry.name)
+                folders = [self._add(entry, place, is_linked, reading) for entry in entries if not entry.name.startswith(".")]
+            except OSError as error:
+                raise DataError(f"{root / place}: cannot be read: {error}") from None
+            waiting += filter(None, reversed(folders))
             if len(self.files) > MAX_FILES or place.count("/") > 30:
                 raise DataError(
                     f"{root}: more than {MAX_FILES} files, or folders that contain themselves; name a smaller folder"
                 )
+
+    def _add(self, entry: os.DirEntry, place: str, is_linked: bool, reading: Reading) -> tuple[str, bool] | None:
+        """Note a file, or return a folder to look into. raises: DataError for a text that is not the dataset's own"""
+        path, is_linked = Path(entry.path), is_linked or entry.is_symlink()
+        if entry.is_dir():
+            if entry.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+                raise DataError(f"{path}: a link to a folder that contains it; take it out")
+            return None if entry.name.startswith("__MACOSX") else (f"{place}{entry.name}/", is_linked)
+        self.files.append(place + entry.name)
+        if not entry.name.lower().endswith(AUDIO_SUFFIXES) and path.exists() and (is_linked or not entry.is_file()):
+            try:
+                check_inside(path, self.root, reading)
+            except OSError as error:
+                raise DataError(f"{path}: {error}") from None
+        return None
 
     @functools.cached_property
     def clips(self) -> list[str]:
@@ -264,7 +284,7 @@ def _rows_beside(listing: Listing, texts: dict[tuple, str], speaker: Callable[[s
         if text and text.endswith(".json"):
             try:
                 value = json.loads(read_text(listing.root / text))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield source, DataError(f"{text}: broken JSON: {error}")
                 continue
             value = value if isinstance(value, dict) else {}
@@ -308,8 +328,8 @@ KALDI_PIPE = re.compile(
 KaldiTable = dict[str, tuple[int, str]]  # key -> (line number, rest of the line)
 
 
-def read_kaldi(folder: Path) -> Rows:
-    tables = {name: _kaldi_table(folder / name) for name in ("wav.scp", "text", "utt2spk", "segments")}
+def read_kaldi(folder: Path, reading: Reading) -> Rows:
+    tables = {name: _kaldi_table(folder / name, folder, reading) for name in ("wav.scp", "text", "utt2spk", "segments")}
     for name in ("wav.scp", "text"):
         if not tables[name]:
             raise DataError(f"{folder / name}: missing or empty; a Kaldi folder has wav.scp and text")
@@ -346,9 +366,14 @@ def _kaldi_row(utterance: str, text: str, tables: dict[str, KaldiTable]) -> dict
     return {"audio": audio, "text": text, "speaker": tables["utt2spk"].get(utterance, (0, None))[1], **span}
 
 
-def _kaldi_table(path: Path) -> KaldiTable:
+def _kaldi_table(path: Path, folder: Path, reading: Reading) -> KaldiTable:
     """raises: DataError for a key that occurs twice"""
     table: KaldiTable = {}
+    try:
+        if path.exists():
+            check_inside(path, folder, reading)
+    except OSError as error:
+        raise DataError(f"{path}: {error}") from None
     for number, line in numbered_lines(path) if path.is_file() else ():
         key, rest = (line.split(maxsplit=1) + [""])[:2]
         if key in table:

@@ -26,6 +26,7 @@ from prepare.channels import one_channel_each
 from prepare.chats import chat_key, from_chat, is_chatml
 from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists, read_timed_beside
 from prepare.manifest import (
+    MAX_RECORD_BYTES,
     AudioPart,
     Manifest,
     Mixture,
@@ -316,7 +317,7 @@ def _recognise(path: Path, reading: Reading) -> Found:
     if not path.is_file():
         raise DataError(f"{path}: no such manifest file or folder")
     if path.name == "wav.scp":
-        return Found("Kaldi", lambda: read_kaldi(path.parent))
+        return Found("Kaldi", lambda: read_kaldi(path.parent, reading))
     if path.suffix.lower() in PACKED:
         return read_packed([path], reading)
     if path.name.endswith((".jsonl.gz",)):
@@ -324,7 +325,10 @@ def _recognise(path: Path, reading: Reading) -> Found:
     if path.suffix.lower() in OTHERS:
         raise _unknown(path, OTHERS[path.suffix.lower()])
     if path.suffix.lower() in (*SUBTITLES, ".textgrid"):
-        return _recognise_timed(path, reading)
+        found = _recognise_timed(path, reading)
+        if found is None:
+            raise DataError(f"{path}: no text with times in it")
+        return found
     if path.suffix.lower() in TABLES and not _begins_as_json(path):
         return _recognise_timed(path, reading) or _recognise_table(path, reading)
     first = _peek_json(path)
@@ -345,7 +349,7 @@ def _recognise(path: Path, reading: Reading) -> Found:
 
 
 def _recognise_folder(folder: Path, reading: Reading) -> Found:
-    listing = Listing(folder)
+    listing = Listing(folder, reading)
     packed = next((found for suffix in PACKED if (found := listing.with_suffix(suffix))), None)
     if packed:
         return read_packed([folder / path for path in packed], reading)
@@ -354,7 +358,7 @@ def _recognise_folder(folder: Path, reading: Reading) -> Found:
     if "metadata.json" in listing:
         return Found("samples", lambda: _read_samples(folder / "metadata.json"))
     if "wav.scp" in listing:
-        return Found("Kaldi", lambda: read_kaldi(folder))
+        return Found("Kaldi", lambda: read_kaldi(folder, reading))
     if "metadata.jsonl" in listing:
         return Found("audio folder", lambda: _read_values(folder / "metadata.jsonl"))
     if "metadata.csv" in listing:
@@ -446,7 +450,7 @@ def _peek_json(path: Path) -> Any:
     """The value of a JSON file, or those of a JSONL file's first lines, up to PEEKED_BYTES; broken lines are left out."""
     try:
         with open(path, "rb") as file:
-            head = file.read(PEEKED_BYTES) + file.readline()
+            head = file.read(PEEKED_BYTES) + file.readline(MAX_RECORD_BYTES)
             is_whole = not file.read(1)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None

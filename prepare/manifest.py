@@ -39,6 +39,8 @@ SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SP
 CONTROL = re.compile(r"<\|(audio_(out_)?bos|audio_eos|begin_of_text|end_of_text|(start|end)_header_id|eo[mt]_id|recipient)\|>")
 
 MAX_SEC = 1e7  # about four months
+MAX_RECORD_BYTES = 2**26  # of a record's JSON, with the clips that are in it
+MAX_TEXT_BYTES = 2**30  # of a file that is read as a whole: tables, JSON lists
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records and their clips
@@ -75,6 +77,10 @@ class Record:
     chatml: ChatMLSample
     audio: list[AudioPart]
     source: str  # "manifest.jsonl record 3 (line 4)"
+
+    def clips(self) -> list[AudioPart]:
+        """Its clips; label audio follows the clip beside it."""
+        return [clip for part in self.audio for clip in (part, part.label) if clip is not None]
 
     def parts(self) -> list[str | TextContent | AudioContent]:
         """The content parts of all turns, in order."""
@@ -145,6 +151,10 @@ class Manifest(Sequence[Record]):
                 digest.update(block)
                 ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size)
                 size += len(block)
+                begun = next((int(found[-1]) for found in reversed(ends) if len(found)), 0)
+                if size - begun > MAX_RECORD_BYTES:
+                    problem = f"a record of more than {MAX_RECORD_BYTES} bytes; name files of audio instead of raw_audio"
+                    raise DataError(f"{path} line {sum(map(len, ends)) + 1}: {problem}")
             stops = np.append(np.concatenate([*ends, np.zeros(0, np.int64)]), size)
             starts = np.append(0, stops[:-1] + 1)
             kept = np.ones(len(starts), bool)
@@ -160,8 +170,11 @@ class Manifest(Sequence[Record]):
         """values: (source, decoded JSON) of each record; source names it in messages"""
         lines, digest = [], hashlib.sha256()  # of the values alone: a dataset that is moved stays the same
         for source, value in values:
-            lines.append(json.dumps((source, value), ensure_ascii=False).encode("utf-8", "surrogatepass"))
-            digest.update(json.dumps(value).encode())
+            try:
+                lines.append(json.dumps((source, value), ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                digest.update(json.dumps(value).encode())
+            except RecursionError:
+                raise DataError(f"{source}: JSON nested too deeply to be a record") from None
         stops = np.cumsum([0, *map(len, lines)], dtype=np.int64)
         blob = b"".join(lines)
         return cls(path, folder, np.stack([stops[:-1], stops[1:]], axis=1), None, digest.hexdigest(), blob)
@@ -212,15 +225,17 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     path = Path(path)
     try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such manifest file")
         with open(path, "rb") as file:
             is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
         if is_list:
+            if path.stat().st_size > MAX_TEXT_BYTES:
+                raise DataError(f"{path}: a JSON list of more than {MAX_TEXT_BYTES} bytes; write one record per line (JSONL)")
             values = parse_json(_decode(path.read_bytes(), path), path, line=1)
             manifest = Manifest.of_values(path, path.parent, ((f"{path} record {i}", v) for i, v in enumerate(values)))
         else:
             manifest = Manifest.of_lines(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{path}: no such manifest file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     if not manifest:
@@ -255,12 +270,12 @@ def scan(manifest: Manifest) -> tuple[Manifest, list[DataError]]:
     return manifest.subset(kept) if errors else manifest, errors
 
 
-def report_problems(problems: Sequence[str]) -> None:
-    """Raise one DataError with all problems of records, if there are any."""
+def report_problems(problems: Sequence[str], what: str = "records cannot be used") -> None:
+    """Raise one DataError with all problems, if there are any."""
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
-        raise DataError(listing(f"{len(problems)} records cannot be used:", problems))
+        raise DataError(listing(f"{len(problems)} {what}:", problems))
 
 
 def _decode(content: bytes, source: Path | str) -> str:
@@ -488,7 +503,7 @@ class _Parser:
         except (OSError, ValueError):  # a name the file system cannot hold
             exists = False
         if not exists:
-            problem = f"audio file {path} does not exist; paths are relative to the manifest's folder, or absolute"
+            problem = f"audio file {str(path)[:1000]} does not exist; paths are relative to the manifest's folder, or absolute"
             self.fail(where, problem, MissingAudioError)
         return path
 
@@ -529,5 +544,8 @@ def _absent_if_nan(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value as JSON, at most 80 characters, for messages."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "deeply nested JSON"
     return text if len(text) <= 80 else text[:77] + "..."

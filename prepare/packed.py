@@ -11,18 +11,20 @@ import json
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from common import DataError, write_whole
+from common import DataError, reason, write_whole
 from prepare.rows import AUDIO_SUFFIXES, SPLIT, Reading, columns_of
 from prepare.tables import Found, Rows
 
 PACKED = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "a tar shard"}
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements-datasets.txt"
+MAX_MEMBER_BYTES = 2**27  # of a file in a shard, which is read as a whole
 SUFFIX_OF = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3", b"\xff\xf3": ".mp3"}
 
 
@@ -131,11 +133,13 @@ def _of_tars(paths: Sequence[Path], reading: Reading) -> Rows:
                         yield f"{path}: {key[1]}", _sample(parts, f"{path.stem}-{key[1]}", path, reading)
                         parts = {}
                     key = folder, stem
+                    if member.size > MAX_MEMBER_BYTES:
+                        raise OSError(f"{member.name} claims {member.size} bytes, more than {MAX_MEMBER_BYTES}")
                     parts[f".{kind.lower()}"] = shard.extractfile(member).read()
                 if parts:
                     yield f"{path}: {key[1]}", _sample(parts, f"{path.stem}-{key[1]}", path, reading)
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from None
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def _sample(parts: dict[str, bytes], name: str, path: Path, reading: Reading) -> dict | DataError:
@@ -143,7 +147,7 @@ def _sample(parts: dict[str, bytes], name: str, path: Path, reading: Reading) ->
     try:
         row = json.loads(parts[".json"]) if ".json" in parts else {}
         text = next((parts[suffix].decode() for suffix in (".txt", ".lab") if suffix in parts), None)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return DataError(f"broken JSON or text: {error}")
     clips = [suffix for suffix in parts if suffix in AUDIO_SUFFIXES]
     if not isinstance(row, dict) or len(clips) != 1:

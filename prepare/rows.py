@@ -62,6 +62,8 @@ COLUMNS = {
 
 
 DEFAULT_PHRASING = Phrasing()
+MAX_TRANSCRIPT_BYTES = 2**20  # of a file that holds one text
+MAX_SEC_PARTS = 3  # hours, minutes, seconds
 
 
 class MissingTextError(DataError):
@@ -81,6 +83,7 @@ class Reading:
     normalize: bool = True
     phrasing: Phrasing | None = DEFAULT_PHRASING  # None: a row without scene and reference gets no system turn
     unpack_to: Path | None = None  # a folder for audio that is inside other files
+    allow_outside: tuple[Path, ...] = ()  # folders that texts may come from, beside the dataset's own
 
 
 DEFAULT_READING = Reading()
@@ -105,6 +108,14 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="audio paths start here, and absolute ones that are gone are looked for here",
+    )
+    add(
+        "--allow_outside",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="texts may come from here too; links out of the dataset's folder are refused otherwise",
     )
     add("--missing_text", choices=("error", "skip"), default="error", help="for rows without a text")
     add("--split", default="", help="read only this split")
@@ -132,6 +143,7 @@ def reading_of(args: argparse.Namespace, unpack_to: Path | None = None) -> Readi
         args.normalize == "yes",
         Phrasing(args.scene_share, args.system_share, getattr(args, "seed", 0)),
         unpack_to,
+        tuple(args.allow_outside),
     )
 
 
@@ -209,7 +221,7 @@ class Row:
         """The text in a column, or in the file that its companion column names."""
         value = self.get(name)
         if value is None and f"{name}_file" in self.columns:
-            value = _text_file(self.get(f"{name}_file"), self.where(f"{name}_file"), self.origin.folder)
+            value = _text_file(self.get(f"{name}_file"), self.where(f"{name}_file"), self.origin)
         if not isinstance(value, (str, int, float, type(None))):
             raise DataError(f"{self.where(name)}: expected text, found {shown(value)}")
         text = "" if value is None else str(value).strip()
@@ -311,8 +323,11 @@ def is_absent(value: Any) -> bool:
 def _seconds(value: Any, where: str) -> float:
     """Seconds, or hours, minutes and seconds as 1:02:03.5 (SRT: 01:02:03,5)."""
     try:
-        *larger, sec = str(value).replace(",", ".").split(":")
-        return sum(60**power * int(part) for power, part in enumerate(reversed(larger), 1)) + float(sec)
+        *larger, sec = str(value).replace(",", ".").split(":", MAX_SEC_PARTS - 1)
+        total = sum(60**power * int(part) for power, part in enumerate(reversed(larger), 1)) + float(sec)
+        if not math.isfinite(total):
+            raise ValueError(value)
+        return total
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{where}: expected seconds, found {shown(value)}") from None
 
@@ -331,16 +346,33 @@ def _speaker_in_path(audio: Any, how: int | re.Pattern, source: str) -> str:
         raise DataError(f"{source}: --speaker_from folder:{how}, but {path} has {len(folders)} folders") from None
 
 
-def _text_file(name: Any, where: str, folder: Path) -> str:
-    path = folder / str(name)
+def _text_file(name: Any, where: str, origin: Origin) -> str:
+    path = origin.folder / str(name)
     try:
-        if leaves_folder(str(name)):
-            raise OSError("it leaves the dataset's folder; move the file there, or give its absolute path")
-        if not path.is_file():  # a device could be read for ever
-            raise OSError("there is no such file")
+        check_inside(path, origin.folder, origin.reading)
+        if path.stat().st_size > MAX_TRANSCRIPT_BYTES:
+            raise OSError(f"{path.stat().st_size} bytes are too many for one text")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: {path} cannot be read as UTF-8 text: {error}") from None
+
+
+def check_inside(path: Path, folder: Path, reading: Reading = DEFAULT_READING) -> None:
+    """OSError unless this is a regular file that a dataset in `folder` may take texts from, after links were followed.
+
+    Otherwise a stranger's dataset could make a transcript of any file of this machine. A Hub cache keeps the files of one
+    repository in its folders snapshots/ and blobs/.
+    """
+    if path.exists() and not path.is_file():  # a device or a pipe could be read for ever
+        raise OSError("it is no regular file")
+    real, root = path.resolve(), folder.resolve()
+    cached = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
+    repository = [parent for parent in cached if parent.name.startswith(("datasets--", "models--", "spaces--"))]
+    roots = [root, *repository, *(path.resolve() for path in (reading.audio_root, *reading.allow_outside) if path)]
+    if not any(real.is_relative_to(root) for root in roots):
+        raise OSError("it leaves the dataset's folder; move it there, or name its folder with --allow_outside DIR")
+    if not path.exists():
+        raise OSError("there is no such file")
 
 
 def audio_part(value: Any, where: str, origin: Origin) -> dict:

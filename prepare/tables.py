@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import DataError
-from prepare.manifest import shown
+from prepare.manifest import MAX_TEXT_BYTES, shown
 from prepare.rows import AUDIO_SUFFIXES, Reading, columns_of
 
 Rows = Iterator[tuple[str, Any]]  # (source, a row or chat, or the DataError there is instead)
@@ -64,6 +64,8 @@ class Fields:
 def read_text(path: Path) -> str:
     """raises: DataError"""
     try:
+        if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:
+            raise OSError(f"it is no regular file of at most {MAX_TEXT_BYTES} bytes")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
@@ -293,7 +295,8 @@ def _text_fields(columns: list[tuple], kinds: dict[int, str], left: list[int]) -
         words = [i for i in words if not is_repeated(columns[i])]
     if len(words) > 1:
         pairs = zip(columns[words[0]], columns[words[-1]])
-        ratios = [SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in list(pairs)[:20] if a.strip() and b.strip()]
+        pairs = [(a[:1000].lower(), b[:1000].lower()) for a, b in list(pairs)[:20] if a.strip() and b.strip()]
+        ratios = [SequenceMatcher(None, a, b).ratio() for a, b in pairs]
         is_same = len(words) == 2 and (not ratios or sum(ratios) / len(ratios) > SIMILAR)
         is_bare = not any(re.search(r"[A-Z.,;:!?。，、！？]", value) for value in columns[words[-1]])
         return (words if is_bare else words[::-1]) if is_same else []  # the second is normalised; without capitals, for ASR

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from prepare.manifest import shown
 from prepare.tables import Rows, numbered_lines, read_text
 
 SUBTITLES = (".srt", ".vtt")
-STAMP = r"((?:\d+:)?\d+:\d+[.,]\d+)"
+STAMP = r"((?:\d{1,4}:)?\d{1,4}:\d{1,4}[.,]\d{1,9})"
 CUE = re.compile(rf"{STAMP}\s*-->\s*{STAMP}[^\n]*\n(.*?)(?=\n\s*\n|\Z)", re.DOTALL)
 SPOKEN_BY = re.compile(r"(?:<v(?:\.[^ >]*)? ([^>]+)>|\[(SPEAKER_\d+)\]:?)\s*")
+MAX_CUT = 2**24  # characters of a cut of Lhotse
 MARKUP = re.compile(r"</?[^>]+>|\{\\[^}]*\}")
 WORDS_PER_INTERVAL = 1.5  # TextGrid tiers with fewer are words or phones, not utterances
 
@@ -102,7 +104,7 @@ def _textgrid(path: Path) -> list[Segment]:
     try:
         at = tokens.index("IntervalTier")
         while at < len(tokens) and tokens[at] == "IntervalTier":
-            name, count = tokens[at + 1], int(tokens[at + 4])
+            name, count = tokens[at + 1], min(int(tokens[at + 4]), len(tokens))
             rows = [tokens[at + 5 + 3 * i : at + 8 + 3 * i] for i in range(count)]
             tiers[name] = [Segment(float(start), float(end), words.replace('""', '"')) for start, end, words in rows]
             at += 5 + 3 * count
@@ -135,10 +137,15 @@ def is_cut(value: Any) -> bool:
 def read_cuts(path: Path) -> Rows:
     """The supervisions of each cut, whose times are relative to it."""
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    with opened as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield from _rows_of_cut(line, f"{path} line {number}")
+    try:
+        with opened as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_CUT), ""), start=1):
+                if len(line) == MAX_CUT:
+                    raise DataError(f"{path} line {number}: more than {MAX_CUT} characters are no cut of Lhotse")
+                if line.strip():
+                    yield from _rows_of_cut(line, f"{path} line {number}")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise error if isinstance(error, DataError) else DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _rows_of_cut(line: str, source: str) -> Iterator[tuple[str, Any]]:
@@ -156,5 +163,5 @@ def _rows_of_cut(line: str, source: str) -> Iterator[tuple[str, Any]]:
             yield source, row | ({} if whole else times)
     except DataError as error:
         yield source, error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         yield source, DataError(f"not a cut of Lhotse that names one recording: {error!r}")

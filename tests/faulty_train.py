@@ -42,6 +42,7 @@ FAULTS = {
     "worker": lambda: later(data._MicroBatches, "__getitem__", 3, lambda: fail("a worker")),
     "worker killed": lambda: later(data._MicroBatches, "__getitem__", 3, kill),
     "worker hangs": lambda: later(data._MicroBatches, "__getitem__", 7, lambda: time.sleep(1000)),
+    "worker stopped": lambda: later(data._MicroBatches, "__getitem__", 7, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "saving": lambda: later(checkpoint, "_write_rows", 2, lambda: fail("saving")),
     "rank killed": lambda: later(train, "train_step", 4, kill),
     "hang": lambda: later(train, "train_step", 4, lambda: time.sleep(1000)),

@@ -16,6 +16,7 @@ import train
 from collate import create_collator
 from common import DataError
 from data import Batching, Position, epoch_order
+from prepare import forms
 from prepare.manifest import check, read_manifest, split_weights
 
 
@@ -231,7 +232,7 @@ def test_a_large_manifest_is_checked_as_it_is_read(tmp_path, monkeypatch):
     path = write_manifest(tmp_path / "m.jsonl", [dialogue(1), {"messages": []}])
     with pytest.raises(DataError, match="record 1"):
         data.open_records(str(path))
-    monkeypatch.setattr(data.forms, "CHECKED_AT_START", 1)
+    monkeypatch.setattr(forms, "CHECKED_AT_START", 1)
     records, *_ = data.open_records(str(path))
     assert len(records[0].audio) == 1
     with pytest.raises(DataError, match="record 1"):

@@ -433,7 +433,7 @@ def test_plain_chatml_is_left_alone(folder):
         ),
         ("metadata.csv", "a|one\na|two\n", r"line 2: id 'a' was used before, at .*line 1; give each sample its own"),
         ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "../x/a.txt"}', "transcript_file: .*leaves the dataset's folder"),
-        ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "/dev/zero"}', "there is no such file"),
+        ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "/dev/zero"}', "it is no regular file"),
         ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "a.wav"}', "a.wav cannot be read as UTF-8 text"),
         ("rows.jsonl", '{"audio": "a.wav", "text": "x", "ref_speakers": [{}]}', r"ref_speakers\[0\]: no ref_audio"),
         ("rows.jsonl", '{"audio": "../a.wav", "text": "x"}', "leaves the manifest's folder; move the file there"),

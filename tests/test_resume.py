@@ -56,6 +56,7 @@ def run(dist, argv: list[str]) -> dict[str, torch.Tensor]:
 def logged(output_dir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     timing = ("tokens_per_sec", "audio_sec_per_sec", "step_time_sec", "peak_memory_bytes", "mfu")
+    timing += ("data_wait_sec", "rank_step_time_sec")
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 

@@ -1,7 +1,7 @@
 """torchrun as `bash launch.sh` uses it: plain exit statuses, the first cause last, and signals that let a run save.
 
-    python -m tools.launch --nproc_per_node=2 train.py ...                      # arguments as for torchrun
-    python -m tools.launch --nproc_per_node=8 --max_restarts=3 train.py ...     # a failed run is restarted and resumes
+    python tools/launch.py --nproc_per_node=2 train.py ...                      # arguments as for torchrun
+    python tools/launch.py --nproc_per_node=8 --max_restarts=3 train.py ...     # a failed run is restarted and resumes
 
 After a clear message about the user's input train.py exits with 2; so does this, where torchrun prints a traceback and exits
 with 1. When a rank fails, the others are ended within 30 seconds, and the traceback of the first is printed last.
