@@ -32,9 +32,11 @@ from pathlib import Path
 import soundfile
 import torch
 
+from checkpoint import find_base
 from common import ConfigError
 from config import Config
 from distributed import Dist, says_errors, setup_distributed
+from export.read import Full, open_model
 from generate.engine import Engine, Job
 from generate.files import SOUND_SUFFIXES, add_result, read_results, write_both, write_only, write_results
 from generate.lines import Chunking, Line, line_of_request, read_lines, takes_of
@@ -196,6 +198,13 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
     return takes_of(lines, args.takes, args.seed)
 
 
+def _check_adapter(args: argparse.Namespace) -> None:
+    """raises: UserError for arguments about an adapter's base where there is no adapter"""
+    given = [name for name in ("base_ckpt", "merge_lora") if getattr(args, name)]
+    if given and isinstance(open_model(find_base(args.ckpt, args.base_revision or None)), Full):
+        raise ConfigError(f"--{given[0]}: {args.ckpt} is a full model, not an adapter; leave it out")
+
+
 def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record], scratch: Path) -> Engine:
     """The model, and the codec where waveforms are written or, in `records`, read. Collective."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -229,6 +238,7 @@ def run(argv: Sequence[str]) -> tuple[list[dict], dict[str, Score]]:
     dist = setup_distributed(args.device)
     lines = dist.together(lambda: lines_of(args))
     prompts = dist.together(lambda: [line.record([], line.chunks[0]) for line in lines])
+    dist.main_first(lambda: _check_adapter(args))
     results: list[dict] = []
     scores: dict[str, Score] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -28,6 +28,7 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from torch import Tensor, nn
+from torch.backends import mkldnn
 from torch.nn import functional
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
@@ -451,6 +452,8 @@ class Decoder:
 
     def __init__(self, model: HiggsAudioModel):
         self.model, self.device = model, next(model.parameters()).device
+        on_cpu = self.device.type == "cpu" and mkldnn.is_available()
+        self.linears = [module for module in model.layers.modules() if type(module) is nn.Linear and on_cpu]
 
     def run(
         self, inputs: Inputs, attention: Prompts | NewPositions, text_rows: Sequence[int], audio_rows: Sequence[int]
@@ -459,7 +462,9 @@ class Decoder:
         now = Pass(inputs, attention, text_rows, audio_rows, self.device)
         layers = {layer: functools.partial(_forward_layer, i, layer) for i, layer in enumerate(self.model.layers)}
         heads = self.model.audio_decoder_proj
-        replaced = {self.model: functools.partial(_forward, self.model), heads: functools.partial(_forward_heads, heads)} | layers
+        linears = {linear: functools.partial(_forward_linear, linear) for linear in self.linears}
+        replaced = {self.model: functools.partial(_forward, self.model), heads: functools.partial(_forward_heads, heads)}
+        replaced |= layers | linears
         for module, forward in replaced.items():
             module.forward = functools.partial(forward, now)
         try:
@@ -509,6 +514,13 @@ def _forward_layer(index: int, layer: HiggsAudioDualFFNDecoderLayer, now: Pass, 
         lambda text: layer.mlp(_normed(layer.post_attention_layernorm, text)),
         lambda audio: layer.audio_mlp(_normed(layer.audio_post_attention_layernorm, audio)),
     )
+
+
+def _forward_linear(linear: nn.Linear, now: Pass, hidden: Tensor) -> Tensor:
+    """oneDNN's product in place of MKL's, for float32 too: measured for 16 rows on two cores, it takes 0.6 of the time."""
+    if not len(hidden) or linear.weight.dtype != torch.float32:
+        return functional.linear(hidden, linear.weight, linear.bias)
+    return torch.ops.mkldnn._linear_pointwise(hidden, linear.weight, linear.bias, "none", [], "")
 
 
 def _forward_heads(heads: nn.Module, now: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:

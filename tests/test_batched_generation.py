@@ -125,7 +125,10 @@ def parts(answer: Answer) -> tuple:
     return answer.token_ids, answer.stopped, *([clip.tolist() for clip in clips] for clips in (answer.delayed, answer.codes))
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+RARE = {name: [pytest.mark.slow] for name in ("greedy, repetition-aware", "few")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=RARE.get(name, [])) for name in SAMPLINGS])
 def test_equals_the_official_call(name, models, prompts, tokenizer):
     """Any number of rows; and the answers do what answers can do, or this would show little."""
     expected = one_by_one(models["full"], tokenizer, prompts, SAMPLINGS[name])
@@ -137,7 +140,7 @@ def test_equals_the_official_call(name, models, prompts, tokenizer):
         assert any(len(a.codes) > 1 for a in expected), "no answer has a second clip"
 
 
-@pytest.mark.parametrize("name", ["greedy", "official"])
+@pytest.mark.parametrize("name", [pytest.param("greedy", marks=pytest.mark.slow), "official"])
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_adapters(kind, name, models, prompts, tokenizer):
     expected = one_by_one(models[kind], tokenizer, prompts, SAMPLINGS[name])

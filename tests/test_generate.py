@@ -300,6 +300,8 @@ def test_mistakes(toys, tmp_path, capsys):
     assert "--out a.mp4: expected a file that ends with .npy, .wav, .flac, .mp3, .ogg" in error("--text", "x", "--out", "a.mp4")
     assert "--out a.mp3: expected a file that ends with .npy" in error("--text", "x", "--out", "a.mp3", *CODES)
     assert "--lines: references, scene" in error("--lines", "l", "--scene", "s")
+    for flags in (["--merge_lora"], ["--base_ckpt", "b"]):
+        assert f"{flags[0]}: {toys / 'checkpoint'} is a full model, not an adapter" in error("--text", "x", *flags, *CODES)
     assert "2 ref_audio but 1 ref_text" in error("--text", "x", "--ref_audio", "a", "b", "--ref_text", "t", *CODES)
     assert "text: nothing follows [SPEAKER0]" in error("--text", "[SPEAKER0]", *CODES)
     assert "text: nothing follows [SPEAKER1]" in error("--text", "[SPEAKER0] hi\n[SPEAKER1] ", *CODES)
