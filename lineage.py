@@ -254,10 +254,10 @@ def compare(folder: Path, now: dict, allow: bool) -> tuple[dict, list[str]]:
         )
     notes = [f"continued with changes: {', '.join(changes)}"] if changes else []
     if data:
-        kept |= {"position": [epoch, 0], "best": {}}
+        kept |= {"position": [epoch, 0], "best": {}, "samples": {}}
         notes.append(f"epoch {epoch + 1} begins again, with the data as it is now")
     if kept.get("validation", now["validation"]) != now["validation"]:
-        kept["best"] = {}
+        kept |= {"best": {}, "samples": {}}
         notes.append("the validation records have changed: the best evaluation so far does not count")
     if "format" not in kept:
         notes.append("saved by an earlier version, which noted neither records nor base: whether they are the same is unknown")
