@@ -95,9 +95,8 @@ done
 [ "$NPROC" -gt 0 ] || fail "NPROC=$NPROC: expected at least 1"
 
 setup .installed "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt"
-case "$COMMAND" in
-evaluate | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;;
-esac
+case "$COMMAND" in evaluate | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;; esac
+case "$COMMAND" in test) setup .installed-datasets "$ROOT/requirements-datasets.txt" ;; esac # else prepare convert installs it
 PY="$VENV/bin/python"
 # Files are started by path, and Python is kept from looking for modules in the current folder: code there is the user's data.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1

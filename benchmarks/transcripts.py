@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.toys import Toybox
+from tools.toys import Toybox  # noqa: E402
 
 
 def write_swapped(folder: Path, num_records: int, share: float, seed: int = 77) -> tuple[Path, set[str]]:

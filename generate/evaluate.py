@@ -243,7 +243,7 @@ def speak(options: argparse.Namespace, dist: Dist) -> tuple[Path, list[dict], fl
     lines = dist.together(lambda: generate.lines_of(options))
     records = dist.together(lambda: [line.record([], line.chunks[0]) for line in lines])
     with tempfile.TemporaryDirectory() as scratch:
-        engine = generate.load_engine(options, dist, [*records, *(Record(None, l.target, l.source) for l in lines)], Path(scratch))
+        engine = generate.load_engine(options, dist, [*records, *(Record(None, line.target, line.source) for line in lines)], Path(scratch))
         started = time.perf_counter()
         results, _ = generate.generate_lines(engine, lines, options.out, dist)
         seconds = time.perf_counter() - started
