@@ -293,14 +293,23 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.N
     args.titles = [args.ckpt, args.against] if args.against else [args.ckpt]
     args.spoken = args.out / "lines.jsonl" if args.lines.suffix == ".lst" else args.lines
     to_generate = [["--ckpt", ckpt, "--lines", str(args.spoken), "--out", str(args.out / key)] for ckpt, key in zip(args.titles, "ab")]
-    return args, [generate.parse_args([*each, *rest]) for each in to_generate]
+    options = [generate.parse_args([*each, *rest]) for each in to_generate]
+    if options[0].takes > 1:
+        raise ConfigError("--takes: one take of each line is judged; give other seeds to several evaluations")
+    args.voices = options[0].voices or generate.VOICES
+    return args, options
+
+
+def lines_of(args: argparse.Namespace) -> list[Line]:
+    """The lines with their texts as they were given; raises DataError."""
+    return read_lines(args.spoken, Chunking(normalize=False), args.voices)
 
 
 def evaluate(args: argparse.Namespace, options: Sequence[argparse.Namespace], dist: Dist) -> tuple[dict, list[list[dict]]]:
     """(figures, takes of each model); raises UserError. Collective."""
     if args.spoken != args.lines:
         dist.together(lambda: write_lines(args.spoken, read_meta(args.lines)) if dist.is_main else None)
-    lines = dist.together(lambda: read_lines(args.spoken, Chunking(normalize=False)))
+    lines = dist.together(lambda: lines_of(args))
     texts = dist.together(lambda: [text_of(line, args) for line in lines])
     spoken = [speak(each, dist) for each in options]
     judges = dist.main_first(lambda: Judges.load(args, options[0].codec, dist.device))
@@ -350,7 +359,7 @@ def main(argv: Sequence[str]) -> int:
     content = about | {"figures": {name: asdict(figure) for name, figure in figures.items()}, "takes": takes}
     text = json.dumps(json_safe(content), ensure_ascii=False, indent=1) + "\n"
     write_whole(args.out / "evaluation.json", lambda file: file.write(text.encode()))
-    page = render(about, rows, takes, read_lines(args.spoken, Chunking(normalize=False)), args.out)
+    page = render(about, rows, takes, lines_of(args), args.out)
     write_whole(args.out / "evaluation.html", lambda file: file.write(page.encode()))
     print(f"{render_text(rows)}\n{len(takes[0])} lines; both takes of each, worst first: {args.out / 'evaluation.html'}")
     for title, each in zip(args.titles, takes):

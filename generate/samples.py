@@ -33,6 +33,7 @@ from generate.judges import SpeakerSimilarity, Transcriber
 from generate.lines import Chunking, last_text, line_of_request, read_lines, split_answer
 from generate.official import Request, Sampling, as_prompt, join
 from generate.scores import Score, find_runaway, word_errors
+from generate.voices import read_text
 from prepare.audio import load_codec
 
 MAX_RECORDS_TRIED = 1000
@@ -75,10 +76,7 @@ def own_prompts(path: Path, dataset: ChatMLDataset) -> list[Prompt]:
     if path.suffix in (".json", ".jsonl"):
         lines = read_lines(path, Chunking())
     else:
-        try:
-            texts = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--sample_texts {path}: cannot be read: {error}") from None
+        texts = list(filter(None, map(str.strip, read_text(path, "--sample_texts").splitlines())))
         lines = [line_of_request({"text": t}, str(n), path.parent, f"{path} text {n + 1}", Chunking()) for n, t in enumerate(texts)]
     if not lines:
         raise DataError(f"--sample_texts {path}: holds no text")

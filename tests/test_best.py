@@ -74,7 +74,7 @@ def test_impossible_settings_are_refused(toys, tmp_path, capsys):
     assert "waveforms, which need a codec" in error(sample_texts=tmp_path / "voices.jsonl", **own)
     assert "--sample_texts no.txt: cannot be read" in error(sample_texts="no.txt", **own)
     (tmp_path / "empty.txt").write_text("\n")
-    assert "empty.txt: holds no text" in error(sample_texts=tmp_path / "empty.txt", **own)
+    assert "empty.txt: the file is empty" in error(sample_texts=tmp_path / "empty.txt", **own)
 
 
 @pytest.fixture(scope="module")

@@ -248,6 +248,7 @@ def test_mistakes(takes_dir, toys, tmp_path, capsys):
         return capsys.readouterr().err
 
     lines = ["--lines", toys / "four.jsonl"]
+    assert "--takes: one take of each line is judged" in error(*lines, "--takes", 2, "--temperature", 1)
     assert "there is nothing to compare with; give --against" in error(*lines, "--fail_if_worse", "wer:1")
     both = [*lines, "--against", takes_dir]
     assert "expected NAME:AMOUNT" in error(*both, "--fail_if_worse", "wer")
