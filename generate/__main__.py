@@ -244,7 +244,7 @@ def run(argv: Sequence[str]) -> tuple[list[dict], dict[str, Score]]:
     with tempfile.TemporaryDirectory() as scratch:
         targets = [Record(None, line.target, line.source) for line in lines]
         engine = load_engine(args, dist, [*prompts, *targets], Path(scratch))
-        started = time.perf_counter()
+        started, is_interrupted = time.perf_counter(), False
         try:
             if args.lines:
                 results, scores = generate_lines(engine, lines, args.out, dist)
@@ -254,11 +254,11 @@ def run(argv: Sequence[str]) -> tuple[list[dict], dict[str, Score]]:
                     results.append(result_of(job) | write_only(files[job.line.name], job.codes, engine.codec))
                 results.sort(key=lambda result: [*files].index(result["name"]))
         except KeyboardInterrupt:
-            results = read_results(args.out) if args.lines else results
-            raise
-        finally:
-            if dist.is_main:
-                _report(results, len(lines), args.out, time.perf_counter() - started, engine.store.frame_rate_hz)
+            is_interrupted, results = True, read_results(args.out) if args.lines else results
+        if dist.is_main:
+            _report(results, len(lines), args.out, time.perf_counter() - started, engine.store.frame_rate_hz)
+    if is_interrupted:
+        raise KeyboardInterrupt
     return results, scores
 
 

@@ -277,6 +277,13 @@ def test_ctrl_c_keeps_what_is_done(desk, loud_dir, capsys, monkeypatch):
     assert 0 < part.shape[1] < whole.shape[1] and np.array_equal(part, whole[:, : part.shape[1]])
 
 
+def test_an_error_is_no_interruption(desk, loud_dir, capsys):
+    np.save("few.npy", np.zeros((3, 4), np.int64))
+    assert speak(loud_dir, "--text", "x", "--ref_audio", "few.npy", *CODES[:2]) == 2
+    error = capsys.readouterr().err
+    assert "few.npy" in error and "interrupted" not in error
+
+
 def test_progress_bar(desk, loud_dir, monkeypatch):
     """On a terminal: chunks of all, and seconds of speech so far; none in a file."""
 
