@@ -427,9 +427,9 @@ class TrainState:
     def of(cls, kept: dict) -> TrainState:
         """From what `kept` gave; a checkpoint of an earlier version has no `clamped`."""
         values, fresh = {name: kept[name] for name in cls.KEPT if name in kept}, cls()
+        kinds = {list: list, data.Position: list, dict: dict, type(None): (float, type(None))}
         for name, value in values.items():
-            default = getattr(fresh, name)
-            if not isinstance(value, list if isinstance(default, (list, tuple)) else dict if name == "best" else (int, float)):
+            if not isinstance(value, kinds.get(type(getattr(fresh, name)), (int, float))):
                 raise CheckpointError(f"{checkpoint.STATE_FILE} of the checkpoint to resume from: {name} is {value!r}")
         done = dict.fromkeys(("evaluated", "sampled", "saved"), kept["step"])
         return cls(**done | values | {"position": data.Position(*kept["position"])})
