@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from collate import Batch
 from common import DataError, write_whole
 from config import Config
-from data import ChatMLDataset, Loader, encode_missing, open_records
+from data import ChatMLDataset, Loader, open_records
 from distributed import Dist
 from loss import IGNORE_INDEX, LabelSpec, dense_targets
+from prepare.encode import encode_missing
+from prepare.manifest import Mixture
 
 MAX_RECORDS = 8
 FILE = "drift.safetensors"
@@ -60,7 +62,7 @@ class Drift:
         """Read --drift_manifest; waveforms are encoded first. Collective. raises: DataError"""
         records, *_ = dist.together(lambda: open_records(cfg.drift_manifest))
         records, known = records.subset(np.arange(len(records)) < MAX_RECORDS), loader.dataset
-        encode_missing(cfg, dist, known.store, [records])
+        encode_missing(dist, known.store, [Mixture([records])])
         dataset = ChatMLDataset(records, known.tokenizer, known.store, known.with_waveforms)
         return cls(dist.together(lambda: [loader.collator([dataset[i]]) for i in range(len(records))]), labels, dist.device)
 

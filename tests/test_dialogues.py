@@ -66,8 +66,8 @@ def pair_talk(dataset: Path) -> tuple[Path, list[dict]]:
 
 
 def write_table(path: Path, audio: str) -> Path:
-    rows = [f"{audio},{name[-1]},{start},{end},{name},{text}" for start, end, name, text in TALK]
-    path.write_text("\n".join(["audio,channel,start,end,speaker,text", *rows]))
+    rows = [f"{audio},{start},{end},{name},{text}" for start, end, name, text in TALK]
+    path.write_text("\n".join(["audio,start,end,speaker,text", *rows]))
     return path
 
 
@@ -109,7 +109,7 @@ def test_lines_of_one_recording_become_dialogues(talk, dialogues):
     assert {"Nobody answers this.", "Nor this."} <= {record["messages"][-2]["content"] for record in alone}
 
 
-@pytest.mark.parametrize("form", ["subtitles", "a call on two channels"])
+@pytest.mark.parametrize("form", ["subtitles", "a table"])
 def test_other_diarised_forms_give_the_same_dialogues(form, dialogues, tmp_path):
     if form == "subtitles":
         cues = [f"00:{start:06.3f} --> 00:{end:06.3f}\n<v {name}>{text}\n" for start, end, name, text in TALK]

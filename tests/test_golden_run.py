@@ -70,7 +70,7 @@ def test_the_lock_is_used_where_it_is_named(lock, tmp_path):
     environment = {**os.environ, "VENV": f"{tmp_path}/venv", "PYTHON": f"{tmp_path}/python", "LOCK": lock}
     subprocess.run(["bash", ROOT / "launch.sh", "setup"], cwd=ROOT, env=environment, check=True)
     asked = (tmp_path / "asked").read_text()
-    assert asked.count("pip install") == 2 and asked.count("-c requirements.lock -r ") == bool(lock)
+    assert asked.count("pip install") == 2 and asked.count("-c requirements.lock --requirement=") == bool(lock)
 
 
 def test_the_codec_is_of_one_revision(codec_files, tmp_path, monkeypatch):

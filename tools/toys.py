@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast
 
 from common import ConfigError
-from prepare import prompts
-from prepare.audio import FRAME_RATE_HZ, import_codec
-from prepare.prompts import Voice
+from prepare.audio import import_codec
 
 SPECIAL_TOKENS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
@@ -38,7 +34,7 @@ SPECIAL_TOKENS = (
 # One token each, to keep the tiny model's sequences short; letters stay single tokens.
 WORDS = (
     *("system", "user", "assistant", "Generate", " audio", " following", " instruction", "SPEAKER0", "SPEAKER1"),
-    *("A quiet room.", "\n\n", "[SPEAKER0] ", "[SPEAKER1] ", "[SPEAKER2] "),
+    *("A quiet room.", "\n\n"),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +147,6 @@ def make_codec(folder: Path, full_size: bool = False, seed: int = 0) -> Path:
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 NUM_TIMBRES = 20
-SILENCE = (27, 54, *(NUM_TIMBRES,) * 6)  # a frame between two turns: in no codebook a code of speech
 
 
 @dataclass(frozen=True)
@@ -168,27 +163,6 @@ def speech(text: str, speaker: Speaker) -> np.ndarray:
         for frame in range(2 if letter in "aeiou" else 1):
             columns.append((index, 2 * index + frame, *speaker.timbre))
     return np.array(columns, dtype=np.int16).T
-
-
-def script(texts: Sequence[str]) -> str:
-    """The text of a dialogue, or of one speaker."""
-    return texts[0] if len(texts) == 1 else "\n".join(f"[SPEAKER{n}] {text}" for n, text in enumerate(texts))
-
-
-def joined(turns: Sequence[np.ndarray]) -> np.ndarray:
-    """The codes of a dialogue: its turns [8, T] with a frame of silence between them."""
-    silence = np.array([SILENCE], np.int16).T
-    return np.concatenate([piece for turn in turns for piece in (silence, turn)][1:], axis=1)
-
-
-class Kind(NamedTuple):
-    """A kind of record, phrased as the official inference does."""
-
-    name: str
-    num_references: int  # one of each speaker
-    in_system: bool  # references are in the system turn, else each is an earlier exchange
-    share: float  # of the training data
-    num_tests: int
 
 
 class Toybox:
@@ -211,19 +185,21 @@ class Toybox:
                 self.used_timbres.add(timbre)
                 return Speaker(name, timbre)
 
-    def texts(self, shortest: int, longest: int, count: int = 1) -> list[str]:
-        """Texts that occur nowhere else: all their letters differ, with a space in those of more than six."""
+    def text(self, shortest: int = 5, longest: int = 9) -> str:
+        """A text that occurs nowhere else: different letters, with a space in those of more than six."""
         while True:
-            letters = "".join(LETTERS[i] for i in self.random.permutation(26))
-            ends = np.cumsum(self.random.integers(shortest, longest + 1, size=count)).tolist()
-            texts = [letters[start:end] for start, end in zip([0, *ends], ends)]
-            for n, text in enumerate(texts):
-                if len(text) > 6:
-                    cut = int(self.random.integers(2, len(text) - 2))
-                    texts[n] = f"{text[:cut]} {text[cut + 1 :]}"
-            if ends[-1] <= 26 and not self.used_texts.intersection(texts):
-                self.used_texts.update(texts)
-                return texts
+            letters = self.random.permutation(26)[: self.random.integers(shortest, longest + 1)]
+            text = "".join(LETTERS[i] for i in letters)
+            if len(text) > 6:
+                cut = int(self.random.integers(2, len(text) - 2))
+                text = f"{text[:cut]} {text[cut + 1 :]}"
+            if text not in self.used_texts:
+                self.used_texts.add(text)
+                return text
+
+    def reference(self) -> str:
+        """A text short enough for a reference clip."""
+        return self.text(4, 6)
 
     def clip(self, codes: np.ndarray) -> dict:
         """Write codes and return the audio part that refers to them."""
@@ -236,40 +212,78 @@ class Toybox:
         """The audio part of a new clip with this text."""
         return self.clip(speech(text, speaker))
 
-    def record(self, kind: Kind, name: str) -> dict:
-        """A ChatML record with new texts and new speakers: `name`, `name`-1 and so on. The house speaks without a reference."""
-        speakers = [self.speaker(f"{name}-{n}" if n else name) for n in range(kind.num_references)]
-        if len(speakers) > 1:
-            texts = self.texts(3, 5, 2 * len(speakers))
-            transcripts = [texts.pop() for _ in speakers]
-        else:
-            transcripts, texts = [text for _ in speakers for text in self.texts(4, 6)], self.texts(5, 9)
-        clips = [self.clip(speech(text, speaker)) for text, speaker in zip(transcripts, speakers)]
-        voices = [Voice(clip, None if kind.in_system else text) for clip, text in zip(clips, transcripts)]
-        speakers = speakers or [self.house]
-        turns = [speech(text, speaker) for text, speaker in zip(texts, speakers)]
-        scene = "A quiet room." if not voices and self.random.random() < 0.5 else ""
-        made = prompts.record(script(texts), self.clip(joined(turns)), voices, scene, speaker=speakers[0].name)
-        begins = np.cumsum([turn.shape[1] + 1 for turn in turns[:-1]])  # frames
-        return made | {"misc": {"kind": kind.name, "speaker_changes_sec": (begins / FRAME_RATE_HZ).tolist()}}
+    # The phrasings of the official inference (examples/generation.py, serve_engine.py upstream)
+
+    def clone_after_exchange(self, speaker: Speaker) -> dict:
+        """The reference is an earlier exchange: its transcript from the user, its audio from the assistant."""
+        reference, text = self.reference(), self.text()
+        return {
+            "messages": [
+                {"role": "user", "content": reference},
+                {"role": "assistant", "content": self.say(reference, speaker)},
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": self.say(text, speaker)},
+            ],
+            "start_index": 3,
+            "speaker": speaker.name,
+            "misc": {"kind": "clone, reference as an exchange"},
+        }
+
+    def clone_from_system(self, speaker: Speaker) -> dict:
+        """The reference is part of the system turn's scene description."""
+        text = self.text()
+        scene = [
+            {"type": "text", "text": "Generate audio following instruction.\n\n<|scene_desc_start|>\nSPEAKER0: "},
+            self.say(self.reference(), speaker),
+            {"type": "text", "text": "\n<|scene_desc_end|>"},
+        ]
+        return {
+            "messages": [
+                {"role": "system", "content": scene},
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": self.say(text, speaker)},
+            ],
+            "speaker": speaker.name,
+            "misc": {"kind": "clone, reference in the system turn"},
+        }
+
+    def without_reference(self, speaker: Speaker | None = None) -> dict:
+        """No reference: a scene or nothing at all; always the house voice, for the prompt names no other."""
+        text = self.text()
+        scene = "Generate audio following instruction.\n\n<|scene_desc_start|>\nA quiet room.\n<|scene_desc_end|>"
+        system = [{"role": "system", "content": scene}] if self.random.random() < 0.5 else []
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": self.say(text, self.house)}]
+        return {"messages": system + turns, "speaker": "house", "misc": {"kind": "no reference"}}
+
+    def dialogue(self, speaker: Speaker) -> dict:
+        """Two speakers, one exchange each as reference, then both in one clip."""
+        voices = (speaker, self.speaker(f"{speaker.name}-partner"))
+        messages = []
+        for number, voice in enumerate(voices):
+            reference = self.reference()
+            messages.append({"role": "user", "content": f"[SPEAKER{number}] {reference}"})
+            messages.append({"role": "assistant", "content": self.say(reference, voice)})
+        texts = [self.text(4, 6) for _ in voices]
+        script = "\n".join(f"[SPEAKER{number}] {text}" for number, text in enumerate(texts))
+        codes = np.concatenate([speech(text, voice) for text, voice in zip(texts, voices)], axis=1)
+        messages.append({"role": "user", "content": script})
+        messages.append({"role": "assistant", "content": self.clip(codes)})
+        kind = {"kind": "dialogue of two speakers"}
+        return {"messages": messages, "start_index": 5, "speaker": speaker.name, "misc": kind}
 
     def records(self, num_speakers: int, group: str) -> list[dict]:
-        """So many records in the demo's mixture of kinds."""
-        chosen = self.random.choice(len(KINDS), size=num_speakers, p=[kind.share for kind in KINDS])
-        return [self.record(KINDS[kind], f"{group}-{index}") for index, kind in enumerate(chosen)]
+        """One record of each of so many new speakers, in the demo's mixture of phrasings."""
+        kinds = (self.clone_after_exchange, self.clone_from_system, self.without_reference, self.dialogue)
+        chosen = self.random.choice(4, size=num_speakers, p=MIXTURE)
+        return [kinds[kind](self.speaker(f"{group}-{index}")) for index, kind in enumerate(chosen)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo's data
 
-KINDS = (
-    Kind("clone, reference as an exchange", 1, False, share=0.33, num_tests=20),
-    Kind("clone, reference in the system turn", 1, True, share=0.25, num_tests=20),
-    Kind("no reference", 0, False, share=0.2, num_tests=10),
-    Kind("dialogue of two speakers", 2, False, share=0.11, num_tests=10),
-    Kind("dialogue of three speakers", 3, False, share=0.11, num_tests=10),
-)
-NUM_TRAIN_SPEAKERS = 8000  # records: timbres that never return have to be copied, not learned
+MIXTURE = (0.38, 0.28, 0.2, 0.14)
+NUM_TRAIN_SPEAKERS = 8000  # one record each: timbres that never return have to be copied, not learned
+NUM_TEST = {"clone_after_exchange": 20, "clone_from_system": 20, "without_reference": 10, "dialogue": 10}
 MARKER = ".made-by-demo"
 
 
@@ -283,7 +297,7 @@ def make_demo(folder: Path, seed: int = 0, num_speakers: int = NUM_TRAIN_SPEAKER
     manifests = {
         "train": toys.records(num_speakers, "train"),
         "val": toys.records(32, "val"),
-        "test": [toys.record(kind, f"test-{n}-{i}") for n, kind in enumerate(KINDS) for i in range(kind.num_tests)],
+        "test": [getattr(toys, kind)(toys.speaker(f"test-{kind}-{i}")) for kind, n in NUM_TEST.items() for i in range(n)],
     }
     for name, records in manifests.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
