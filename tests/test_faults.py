@@ -46,7 +46,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
-        ("saving", "RuntimeError: injected in saving"),
+        pytest.param("saving", "RuntimeError: injected in saving", marks=slow),
         ("worker killed", "RuntimeError: (DataLoader worker .*|a loader worker has died; .*)"),
         pytest.param("step", "RuntimeError: injected in a step", marks=slow),
         pytest.param("validation", "RuntimeError: injected in validation", marks=slow),

@@ -91,7 +91,7 @@ def test_samples_that_cannot_be_written(toys, tmp_path, capsys):
     assert {line["split"] for line in logged(tmp_path / "o")} == {"train", "val"}
 
 
-@pytest.mark.parametrize("how", ["closed", "full"])
+@pytest.mark.parametrize("how", ["closed", pytest.param("full", marks=pytest.mark.slow)])
 def test_stderr_may_be_gone(how, toys, tmp_path):
     """Closed from the start (2>&-), so that files of ours could get its number; or a full device."""
     argv = settings(toys, tmp_path / "o", max_steps=2, val_steps=0, num_workers=1)

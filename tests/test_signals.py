@@ -81,7 +81,7 @@ def test_while_importing(who, toys, tmp_path):
     assert leaves_nothing_running(tmp_path)
 
 
-@pytest.mark.parametrize("is_host", [True, False])
+@pytest.mark.parametrize("is_host", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_while_waiting_for_other_nodes(is_host, tmp_path):
     """The first node waits for the second in Python, the second for the first in C++, where no handler of Python's runs."""
     with socket.socket() as sock:
@@ -184,7 +184,7 @@ def interrupted_in(dist, argv: list[str], module, name: str, call: int) -> None:
         (train, "evaluate", 1),  # before its first batch
         (train, "forward", 3 * 2 + 3),  # in the second batch of the first evaluation: a look at the first batch, two steps
         (Batch, "step", 3),  # while samples of the base are generated
-        (train, "sample", 2),  # ... of step 2
+        pytest.param(train, "sample", 2, marks=pytest.mark.slow),  # ... of step 2
         (train, "evaluate", 3),  # at the end
     ],
 )

@@ -50,6 +50,7 @@ def run_with_a_slow_disk(dist, argv: list[str]) -> str:
     return said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_straggler_is_named(toys, tmp_path):
     extra = {"batch_size": 1, "grad_accum": 1, "val_steps": 0, "val_manifest": "", "step_timeout": 0.5}
     said, _ = run_ranks(run_with_a_slow_disk, 2, settings(toys, tmp_path / "o", 2, **extra))
