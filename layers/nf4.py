@@ -7,13 +7,14 @@ not sharded. Matrix products dequantise a weight when they need it and forget it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from common import PatchError
+from common import ConfigError, PatchError
 from distributed import is_quantized
 
 BLOCK = 64  # weights with a scale
@@ -28,14 +29,21 @@ def quantize_layers(model: nn.Module, world_size: int = 1) -> None:
 
     raises: PatchError if this number of ranks cannot divide a weight
     """
-    from torchao.quantization import to_nf4
-
     for linear in model.layers.modules():
         if not isinstance(linear, nn.Linear) or linear.weight.requires_grad or not (size := _num_scales(linear.weight.numel())):
             continue
         if linear.out_features % world_size or linear.weight.numel() % (BLOCK * size * world_size):
             raise PatchError(f"--quantize nf4: {world_size} ranks cannot divide a weight of {tuple(linear.weight.shape)}; use 8")
-        linear.weight = nn.Parameter(to_nf4(linear.weight.detach(), BLOCK, size), requires_grad=False)
+        linear.weight = nn.Parameter(_to_nf4()(linear.weight.detach(), BLOCK, size), requires_grad=False)
+
+
+def _to_nf4() -> Callable[..., Tensor]:
+    """torchao's function. raises: ConfigError without that package, which only this needs"""
+    try:
+        from torchao.quantization import to_nf4
+    except ImportError as error:
+        raise ConfigError(f"--quantize nf4: {error}; bash launch.sh installs it, or: pip install -r requirements-nf4.txt") from None
+    return to_nf4
 
 
 def _num_scales(numel: int) -> int:
@@ -47,10 +55,8 @@ def _num_scales(numel: int) -> int:
 @torch.no_grad()
 def fill(parameter: nn.Parameter, weight: Tensor) -> None:
     """Quantise a whole weight into this rank's part of an NF4 parameter."""
-    from torchao.quantization import to_nf4
-
     mine = own_part(parameter)
-    whole = to_nf4(weight.to(mine.device, mine.dtype), BLOCK, mine.scaler_block_size)
+    whole = _to_nf4()(weight.to(mine.device, mine.dtype), BLOCK, mine.scaler_block_size)
     mine.nf4, mine.scaler_mean = whole.nf4, whole.scaler_mean
     if isinstance(parameter, DTensor):
         whole = whole.split(len(mine))[parameter.device_mesh.get_local_rank()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from conftest import run_ranks
@@ -112,9 +114,20 @@ def test_what_it_does_not_go_with(flags, complaint):
         parse_config(["--train_manifest", "m", "--output_dir", "o", *NF4, *flags])
 
 
-def test_ranks_that_cannot_divide_a_weight():
+def one_layer() -> nn.Module:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(128, 128, bias=False).requires_grad_(False)])
+    return model
+
+
+def test_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match=r"--quantize nf4: .*; bash launch.sh installs it, or: pip install -r requirements-nf4.txt"):
+        nf4.quantize_layers(one_layer())
+
+
+def test_ranks_that_cannot_divide_a_weight():
+    model = one_layer()
     with pytest.raises(PatchError, match="3 ranks cannot divide a weight of \\(128, 128\\)"):
         nf4.quantize_layers(model, world_size=3)
     model.layers[0] = nn.Linear(3, 5, bias=False).requires_grad_(False)  # too small for any block

@@ -85,7 +85,8 @@ def make_environment(folder: Path, python: str) -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n")
     (folder / "bin" / "python").chmod(0o755)
-    for stamp, kinds in ((".installed", ("", "-codec")), (".installed-evaluate", ("-evaluate",))):
+    stamps = {".installed": ("", "-codec"), ".installed-evaluate": ("-evaluate",), ".installed-nf4": ("-nf4",)}
+    for stamp, kinds in stamps.items():
         wanted = b"".join((ROOT / f"requirements{kind}.txt").read_bytes() for kind in kinds)
         (folder / stamp).write_bytes(subprocess.run("cksum", input=wanted, capture_output=True, check=True).stdout)
     return folder
@@ -353,6 +354,16 @@ def test_what_only_evaluate_needs_is_installed_when_it_is_used(tmp_path):
     generate, install, *evaluate = (tmp_path / "asked").read_text().splitlines()
     assert generate.endswith("--text x") and [line.split()[-1] for line in evaluate] == ["x", "y"]
     assert install.startswith("-m pip install") and install.endswith(f"--requirement={ROOT}/requirements-evaluate.txt")
+
+
+@pytest.mark.parametrize("words", ["--train_manifest x --quantize nf4", "plan", "generate --ckpt x --quantize=nf4"])
+def test_what_only_nf4_needs_is_installed_when_it_is_used(words, tmp_path):
+    venv = make_environment(tmp_path / "venv", f"""echo "$@" >>'{tmp_path}/asked'""")
+    (venv / ".installed-nf4").unlink()
+    for line in ("show x", words):
+        assert launch_sh(line.split(), {"VENV": str(venv)}).returncode == 0
+    show, install, _ = (tmp_path / "asked").read_text().splitlines()
+    assert show.endswith("show x") and install.endswith(f"--requirement={ROOT}/requirements-nf4.txt")
 
 
 def test_launch_sh_refuses_what_it_does_not_know(tmp_path):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import sys
@@ -131,8 +132,8 @@ class Training(NamedTuple):
 
 
 def trainings(cfg: Config, ranks: int) -> list[Training]:
-    """What is planned for; NF4 where these ranks can divide its blocks."""
-    can_quantize = cfg.lora_r and not cfg.cpu_offload and cfg.replicate == 1 and nf4.SHARDS % ranks == 0
+    """What is planned for; NF4 where its package is installed and these ranks can divide its blocks."""
+    can_quantize = importlib.util.find_spec("torchao") and cfg.lora_r and not cfg.cpu_offload and cfg.replicate == 1 and nf4.SHARDS % ranks == 0
     return list(dict.fromkeys((Training(cfg.lora_r), *[Training(cfg.lora_r, "nf4")] * bool(can_quantize), Training(0))))
 
 
