@@ -33,8 +33,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from common import CheckpointError, read_json, reason, sha256_of, write_whole
 from config import base_revision
-from distributed import gather, is_quantized, own_rows, says_errors
+from distributed import gather, own_rows, says_errors
 from export import layouts
+from layers import nf4
 
 FORMAT = 2  # of training checkpoints; 1 had no "format", no lineage, no checksum of state.json and no base/
 STATE_FILE = "state.json"
@@ -154,16 +155,16 @@ def check_base(model: nn.Module, folder: Path, shapes: dict[str, tuple[int, ...]
     return sorted(stored.keys() - targets.keys())
 
 
-def load_base(model: nn.Module, folder: Path, quantize: Callable[[nn.Parameter, Tensor], None]) -> None:
+def load_base(model: nn.Module, folder: Path) -> None:
     """Stream the base weights into a sharded model; each rank reads only its own rows. Collective; `check_base` first.
 
-    quantize: fills a quantised parameter from the whole weight: the scale of its rows depends on all of them
+    NF4 weights are quantised from the whole weight: the scale of a rank's rows depends on all of them.
     """
     stored = Stored(folder)
     stored_name = {layouts.rename(name, "boson"): name for name in stored.shapes}
-    quantized = {base_name(name): p for name, p in model.named_parameters() if is_quantized(p)}
+    quantized = {base_name(name): p for name, p in model.named_parameters() if nf4.is_quantized(p)}
     for name, parameter in quantized.items():
-        quantize(parameter, stored.read(stored_name[name]))
+        nf4.fill(parameter, stored.read(stored_name[name]))
     rest = {stored_name[name]: tensor for name, tensor in _base_tensors(model).items() if name not in quantized}
     _load(rest, folder)
 

@@ -65,11 +65,6 @@ def own_rows(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def is_quantized(tensor: Tensor) -> bool:
-    """Whether this is a torchao NF4 tensor, sharded or not."""
-    return hasattr(own_rows(tensor.detach()) if isinstance(tensor, DTensor) else tensor, "quantized_data")
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded. Collective if it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

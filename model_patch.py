@@ -55,8 +55,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from collate import Layout, Packing, Voices
 from common import PatchError
 from config import CHECKPOINTING_MODES, LORA_DEFAULT_TARGETS
-from distributed import is_quantized
-from layers.nf4 import own_part
+from layers.nf4 import is_quantized, own_part
 from layers.packed import TrainableDualFFNDecoderLayer
 from loss import Scores, pool_voices, score_head
 

@@ -50,7 +50,7 @@ from common import (
 )
 from config import Config, parse_config
 from data import build_loaders, check_agreement, read_records
-from distributed import Dist, is_quantized, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
+from distributed import Dist, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate import best
@@ -77,13 +77,13 @@ def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path)
     model, lora = construct_model(cfg, dist, config)
     model_patch.materialize(model, dist.device, cpu_offload=cfg.cpu_offload)
     unused = dist.together(lambda: checkpoint.check_base(model, folder))
-    checkpoint.load_base(model, folder, nf4.fill)
+    checkpoint.load_base(model, folder)
     if unused:
         log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
     model_patch.init_lora(model, cfg.seed)
     if cfg.quantize != "none":
         linears = (m for m in model.layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
-        kinds = [is_quantized(linear.weight) for linear in linears]
+        kinds = [nf4.is_quantized(linear.weight) for linear in linears]
         log(dist, f"{sum(kinds)} weights of the layers are NF4, {len(kinds) - sum(kinds)} are too small for its blocks")
     return model, lora
 

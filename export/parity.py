@@ -95,13 +95,13 @@ def compare(
     def predict(model: HiggsAudioModel) -> Predictions:
         return _predict(model, base.tokenizer, batches, prompts)
 
-    model = load_full(base, ((name, base.read(name)) for name in base.shapes), torch.float32)
+    model = load_full(base, torch.float32)
     alone = predict(model)
     insert_adapter(adapter, model)
     reference = predict(model)
     unmerged = predict(_to_bf16(model))
     del model
-    model = load_full(base, merged(adapter, base), torch.float32)
+    model = load_full(base, torch.float32, named=merged(adapter, base))
     rows = [
         Row.of("base alone", alone, reference),
         Row.of("merged, float32", predict(model), reference),
@@ -110,7 +110,7 @@ def compare(
     ]
     if quantized:
         del model
-        model = load_full(base, ((name, base.read(name)) for name in base.shapes), torch.float32, quantize=True)
+        model = load_full(base, torch.float32, quantize=True)
         insert_adapter(adapter, model)
         rows.append(Row.of("adapter, NF4 base", predict(model), reference))
     return Report(rows, len(records), len(prompts))

@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 import checkpoint
 import model_patch
 from common import CheckpointError
-from distributed import is_quantized
 from export import layouts
 from export.merge import merged
 from export.read import ADAPTER_PREFIX, Adapter, Full, open_model
@@ -39,26 +38,28 @@ def load_model(
     """
     source = open_model(checkpoint.find_base(ckpt, revision))
     if isinstance(source, Full):
-        named = ((name, source.read(name)) for name in source.shapes)
-        return load_full(source, named, dtype, device, quantize), source.tokenizer
+        return load_full(source, dtype, device, quantize), source.tokenizer
     base = open_model(checkpoint.find_base(base_ckpt or source.base, revision or source.lora.revision))
     if not isinstance(base, Full):
         raise CheckpointError(f"{base.folder}: an adapter cannot be the base of another; give --base_ckpt")
     if merge_lora:
-        return load_full(base, merged(source, base), dtype, device, quantize), base.tokenizer
-    model = load_full(base, ((name, base.read(name)) for name in base.shapes), dtype, device, quantize)
+        return load_full(base, dtype, device, quantize, merged(source, base)), base.tokenizer
+    model = load_full(base, dtype, device, quantize)
     insert_adapter(source, model)
     return model, base.tokenizer
 
 
 def load_full(
     base: Full,
-    named: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantize: bool = False,
+    named: Iterable[tuple[str, Tensor]] | None = None,
 ) -> HiggsAudioModel:
-    """The official model with these weights, which go to the device one tensor at a time; dtype None is the checkpoint's."""
+    """The official model with the base's weights, or those `named`, which go to the device one tensor at a time.
+
+    dtype: None for the checkpoint's
+    """
     if base.config.encode_whisper_embed:
         raise CheckpointError(
             f"{base.folder}: reads reference audio through Whisper (encode_whisper_embed), which can be trained but not "
@@ -72,10 +73,10 @@ def load_full(
         nf4.quantize_layers(model.requires_grad_(False))
     model_patch.materialize(model, torch.device(device))
     targets = dict(model.named_parameters())
-    for name, tensor in named:
+    for name, tensor in ((name, base.read(name)) for name in base.shapes) if named is None else named:
         if name not in targets:  # a checkpoint may hold more than the model
             continue
-        if is_quantized(targets[name]):
+        if nf4.is_quantized(targets[name]):
             nf4.fill(targets[name], tensor)
         else:
             targets[name].data.copy_(tensor)

@@ -15,11 +15,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from common import ConfigError, PatchError
-from distributed import is_quantized
+from distributed import own_rows
 
 BLOCK = 64  # weights with a scale
 SCALES = 256  # scales with a scale, at most
 SHARDS = 8  # scales are grouped so that the weight can be divided by this; the same on any number of ranks
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether this is a torchao NF4 tensor, sharded or not."""
+    return hasattr(own_rows(tensor.detach()) if isinstance(tensor, DTensor) else tensor, "quantized_data")
 
 
 def quantize_layers(model: nn.Module, world_size: int = 1) -> None:

@@ -17,7 +17,6 @@ import metrics
 import model_patch
 import train
 from config import CHECKPOINTING_MODES, parse_config
-from distributed import is_quantized
 from layers import nf4
 from tools import plan, synthetic
 from tools.estimate import Estimate, clones_of, estimate
@@ -49,7 +48,7 @@ def measure_steps(live, model, dist, cfg, config, batch) -> tuple[int, int]:
     model_patch.materialize(model, dist.device)
     with torch.no_grad():
         for parameter in model.parameters():
-            if is_quantized(parameter):
+            if nf4.is_quantized(parameter):
                 nf4.fill(parameter, torch.randn(parameter.shape))
             else:
                 parameter.fill_(0.01)

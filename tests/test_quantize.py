@@ -13,7 +13,6 @@ from torch import nn
 
 import model_patch
 from common import PatchError, UserError
-from distributed import is_quantized
 from export.read import Adapter, Full, open_model
 from generate.models import load_model
 from layers import nf4
@@ -34,7 +33,7 @@ def test_quantised_weights_are_close(tokenizer_free_model):
     """Random normal weights: the error is 9 % of their norm, in 4.1 to 4.6 bits a weight, and the same with two ranks' halves."""
     model, weights = tokenizer_free_model
     for name, parameter in model.named_parameters():
-        if not is_quantized(parameter):
+        if not nf4.is_quantized(parameter):
             continue
         found = nf4.plain(parameter)
         assert torch.equal(found, parameter.get_original_weight())
@@ -52,7 +51,7 @@ def tokenizer_free_model():
     model.layers = model.layers[:1]
     nf4.quantize_layers(model, world_size=8)
     model_patch.materialize(model, torch.device("cpu"))
-    weights = {name: torch.randn(p.shape) for name, p in model.named_parameters() if is_quantized(p)}
+    weights = {name: torch.randn(p.shape) for name, p in model.named_parameters() if nf4.is_quantized(p)}
     assert len(weights) == 10 and not any("norm" in name for name in weights)
     for name, parameter in model.named_parameters():
         if name in weights:
@@ -95,7 +94,7 @@ def test_the_adapter_merges_into_the_whole_base(nf4_run, toys):
     expected = base.read(f"{module}.weight").float() + adapter.change(module)
     assert torch.equal(merged.get_submodule(module).weight, expected)
     layer = quantised.get_submodule(module)
-    assert is_quantized(layer.base_layer.weight) and not is_quantized(unmerged.get_submodule(module).base_layer.weight)
+    assert nf4.is_quantized(layer.base_layer.weight) and not nf4.is_quantized(unmerged.get_submodule(module).base_layer.weight)
     rows = torch.randn(7, layer.in_features)
     exact, found = (model.get_submodule(module)(rows) for model in (unmerged, quantised))
     assert 0.01 < ((found - exact).norm() / exact.norm()).item() < 0.15
@@ -132,4 +131,4 @@ def test_ranks_that_cannot_divide_a_weight():
         nf4.quantize_layers(model, world_size=3)
     model.layers[0] = nn.Linear(3, 5, bias=False).requires_grad_(False)  # too small for any block
     nf4.quantize_layers(model)
-    assert not is_quantized(model.layers[0].weight)
+    assert not nf4.is_quantized(model.layers[0].weight)
