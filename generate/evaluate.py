@@ -43,7 +43,7 @@ from torch import Tensor
 from common import ConfigError, DataError, json_safe, write_whole
 from distributed import Dist, log_list, says_errors, setup_distributed
 from generate import __main__ as generate
-from generate.files import RESULTS_FILE, decode, read_results
+from generate.files import RESULTS_FILE, decode, read_results, write_lines
 from generate.judges import SpeakerSimilarity, Transcriber
 from generate.lines import Chunking, Line, read_lines
 from generate.page import render
@@ -339,11 +339,6 @@ def text_of(line: Line, args: argparse.Namespace) -> str:
     except ValueError:
         raise DataError(f"{line.source}: text: {line.text!r} has no words to recognise") from None
     return text
-
-
-def write_lines(path: Path, values: Sequence[dict]) -> None:
-    content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_whole(path, lambda file: file.write(content.encode()))
 
 
 @says_errors

@@ -60,8 +60,13 @@ def write_both(path: Path, codes: Tensor, codec=None) -> dict[str, str]:
 
 def write_results(folder: Path, results: Sequence[dict]) -> None:
     """FOLDER/results.jsonl: one object per clip; files are named relative to the folder."""
-    text = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    write_whole(folder / RESULTS_FILE, lambda file: file.write(text.encode()))
+    write_lines(folder / RESULTS_FILE, results)
+
+
+def write_lines(path: Path, values: Sequence[dict]) -> None:
+    """JSONL."""
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def add_result(folder: Path, result: dict) -> None:

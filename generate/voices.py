@@ -23,11 +23,10 @@ import yaml
 from common import DataError, split_list
 from generate.files import SOUND_SUFFIXES
 from prepare.manifest import CODE_SUFFIXES, leaves_folder
-from prepare.prompts import Voice
+from prepare.prompts import PROFILE, Voice
 
 VOICES = Path("voices")  # where named voices are by default
 PROFILES = "profile.yaml"
-PROFILE = "profile:"
 
 
 def find_voices(names: Sequence[str], texts: Sequence[str], in_system: bool, folder: Path, voices: Path) -> list[Voice]:

@@ -54,11 +54,11 @@ def unlikely_texts(dataset: ChatMLDataset, model: Any, collator: ExtendedHiggsAu
 
     raises: DataError for a model that cannot tell
     """
-    records = [record for record in dataset.records if record.audio and transcripts(record)]
-    texts = [transcripts(record)[-1] for record in records]
+    clips = [(record, texts[-1]) for record in dataset.records if record.audio and (texts := transcripts(record))]
+    others = neighbours([text for _, text in clips])
     found = []  # (margin in standard deviations, record, what)
-    for record, others in tqdm(zip(records, neighbours(texts)), total=len(records), desc="transcripts", unit="clip"):
-        own, *losses = losses_under(record, [transcripts(record)[-1], *others], dataset, model, collator)
+    for (record, text), different in tqdm(zip(clips, others), total=len(clips), desc="transcripts", unit="clip"):
+        own, *losses = losses_under(record, [text, *different], dataset, model, collator)
         rank = 1 + sum(loss < own for loss in losses)
         what = f"its text is number {rank} of {len(losses) + 1} by audio loss: {own:.2f} nats, others {np.mean(losses):.2f}"
         found.append(((np.mean(losses) - own) / (np.std(losses) + 1e-6), record, what))
@@ -89,10 +89,9 @@ def losses_under(
     chats = [dataclasses.replace(record.chatml, messages=[*before, turn, answer]) for turn in asked]
     samples = [dataset.sample(dataclasses.replace(record, chatml=chat)) for chat in chats]
     size = max(1, MAX_POSITIONS // (len(samples[0].input_ids) + samples[0].audio_ids_concat.shape[1]))
-    losses = []
+    losses, spec = [], LabelSpec.of(model.config)
     for first in range(0, len(samples), size):
         batch = collator(samples[first : first + size]).to(model.device)
-        spec = LabelSpec.of(model.config)
         output = model(**batch.model_inputs())
         _, audio = dense_targets(output, batch, spec)
         nats = score_logits(output.audio_logits, audio.labels, audio.inputs).nats

@@ -2,7 +2,7 @@
 
     context(text, voices, scene, system)    the turns before a text
     record(text, clip, voices, ...)         the same with the text and its clip: a training record
-    voices_of(clips, texts, ...)            voices as a table's row or a line to generate gives them
+    voices_of(clips, texts, ...)            voices as a table's row gives them
     oddity(turns, text)                     how the turns before a text differ from what inference sends
     normalise(text)                         a text to be spoken, in the form that the model gets to see
     Phrasing                                a mixture of phrasings, for data that does not say which
