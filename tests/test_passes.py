@@ -108,7 +108,7 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def test_adapters_compute_what_peft_does():
-    """Results and the gradients of rows, A and B. Measured: 3e-7 of the largest; to the bit where PEFT's own forward is used."""
+    """Results and the gradients of rows, A and B. Measured: 2.4e-7 of the largest; to the bit where PEFT's own forward is used."""
     torch.manual_seed(0)
     layers, rows = adapted_layers(), torch.randn(40, 24, requires_grad=True)
     modules = list(layers.values())
@@ -122,7 +122,7 @@ def test_adapters_compute_what_peft_does():
 
 
 def test_one_dropout_mask_for_layers_that_read_the_same():
-    """Against the formula written out. Measured: 2e-7 of the largest."""
+    """Against the formula written out. Measured: 3.1e-7 of the largest."""
     torch.manual_seed(0)
     layers, rows = adapted_layers(dropout=0.3), torch.randn(40, 24, requires_grad=True)
     modules = list(layers.values())

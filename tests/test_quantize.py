@@ -30,7 +30,7 @@ def nf4_run(toys, tmp_path_factory):
 
 
 def test_quantised_weights_are_close(tokenizer_free_model):
-    """Random normal weights: the error is 9 % of their norm, in 4.1 to 4.6 bits a weight, and the same with two ranks' halves."""
+    """Random normal weights: the error is 9.2 % of their norm, in 4.13 bits a weight."""
     model, weights = tokenizer_free_model
     for name, parameter in model.named_parameters():
         if not nf4.is_quantized(parameter):
@@ -60,7 +60,7 @@ def tokenizer_free_model():
 
 
 def test_two_ranks_equal_one(toys, checkpoint_dir):
-    """Three steps, float32 computation. Measured: losses within 1.2e-7 relative, parameters within 2e-6."""
+    """Three steps, float32 computation. Measured: losses and norms equal, parameters within 6e-8 of the largest."""
     args = str(checkpoint_dir), str(toys / "train.jsonl"), 4
     (one,) = run_ranks(train_a_little, 1, *args, 4, 0.0, 2, NF4)
     for losses, norms, parameters in run_ranks(train_a_little, 2, *args, 2, 0.0, 2, NF4):
