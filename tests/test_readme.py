@@ -386,3 +386,14 @@ def test_extraction():
     text = "Say `python a.py\nx`, `torchrun` or\n```\nA=1 bash launch.sh \\\n    y  # why\ntree.py  what it is\n```\n| `bash launch.sh` | `--x` |"
     assert commands(text) == ["python a.py x", "A=1 bash launch.sh y # why", "bash launch.sh"]
     assert len(COMMANDS) > 40 and "bash launch.sh" in COMMANDS
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    named = re.findall(r"`(?:(test_\w+\.py))?(?:::(\w+))?`", (ROOT / "docs" / "faults.md").read_text())
+    file, missing = None, []
+    for path, test in named:
+        file = path or file
+        if path or test:
+            source = (ROOT / "tests" / file).read_text()
+            missing += [f"{file}::{test}"] * bool(test and f"def {test}(" not in source)
+    assert len(named) > 60 and not missing
