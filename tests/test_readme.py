@@ -50,6 +50,7 @@ APPENDED = {
     "generate.evaluate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio --asr_model none --sv_model none",
     "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
     "prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
+    "prepare check": "--audio_tokenizer codec",
     "prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
     "step": "--help",  # its smallest size runs in test_benchmarks.py
     "transcripts": "--help",
@@ -260,7 +261,11 @@ def test_command(command, asked_of_python, at_desk, monkeypatch, capsys):
     made = products(name, argv)
     module, *subcommand = name.split()
     status = main_of(module, [*subcommand, *argv, *APPENDED.get(name, "").split()], monkeypatch)
-    assert status == 0, capsys.readouterr().err
+    error = capsys.readouterr().err
+    if "--base_ckpt MODEL" in command:  # the desk's model is random
+        assert status == 2 and "the model has not learnt to speak" in error
+        return
+    assert status == 0, error
     for path in made:
         assert path.exists() and (path.is_dir() or path.stat().st_size > 100), path
 
