@@ -1,17 +1,20 @@
-"""Every setting of a run, and the command line made from them; all problems are reported together."""
+"""Every setting of a run: defaults < --config FILE < flags. All problems are reported together."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from common import ConfigError, listing, split_list
+from common import ConfigError, listing, reason, split_list
 
 BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
@@ -25,7 +28,15 @@ REVISIONS = {
 LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
 # Figures that can choose the best step; 1: more is better, -1: less, 0: best at 1. The second line is measured on samples.
-BEST_BY = {"loss": -1, "text_loss": -1, "audio_loss": -1, "eos_loss": -1, "text_accuracy": 1, "audio_accuracy": 1, "eos_accuracy": 1}
+BEST_BY = {
+    "loss": -1,
+    "text_loss": -1,
+    "audio_loss": -1,
+    "eos_loss": -1,
+    "text_accuracy": 1,
+    "audio_accuracy": 1,
+    "eos_accuracy": 1,
+}
 OF_SAMPLES = {"stop_rate": 1, "duration_ratio": 0, "code_match": 1, "runaway_rate": -1}
 OF_SAMPLES |= {"word_error_rate": -1, "speaker_similarity": 1}
 BEST_BY |= {"drift": -1} | OF_SAMPLES
@@ -69,12 +80,13 @@ class Config:
     lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
     lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
     lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
-    lora_targets: str = _setting(
-        ",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of the modules that get an adapter"
-    )
+    lora_targets: str = _setting(",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of the modules that get an adapter")
     freeze: str = _setting("", "comma-separated patterns of the parameters that do not train")
     quantize: str = _setting(
-        "none", "keep the layers' frozen weights in 4 bits (NF4), for LoRA on a small card", const="nf4", choices=("none", "nf4")
+        "none",
+        "keep the layers' frozen weights in 4 bits (NF4), for LoRA on a small card",
+        const="nf4",
+        choices=("none", "nf4"),
     )
     merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base", const=True)
 
@@ -83,9 +95,7 @@ class Config:
     max_tokens: int = _setting(
         0, "positions (text, frames and delay columns) per micro-batch and rank, instead of --batch_size; 0: off"
     )
-    long: str = _setting(
-        "error", "samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")
-    )
+    long: str = _setting("error", "samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop"))
     grad_accum: int = _setting(1, "micro-batches per optimizer step and rank", "gradient_accumulation_steps")
     epochs: int = _setting(1, "passes over the training data")
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")
@@ -124,18 +134,24 @@ class Config:
     val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
     sample_steps: int = _setting(0, "generate samples of the validation set every so many steps, of the base too; 0: never")
     num_samples: int = _setting(4, "how many samples")
-    sample_texts: str = _setting("", "samples of texts of your own as well: a file with a text per line, or JSONL as for generate")
+    sample_texts: str = _setting(
+        "", "samples of texts of your own as well: a file with a text per line, or JSONL as for generate"
+    )
     sample_temperature: float = _setting(0.7, "sampling temperature for --sample_steps; 0: greedy")
     asr_model: str = _setting("", "speech recognition model (transformers) for the samples' word error rate")
     sv_model: str = _setting("", "speaker verification model (transformers) for the samples' speaker similarity")
     save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
     keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
     best_by: str = _setting(
-        "loss", "figure of validation or samples that chooses the best step, which --save_steps keeps; '': none", choices=(*BEST_BY, "")
+        "loss",
+        "figure of validation or samples that chooses the best step, which --save_steps keeps; '': none",
+        choices=(*BEST_BY, ""),
     )
     patience: int = _setting(0, "stop after so many evaluations (or rounds of samples) without a better --best_by; 0: never")
     final: str = _setting("last", "the step that becomes final/: the last, or the best by --best_by", choices=("last", "best"))
-    drift_manifest: str = _setting("", "records of other voices and languages: how far predictions for them move from the base's")
+    drift_manifest: str = _setting(
+        "", "records of other voices and languages: how far predictions for them move from the base's"
+    )
     resume: str = _setting("none", "auto: the newest checkpoint in output_dir; or a checkpoint's path", const="auto")
     resume_changed: bool = _setting(
         False, "resume although the training data or the base checkpoint has changed since; the epoch begins again", const=True
@@ -178,6 +194,8 @@ class Config:
 
 
 _NO_VALUE = object()
+# What a run notes in config.json beside its settings; see train.write_run_config.
+FACTS = ("training_samples", "run_id", "world_size", "git_commit", "versions", "launch")
 
 
 def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
@@ -185,6 +203,7 @@ def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
     parser = argparse.ArgumentParser(
         prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--config", metavar="FILE", help="read settings from YAML, or from config.json of a run; flags win")
     fields = dataclasses.fields(Config)
     for f in fields:
         flags = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
@@ -193,19 +212,12 @@ def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
         parser.add_argument(*flags, dest=f.name, nargs="?", const=const, default=None, metavar="X", help=text)
     given, unknown = parser.parse_known_args(list(argv))
     problems = [f"unknown argument {argument!r}" for argument in unknown]
-    values = {}
-    for f in fields:
-        value = getattr(given, f.name)
-        if value is _NO_VALUE:
-            problems.append(f"--{f.name} needs a value: {f.metadata['help']}")
-        elif value is not None:
-            try:
-                values[f.name] = _convert(value, str(f.type))
-            except ValueError:
-                problems.append(f"--{f.name} {value}: expected {str(f.type).split(' ')[0]}")
-            choices = f.metadata["choices"]
-            if choices and value not in choices:
-                problems.append(f"--{f.name} {value}: choose from {', '.join(choices)}")
+    lines = list(read_lines(Path(given.config))) if given.config else []
+    lines += [Line(f"--{f.name}", f, value) for f in fields if (value := getattr(given, f.name)) is not None]
+    values: dict[str, Any] = {}
+    for line in lines:
+        if problem := line.problem or line.store(values):
+            problems.append(f"{line.where}{problem}")
     cfg = Config(**values)
     problems += _find_problems(cfg)
     if problems:
@@ -213,14 +225,89 @@ def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
     return cfg
 
 
-def _convert(value: Any, type_name: str) -> Any:
+@dataclass
+class Line:
+    """A setting as it was given, by a flag or in a file."""
+
+    where: str
+    field: dataclasses.Field | None
+    value: Any = ""  # as it was typed
+    problem: str = ""  # that leaves nothing to read
+
+    def store(self, values: dict[str, Any]) -> str:
+        """Put the value among `values`; returns what is wrong with it."""
+        kind, choices = str(self.field.type).split(" ")[0], self.field.metadata["choices"]
+        if self.value is _NO_VALUE:
+            return f" needs a value: {self.field.metadata['help']}"
+        if choices and self.value not in choices:
+            return f" {self.value}: choose from {', '.join(choices)}"
+        try:
+            values[self.field.name] = _convert(self.value, kind)
+        except ValueError:
+            return f" {self.value}: expected {kind}"
+        return ""
+
+
+def _convert(value: Any, kind: str) -> Any:
     if isinstance(value, bool):
         return value
-    if type_name == "bool":
+    if kind == "bool":
         if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError(value)
         return value.lower() in ("true", "1", "yes")
-    return {"str": str, "int": int, "float": float, "float | None": float}[type_name](value)
+    return {"str": str, "int": int, "float": float}[kind](value)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The settings in a YAML file, or in config.json of a run; what has no value (null) keeps its default.
+
+    Values are taken as they are typed, as on the command line: to YAML `no` would be a boolean and 2e-4 a text.
+    """
+    fields = {name: f for f in dataclasses.fields(Config) for name in (f.name, *f.metadata["aliases"])}
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        yield Line(f"--config {path}: ", None, problem=f"cannot be read: {' '.join(str(error).split()) or reason(error)}")
+        return
+    if not isinstance(root, yaml.MappingNode):
+        yield Line(f"--config {path}: ", None, problem="expected lines like lora_r: 16")
+        return
+    seen: set[str] = set()
+    for key, node in root.value:
+        name, where = str(key.value).replace("-", "_"), f"{path} line {key.start_mark.line + 1}: "
+        f = fields.get(name)
+        if path.suffix == ".json" and name in FACTS:
+            continue
+        if f is None:
+            yield Line(where, None, problem=f"unknown setting {name!r}")
+        elif f.name in seen:
+            yield Line(where, None, problem=f"{name} is given twice")
+        elif isinstance(node, yaml.SequenceNode):
+            yield Line(where, None, problem=f"{name} is a list; write its items with commas between them")
+        elif isinstance(node, yaml.MappingNode):
+            yield Line(where, None, problem=f"{name} has settings below it; none has. Write each at the left edge")
+        elif not node.tag.endswith(":null"):
+            yield Line(f"{where}{name}", f, node.value)
+        seen |= {f.name} if f else set()
+
+
+def recipe(cfg: Config) -> str:
+    """A file for --config that repeats a run: what differs from the defaults, which stand beside it."""
+    path = Path(cfg.output_dir) / "recipe.yaml"
+    lines = [
+        "# The settings of this run that are not the defaults. From the same folder, this repeats it:",
+        f"#   bash launch.sh --config {shlex.quote(str(path))} --output_dir OTHER",
+    ]
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default and f.name not in _NOT_REPEATED:
+            line = yaml.safe_dump({f.name: value}, width=math.inf, allow_unicode=True).strip()
+            lines.append(line + f"  # default: {f.default}" * (f.name not in _REQUIRED))
+    return "\n".join(lines) + "\n"
+
+
+_REQUIRED = ("train_manifest", "output_dir")
+_NOT_REPEATED = ("output_dir", "resume", "resume_changed", "dry_run")
 
 
 def to_argv(settings: Mapping[str, object]) -> list[str]:
@@ -230,7 +317,7 @@ def to_argv(settings: Mapping[str, object]) -> list[str]:
 
 def _find_problems(cfg: Config) -> list[str]:
     """What is impossible about the settings by themselves, before any file is opened."""
-    problems = [f"--{name} is required" for name in ("train_manifest", "output_dir") if not getattr(cfg, name)]
+    problems = [f"--{name} is required" for name in _REQUIRED if not getattr(cfg, name)]
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):

@@ -48,7 +48,7 @@ from common import (
     split_list,
     write_whole,
 )
-from config import Config, parse_config
+from config import Config, parse_config, recipe
 from data import build_loaders, check_agreement, read_records
 from distributed import Dist, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
@@ -370,7 +370,9 @@ def check_first_batch(task: Task, batch: Batch) -> None:
         part, _ = forward(task.model, batch, task.labels)
     sums = part.sum_over(dist).losses
     values, copies = task.objective.metrics(sums), sums.copy_share()
-    losses = (f"{name} loss {values[f'{name}_loss']:.4f} over {values[f'{name}_targets']} targets" for name in ("text", "audio"))
+    losses = (
+        f"{name} loss {values[f'{name}_loss']:.4f} over {values[f'{name}_targets']} targets" for name in ("text", "audio")
+    )
     log(dist, f"  labels: text {task.labels.text}, audio {task.labels.audio}; {', '.join(losses)}; copy share {copies:.1%}")
     if not math.isfinite(values["loss"]):
         raise CheckpointError(
@@ -579,7 +581,7 @@ def resume(run: Run, identity: dict) -> dict:
 
 
 def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
-    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too. Collective."""
+    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too; and recipe.yaml. Collective."""
     packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
     record = dataclasses.asdict(cfg) | {
         "lr": cfg.peak_lr,
@@ -591,8 +593,8 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
         "launch": distributed.launch_id(),
     }
     if dist.is_main:
-        content = json.dumps(record, indent=2) + "\n"
-        write_whole(Path(cfg.output_dir) / "config.json", lambda file: file.write(content.encode()))
+        for name, content in {"config.json": json.dumps(record, indent=2) + "\n", "recipe.yaml": recipe(cfg)}.items():
+            write_whole(Path(cfg.output_dir) / name, lambda file, content=content: file.write(content.encode()))
     return record
 
 

@@ -356,13 +356,19 @@ def test_what_only_evaluate_needs_is_installed_when_it_is_used(tmp_path):
     assert install.startswith("-m pip install") and install.endswith(f"--requirement={ROOT}/requirements-evaluate.txt")
 
 
-@pytest.mark.parametrize("words", ["--train_manifest x --quantize nf4", "plan", "generate --ckpt x --quantize=nf4"])
+@pytest.mark.parametrize(
+    "words", ["--train_manifest x --quantize nf4", "plan", "generate --ckpt x --quantize=nf4", "--config CARD", "--config=CARD.json"]
+)
 def test_what_only_nf4_needs_is_installed_when_it_is_used(words, tmp_path):
+    (tmp_path / "card").write_text("lora_r: 16\nquantize: nf4  # why\n")
+    (tmp_path / "card.json").write_text('{\n  "quantize": "nf4",\n  "seed": 0\n}')
+    (tmp_path / "plain").write_text("quantize: none\n")
+    words = words.replace("CARD", f"{tmp_path}/card")
     venv = make_environment(tmp_path / "venv", f"""echo "$@" >>'{tmp_path}/asked'""")
     (venv / ".installed-nf4").unlink()
-    for line in ("show x", words):
+    for line in ("show x", f"--config {tmp_path}/plain", words):
         assert launch_sh(line.split(), {"VENV": str(venv)}).returncode == 0
-    show, install, _ = (tmp_path / "asked").read_text().splitlines()
+    show, _, install, _ = (tmp_path / "asked").read_text().splitlines()
     assert show.endswith("show x") and install.endswith(f"--requirement={ROOT}/requirements-nf4.txt")
 
 
