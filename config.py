@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from common import ConfigError, listing, reason, split_list
+from common import ConfigError, listing, split_list
+from recipes.files import as_line, read_lines
+from recipes.flags import Flags
 
 BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
@@ -101,7 +103,7 @@ class Config:
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")
 
     # Optimizer and loss
-    lr: float | None = _setting(None, "peak learning rate; default 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
+    lr: float | None = _setting(None, "peak learning rate; default: 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
     warmup_steps: int = _setting(0, "steps of linear warm-up before the cosine decay")
     min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
     weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
@@ -193,28 +195,29 @@ class Config:
         return [float(w) for w in self.codebook_weights.split(",")] if self.codebook_weights else []
 
 
-_NO_VALUE = object()
+# What --help lists; the rest is listed by --help advanced.
+BASIC = (
+    *("train_manifest", "val_manifest", "codes_dir", "base_ckpt", "audio_tokenizer", "lora_r", "lora_alpha", "quantize"),
+    *("merge_lora", "batch_size", "max_tokens", "grad_accum", "epochs", "max_steps", "lr", "warmup_steps", "mixed_precision"),
+    *("activation_checkpointing", "device", "output_dir", "val_steps", "sample_steps", "num_samples", "sample_texts"),
+    *("save_steps", "keep_last", "final", "resume", "seed", "dry_run"),
+)
 # What a run notes in config.json beside its settings; see train.write_run_config.
 FACTS = ("training_samples", "run_id", "world_size", "git_commit", "versions", "launch")
+_REQUIRED = ("train_manifest", "output_dir")
+_OF_ONE_RUN = ("output_dir", "resume", "resume_changed", "dry_run")
 
 
-def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
-    """The command line as a Config; ConfigError with every problem at once."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="FILE", help="read settings from YAML, or from config.json of a run; flags win")
-    fields = dataclasses.fields(Config)
-    for f in fields:
-        flags = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
-        const = f.metadata["const"] if f.metadata["const"] is not None else _NO_VALUE
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(*flags, dest=f.name, nargs="?", const=const, default=None, metavar="X", help=text)
-    given, unknown = parser.parse_known_args(list(argv))
-    problems = [f"unknown argument {argument!r}" for argument in unknown]
-    lines = list(read_lines(Path(given.config))) if given.config else []
-    lines += [Line(f"--{f.name}", f, value) for f in fields if (value := getattr(given, f.name)) is not None]
-    values: dict[str, Any] = {}
+def parse_config(argv: Sequence[str], description: str | None = None, **defaults: Any) -> Config:
+    """The command line as a Config; ConfigError with every problem at once. --help and --version end the process.
+
+    defaults: settings that the command line need not give
+    """
+    flags = Flags(Config, BASIC, description)
+    lines, config_file, problems = flags.read(argv, _version)
+    if config_file:
+        lines = [*read_lines(Path(config_file), flags, FACTS), *lines]
+    values = defaults
     for line in lines:
         if problem := line.problem or line.store(values):
             problems.append(f"{line.where}{problem}")
@@ -225,89 +228,23 @@ def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
     return cfg
 
 
-@dataclass
-class Line:
-    """A setting as it was given, by a flag or in a file."""
-
-    where: str
-    field: dataclasses.Field | None
-    value: Any = ""  # as it was typed
-    problem: str = ""  # that leaves nothing to read
-
-    def store(self, values: dict[str, Any]) -> str:
-        """Put the value among `values`; returns what is wrong with it."""
-        kind, choices = str(self.field.type).split(" ")[0], self.field.metadata["choices"]
-        if self.value is _NO_VALUE:
-            return f" needs a value: {self.field.metadata['help']}"
-        if choices and self.value not in choices:
-            return f" {self.value}: choose from {', '.join(choices)}"
-        try:
-            values[self.field.name] = _convert(self.value, kind)
-        except ValueError:
-            return f" {self.value}: expected {kind}"
-        return ""
+def _version() -> str:
+    number = re.search(r'version = "(.+)"', (Path(__file__).parent / "pyproject.toml").read_text())[1]
+    return f"higgs-audio-v2-trainer {number}, commit {code_commit() or 'unknown'}, torch {torch.__version__}"
 
 
-def _convert(value: Any, kind: str) -> Any:
-    if isinstance(value, bool):
-        return value
-    if kind == "bool":
-        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise ValueError(value)
-        return value.lower() in ("true", "1", "yes")
-    return {"str": str, "int": int, "float": float}[kind](value)
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-    """The settings in a YAML file, or in config.json of a run; what has no value (null) keeps its default.
-
-    Values are taken as they are typed, as on the command line: to YAML `no` would be a boolean and 2e-4 a text.
-    """
-    fields = {name: f for f in dataclasses.fields(Config) for name in (f.name, *f.metadata["aliases"])}
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        yield Line(f"--config {path}: ", None, problem=f"cannot be read: {' '.join(str(error).split()) or reason(error)}")
-        return
-    if not isinstance(root, yaml.MappingNode):
-        yield Line(f"--config {path}: ", None, problem="expected lines like lora_r: 16")
-        return
-    seen: set[str] = set()
-    for key, node in root.value:
-        name, where = str(key.value).replace("-", "_"), f"{path} line {key.start_mark.line + 1}: "
-        f = fields.get(name)
-        if path.suffix == ".json" and name in FACTS:
-            continue
-        if f is None:
-            yield Line(where, None, problem=f"unknown setting {name!r}")
-        elif f.name in seen:
-            yield Line(where, None, problem=f"{name} is given twice")
-        elif isinstance(node, yaml.SequenceNode):
-            yield Line(where, None, problem=f"{name} is a list; write its items with commas between them")
-        elif isinstance(node, yaml.MappingNode):
-            yield Line(where, None, problem=f"{name} has settings below it; none has. Write each at the left edge")
-        elif not node.tag.endswith(":null"):
-            yield Line(f"{where}{name}", f, node.value)
-        seen |= {f.name} if f else set()
+def code_commit() -> str | None:
+    """The commit of this code, None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def recipe(cfg: Config) -> str:
     """A file for --config that repeats a run: what differs from the defaults, which stand beside it."""
-    path = Path(cfg.output_dir) / "recipe.yaml"
-    lines = [
-        "# The settings of this run that are not the defaults. From the same folder, this repeats it:",
-        f"#   bash launch.sh --config {shlex.quote(str(path))} --output_dir OTHER",
-    ]
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if value != f.default and f.name not in _NOT_REPEATED:
-            line = yaml.safe_dump({f.name: value}, width=math.inf, allow_unicode=True).strip()
-            lines.append(line + f"  # default: {f.default}" * (f.name not in _REQUIRED))
-    return "\n".join(lines) + "\n"
-
-
-_REQUIRED = ("train_manifest", "output_dir")
-_NOT_REPEATED = ("output_dir", "resume", "resume_changed", "dry_run")
+    changed = {f: value for f in dataclasses.fields(cfg) if (value := getattr(cfg, f.name)) != f.default}
+    command = f"bash launch.sh --config {shlex.quote(f'{cfg.output_dir}/recipe.yaml')} --output_dir OTHER"
+    title = f"# The settings of this run that are not the defaults. From the same folder, this repeats it:\n#   {command}\n"
+    return title + "".join(as_line(f, value) for f, value in changed.items() if f.name not in _OF_ONE_RUN)
 
 
 def to_argv(settings: Mapping[str, object]) -> list[str]:

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -24,7 +23,7 @@ from typing import IO
 import checkpoint
 from checkpoint import COMPANIONS, weight_files
 from common import CheckpointError, read_json
-from config import Config
+from config import Config, code_commit
 from data import Loader
 from distributed import Dist, log
 
@@ -310,9 +309,3 @@ def fingerprint(folder: Path) -> str:
                 file.seek(first + room * i // (NUM_SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def code_commit() -> str | None:
-    """The commit of this code, None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -1,9 +1,10 @@
-"""The command line: settings from a file, all problems of both together."""
+"""The command line: settings from flags and files, all problems of both together, and the help."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from test_train import main_error, settings
 
 import train
 from common import ConfigError
-from config import FACTS, Config, parse_config, recipe
+from config import BASIC, FACTS, Config, parse_config, recipe
 
 GIVEN = ["--train_manifest", "m", "--output_dir", "o"]
 
@@ -32,6 +33,9 @@ def test_a_file_gives_what_flags_give(tmp_path):
     assert (cfg.lr, cfg.lora_r, cfg.mixed_precision, cfg.best_by) == (2e-4, 8, "no", "")
     assert (cfg.merge_lora, cfg.val_manifest, cfg.seed, cfg.grad_accum) == (True, "", 4, 2)
     assert parse_config(written(tmp_path, "{}")) == parse_config(GIVEN)
+    (tmp_path / "data.yaml").write_text("train_manifest: mine\n")  # as `plan` takes it, which needs no manifest
+    cfg = parse_config(["--config", str(tmp_path / "data.yaml")], train_manifest="-", output_dir="-")
+    assert (cfg.train_manifest, cfg.output_dir) == ("mine", "-")
 
 
 def test_mistakes_in_a_file_are_reported_with_those_of_flags(tmp_path):
@@ -99,3 +103,66 @@ def test_a_run_is_repeated_by_its_recipe_and_by_its_config(toys, tmp_path):
 
 def test_a_mistake_in_a_file_ends_the_run(tmp_path, capsys):
     assert "mine.yaml line 1: unknown setting 'lorar'" in main_error(written(tmp_path, "lorar: 3"), capsys)
+
+
+# ---- help, and mistakes in names
+
+
+def answer(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        train.main(words)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_is_grouped_and_true(capsys):
+    """What most runs need; everything on request, each setting once, with its choices and the default that it has."""
+    pages = [answer(capsys, *words) for words in (["--help"], ["--help", "advanced"])]
+    short, everything = (" ".join(page.split()) for page in pages)
+    headings = ["Data", "Model", "Batches and length", "Optimizer and loss", "Precision, memory and speed"]
+    headings += ["Evaluation, samples and checkpoints", "Health"]
+    starts = [everything.index(f" {heading}: --") for heading in headings]
+    assert starts == sorted(starts) and all(f" {heading}: --" in short for heading in headings)
+    for f in dataclasses.fields(Config):
+        flag = f"\n  --{', --'.join([f.name, *f.metadata['aliases']])}"
+        counts = [len(re.findall(rf"{flag}(?! ,)\b", page)) for page in pages]
+        assert counts == [f.name in BASIC, 1], f.name
+    assert (
+        f"{len(dataclasses.fields(Config)) - len(BASIC)} more settings: --help advanced" in short and "--config FILE" in short
+    )
+    assert "--lora_r N LoRA rank; 0: full fine-tune; default: 16 --" in short
+    assert "--mixed_precision TEXT compute dtype; masters stay float32; one of bf16, no; default: bf16 --" in short
+    assert "peak learning rate; default: 2e-4 for LoRA, 2e-5 for a full fine-tune --" in short
+    assert "default: None" not in everything and "--dry_run build" in short
+
+
+def test_only_one_rank_answers(capsys, monkeypatch):
+    assert "--train_manifest" in answer(capsys, "-h")
+    monkeypatch.setenv("RANK", "1")
+    assert answer(capsys, "--help") == ""
+
+
+def test_version(capsys):
+    found = answer(capsys, "--version")
+    assert re.fullmatch(r"higgs-audio-v2-trainer \d+\.\d+\.\d+, commit (\w{40}|unknown), torch 2\S+\n", found)
+
+
+def test_the_nearest_name_is_suggested(tmp_path, capsys):
+    """To flags, aliases and names in a file; a value after an unknown flag is no mistake of its own."""
+    typos = ["--lora-rank", "8", "--learnig_rate=1", "--zzz", "1", "stray", "--ouput_dir"]
+    error = main_error([*written(tmp_path, "warmup_step: 3"), *typos], capsys)
+    for part in (
+        "'--lora_rank'; did you mean --lora_r?",
+        "'--learnig_rate'; did you mean --learning_rate?",
+        "unknown argument '--zzz'\n",
+        "unknown argument 'stray'\n",
+        "'--ouput_dir'; did you mean --output_dir?",
+        "line 1: unknown setting 'warmup_step'; did you mean warmup_steps?",
+        "6 problems",
+    ):
+        assert part in error, part
+
+
+def test_hyphens_are_as_good_as_underscores():
+    cfg = parse_config(["--train-manifest", "a-b", "--output-dir=o-p", "--lora-r=4", "--merge-lora", "--min-lr-ratio", "0.1"])
+    assert (cfg.train_manifest, cfg.output_dir, cfg.lora_r, cfg.merge_lora, cfg.min_lr_ratio) == ("a-b", "o-p", 4, True, 0.1)
