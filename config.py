@@ -64,7 +64,7 @@ class Config:
         "", "dataset to train on; several with weights: a.jsonl:2,b.jsonl:0.5", "train_data", "input_data"
     )
     val_manifest: str = _setting("", "dataset to evaluate on")
-    val_share: float = _setting(0.02, "share of the training records held out, with --val_steps but no --val_manifest")
+    val_share: float = _setting(0.02, "share of the training records held out to evaluate on, without --val_manifest; 0: none")
     codes_dir: str = _setting("", "cache of encoded waveforms, which runs may share; default: OUTPUT_DIR/codes")
     missing_audio: str = _setting("error", "records whose audio does not exist; skip lists them", choices=("error", "skip"))
     strict_audio: bool = _setting(
@@ -104,7 +104,7 @@ class Config:
 
     # Optimizer and loss
     lr: float | None = _setting(None, "peak learning rate; default: 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
-    warmup_steps: int = _setting(0, "steps of linear warm-up before the cosine decay")
+    warmup_steps: int | None = _setting(None, "steps of linear warm-up before the cosine decay; default: 3 % of the run")
     min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
     weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
     beta2: float = _setting(0.95, "AdamW beta2")
@@ -133,8 +133,12 @@ class Config:
 
     # Evaluation, samples and checkpoints
     output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
-    val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
-    sample_steps: int = _setting(0, "generate samples of the validation set every so many steps, of the base too; 0: never")
+    val_steps: int | None = _setting(
+        None, "evaluate every so many steps; 0: at the end, and hold nothing out for it; default: once per epoch"
+    )
+    sample_steps: int | None = _setting(
+        None, "generate samples of the validation set every so many steps, of the base too; 0: never; default: once per epoch"
+    )
     num_samples: int = _setting(4, "how many samples")
     sample_texts: str = _setting(
         "", "samples of texts of your own as well: a file with a text per line, or JSONL as for generate"
@@ -142,8 +146,10 @@ class Config:
     sample_temperature: float = _setting(0.7, "sampling temperature for --sample_steps; 0: greedy")
     asr_model: str = _setting("", "speech recognition model (transformers) for the samples' word error rate")
     sv_model: str = _setting("", "speaker verification model (transformers) for the samples' speaker similarity")
-    save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
-    keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
+    save_steps: int | None = _setting(
+        None, "save a resumable checkpoint every so many steps; 0: never; default: once per epoch"
+    )
+    keep_last: int = _setting(2, "resumable checkpoints to keep, beside the best; 0: all")
     best_by: str = _setting(
         "loss",
         "figure of validation or samples that chooses the best step, which --save_steps keeps; '': none",
@@ -204,6 +210,8 @@ BASIC = (
 )
 # What a run notes in config.json beside its settings; see train.write_run_config.
 FACTS = ("training_samples", "run_id", "world_size", "git_commit", "versions", "launch")
+# Where they are not given, a run that is continued keeps its own: earlier versions had other defaults.
+OPEN = ("val_steps", "sample_steps", "save_steps", "warmup_steps")
 _REQUIRED = ("train_manifest", "output_dir")
 _OF_ONE_RUN = ("output_dir", "resume", "resume_changed", "dry_run")
 
@@ -221,8 +229,12 @@ def parse_config(argv: Sequence[str], description: str | None = None, **defaults
     for line in lines:
         if problem := line.problem or line.store(values):
             problems.append(f"{line.where}{problem}")
-    cfg = Config(**values)
-    problems += _find_problems(cfg)
+    return checked(Config(**values), problems)
+
+
+def checked(cfg: Config, problems: Sequence[str] = ()) -> Config:
+    """The same, if nothing is impossible about it; ConfigError with `problems` and every other one."""
+    problems = [*problems, *_find_problems(cfg)]
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else listing(f"{len(problems)} problems:", problems))
     return cfg
@@ -265,7 +277,7 @@ def _find_problems(cfg: Config) -> list[str]:
     no_gpu, has_judge = not torch.cuda.is_available(), cfg.asr_model or cfg.sv_model
     recomputes, has_loss = cfg.activation_checkpointing == "selective", cfg.text_loss_weight or cfg.audio_loss_weight
     by, judges_step = cfg.best_by, cfg.patience or cfg.final == "best"
-    has_val = cfg.val_manifest or (cfg.val_steps and cfg.val_share)
+    has_val, has_samples = cfg.val_manifest or (cfg.val_steps != 0 and cfg.val_share), cfg.sample_steps != 0
     rules = {
         "--compile recomputes what is cheap; use --activation_checkpointing none or full with it": cfg.compile and recomputes,
         "--dist_timeout 0: ranks have to wait for each other": cfg.dist_timeout == 0,
@@ -277,14 +289,14 @@ def _find_problems(cfg: Config) -> list[str]:
         and (cfg.cpu_offload or cfg.replicate > 1 or cfg.compile),
         "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
         "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": has_judge and not cfg.codec,
-        "--num_samples 0: at least 1 with --sample_steps": cfg.sample_steps and cfg.num_samples < 1,
-        "--sample_texts: samples are generated with --sample_steps": cfg.sample_texts and not cfg.sample_steps,
-        f"--best_by {by}: is measured on samples; give --sample_steps": by in OF_SAMPLES and not cfg.sample_steps,
+        "--num_samples 0: at least 1 with --sample_steps": has_samples and cfg.num_samples < 1,
+        "--sample_texts: samples are generated with --sample_steps": cfg.sample_texts and not has_samples,
+        f"--best_by {by}: is measured on samples; give --sample_steps": by in OF_SAMPLES and not has_samples,
         f"--best_by {by}: needs --asr_model": by == "word_error_rate" and not cfg.asr_model,
         f"--best_by {by}: needs --sv_model": by == "speaker_similarity" and not cfg.sv_model,
         f"--best_by {by}: needs --drift_manifest": by == "drift" and not cfg.drift_manifest,
         "--patience and --final best need --best_by": not by and (cfg.patience or cfg.final == "best"),
-        "--final best: checkpoints are kept with --save_steps": cfg.final == "best" and not cfg.save_steps,
+        "--final best: checkpoints are kept with --save_steps": cfg.final == "best" and cfg.save_steps == 0,
         "--drift_manifest: is measured at evaluations; give --val_manifest or --val_steps": cfg.drift_manifest and not has_val,
         f"--best_by {by}: needs --val_manifest or --val_steps": judges_step and by not in ("", *OF_SAMPLES) and not has_val,
         "--memory_snapshot: there is no GPU in this run": cfg.memory_snapshot and (cfg.device == "cpu" or no_gpu),

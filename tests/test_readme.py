@@ -339,7 +339,7 @@ def test_code_in_the_current_folder_does_not_run(at_desk, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     venv = make_environment(tmp_path / "venv", f'exec "{sys.executable}" "$@"')
     train = f"--train_manifest {at_desk}/train.jsonl --output_dir {tmp_path}/o --base_ckpt {at_desk}/checkpoint --max_steps 1"
-    train += " --audio_tokenizer none --device cpu --batch_size 1 --num_workers 1"
+    train += " --audio_tokenizer none --device cpu --batch_size 1 --num_workers 1 --sample_steps 0"
     for words in (train, f"prepare check {at_desk}/val.jsonl", f"show {at_desk}/checkpoint", "plan --help"):
         done = launch_sh(words.split(), {"VENV": str(venv), "NPROC": "1"})
         assert done.returncode == 0, done.stderr

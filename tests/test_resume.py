@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run_ranks
+from conftest import ONLY_STEPS, ROOT, run_ranks
 from safetensors.torch import load_file
 from test_distributed import full
 from torch.distributed.fsdp import fully_shard
@@ -28,7 +28,7 @@ from config import to_argv
 
 
 def settings(toys: Path, output_dir: Path, lora_r: int = 4, **extra) -> list[str]:
-    values = {
+    values = ONLY_STEPS | {
         "train_manifest": toys / "train.jsonl",
         "val_manifest": toys / "val.jsonl",
         "base_ckpt": toys / "checkpoint",
