@@ -177,6 +177,7 @@ class Config:
     step_timeout: float = _setting(
         30.0, "minutes without progress after which a rank notes where it stands, in OUTPUT/stuck, and ends; 0: never"
     )
+    verbose: bool = _setting(False, "show the first batch as well; OUTPUT/log.txt has it always", const=True)
     dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
 
     @property

@@ -51,7 +51,7 @@ from common import (
 )
 from config import Config, parse_config, recipe
 from data import build_loaders, check_agreement, read_records
-from distributed import Dist, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
+from distributed import Dist, detail, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate import best
@@ -63,6 +63,7 @@ from layers import nf4
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
+from tools.log import Log, keep_output
 from tools.watchdog import watching
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def check_first_batch(task: Task, batch: Batch) -> None:
     batch = batch.to(dist.device)
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
-            log(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
+            detail(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
     task.labels = find_labels(task.labels, batch, dist)
     with evaluating(task.model):
         part, _ = forward(task.model, batch, task.labels)
@@ -374,7 +375,7 @@ def check_first_batch(task: Task, batch: Batch) -> None:
     losses = (
         f"{name} loss {values[f'{name}_loss']:.4f} over {values[f'{name}_targets']} targets" for name in ("text", "audio")
     )
-    log(dist, f"  labels: text {task.labels.text}, audio {task.labels.audio}; {', '.join(losses)}; copy share {copies:.1%}")
+    detail(dist, f"  labels: text {task.labels.text}, audio {task.labels.audio}; {', '.join(losses)}; copy share {copies:.1%}")
     if not math.isfinite(values["loss"]):
         raise CheckpointError(
             "the loss is not finite before anything was trained: the weights that training starts from are damaged; look at "
@@ -519,7 +520,7 @@ class Run:
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
     held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
-    with dist.signals, held or contextlib.nullcontext():
+    with dist.signals, held or contextlib.nullcontext(), Log(Path(cfg.output_dir) / "log.txt", dist.rank, cfg.verbose):
         run = build_run(cfg, dist)
         state = TrainState() if cfg.dry_run else start(run)
         announce(run, state)
@@ -704,7 +705,7 @@ def loop(run: Run, state: TrainState) -> bool:
         except Interrupted:
             continue  # to the stop above
         if not checked:
-            log(dist, "first batch:")
+            detail(dist, "first batch:")
             check_readable(batches, run.max_bad_samples, dist)
             check_first_batch(task, batches[0])
             checked = True
@@ -750,7 +751,8 @@ def save(run: Run, state: TrainState) -> None:
 def commit(run: Run) -> None:
     """Finish the checkpoint that was begun, if any. Collective."""
     with forgiving(run):
-        run.saver.commit()
+        if (saved := run.saver.commit()) and run.cfg.save_steps != 0:
+            log(run.task.dist, f"saved {saved}")
 
 
 @contextlib.contextmanager
@@ -796,6 +798,7 @@ def validate(run: Run, state: TrainState) -> None:
     run.monitor.write(split="val", step=state.step, epoch=state.position.epoch, **values)
     state.val_loss = values["loss"]
     losses = f"validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})"
+    losses += "".join(f", {name} {values[name]:.3f}" for name in ("eos_accuracy", "copy_share"))
     log(dist, f"step {state.step}: {losses}{note_best(run, state, values)}")
 
 
@@ -931,7 +934,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_and_exit(argv: Sequence[str]) -> None:
     """`main` as a process of its own. Ranks that merely lost the others wait a moment: the one that failed prints first."""
-    distributed.keep_output()
+    keep_output()
     try:
         status = main(argv)
     except Exception as error:
