@@ -151,7 +151,7 @@ def split_lines(lines: Sequence[Line], shares: dict[str, float], held_out: set[s
     for of_speaker in free.values():
         rng.shuffle(of_speaker)
     for split, share in shares.items():
-        if split == "val" and share:
+        if split == "val" and share and len(lines) >= 20:  # a tenth of fewer is one line, without another as its reference
             share = share_held_out(share, len(lines))
         wanted, before = round(share * len(lines)), math.inf
         while 0 < wanted < before:  # rounds over the speakers, until the split is full or nothing fits

@@ -124,7 +124,7 @@ def test_files_hold_no_pickle(toys, tmp_path):
     assert [p.name for p in states] == ["step_1", "step_2"]
     written = [p for p in (tmp_path / "o").rglob("*") if p.is_file() and p.name != ".lock"]
     files = [p for p in written if "tensorboard" not in p.parts]
-    assert {p.suffix for p in files} == {".json", ".jsonl", ".safetensors", ".md"}
+    assert {p.suffix for p in files} == {".json", ".jsonl", ".safetensors", ".md", ".yaml", ".txt"}
     names = {name for path in states[0].glob("*.safetensors") for name in load_file(path)}
     assert any(name.endswith(".exp_avg_sq") for name in names) and not any("base_layer" in name for name in names)
 
