@@ -49,7 +49,7 @@ from common import (
     split_list,
     write_whole,
 )
-from config import Config, parse_config, recipe
+from config import OPEN, Config, parse_config, recipe
 from data import build_loaders, check_agreement, read_records
 from distributed import Dist, detail, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
@@ -538,7 +538,9 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
 def build_run(cfg: Config, dist: Dist) -> Run:
     """Data and model, agreed upon by all ranks. Collective."""
     resumed_from = lineage.choose_resume(cfg, dist)
-    cfg = dist.together(lambda: lineage.inherit(cfg, resumed_from))
+    given, cfg = cfg, dist.together(lambda: lineage.inherit(cfg, resumed_from))
+    if kept := [f"--{name} {getattr(cfg, name)}" for name in OPEN if getattr(cfg, name) != getattr(given, name)]:
+        log(dist, f"as in the run that is continued: {' '.join(kept)}")
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
     base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))

@@ -100,6 +100,8 @@ def test_a_run_of_before_keeps_its_settings(toys, tmp_path, capsys):
     zeros = {"val_steps": 0, "sample_steps": 0, "warmup_steps": 0}
     assert train.main(plain(toys, tmp_path / "o", save_steps=2, max_steps=2, **zeros)) == 0
     assert train.main(plain(toys, tmp_path / "o", max_steps=4, resume="auto")) == 0
+    before = "--val_steps 0 --sample_steps 0 --save_steps 2 --warmup_steps 0"
+    assert f"as in the run that is continued: {before}\n" in capsys.readouterr().err
     assert {line["split"] for line in map(json.loads, open(tmp_path / "o" / "metrics.jsonl"))} == {"train"}
     assert [path.name for path in checkpoint.list_states(tmp_path / "o" / "checkpoints")] == ["step_2", "step_4"]
     capsys.readouterr()

@@ -42,16 +42,21 @@ def show(message: str) -> None:
 class Forgiving:
     """A stream whose writes cannot fail.
 
-    keep: gets each whole line as well, but nothing of a progress bar, which begins with a carriage return
+    A progress bar is what begins with a carriage return; other lines begin anew after it, where no terminal clears it.
+
+    keep: gets each whole line as well, but nothing of a progress bar
     """
 
     def __init__(self, stream: IO[str], keep: Callable[[str], None] | None = None):
         self._stream, self._keep, self._begun = stream, keep, ""
+        self._in_bar = False
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        if self._keep and not text.startswith("\r"):
+            after_bar = self._in_bar and not text.startswith(("\r", "\n")) and not self._stream.isatty()
+            self._stream.write("\n" * after_bar + text)
+        self._in_bar = text.startswith("\r")
+        if self._keep and not self._in_bar:
             *lines, self._begun = (self._begun + text).split("\n")
             for line in filter(None, lines):
                 self._keep(line)
