@@ -383,7 +383,8 @@ def test_what_only_evaluate_needs_is_installed_when_it_is_used(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["--train_manifest x --quantize nf4", "plan", "generate --ckpt x --quantize=nf4", "--config CARD", "--config=CARD.json"]
+    "words",
+    ["--train_manifest x --quantize nf4", "plan", "generate --ckpt x --quantize=nf4", "--config CARD", "--config=CARD.json"],
 )
 def test_what_only_nf4_needs_is_installed_when_it_is_used(words, tmp_path):
     (tmp_path / "card").write_text("lora_r: 16\nquantize: nf4  # why\n")
