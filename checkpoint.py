@@ -273,13 +273,13 @@ class Saver:
         self._state, self.newest = state, folder
         self._written = self._thread.submit(self._write, _unfinished(folder), rows, offsets)
 
-    def commit(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and give it its name. Collective.
+    def commit(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if any, and give it its name, which is returned. Collective.
 
         raises: CheckpointError if the disk is full or fails; earlier checkpoints are untouched then
         """
         if self._written is None:
-            return
+            return None
         written, self._written = self._written, None
         error, own = None, {}
         try:
@@ -292,6 +292,7 @@ class Saver:
         if error:
             _on_main(lambda: shutil.rmtree(_unfinished(self.newest), ignore_errors=True))
             raise CheckpointError(f"{self.newest}: cannot be written ({error}); earlier checkpoints are untouched")
+        return self.newest
 
     def amend(self, state: dict) -> None:
         """Note in the newest checkpoint, which has been committed, what is known by now; if there is one. Collective."""

@@ -1,17 +1,22 @@
-"""Every setting of a run, and the command line made from them; all problems are reported together."""
+"""Every setting of a run: defaults < --config FILE < flags. All problems are reported together."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
+import re
+import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import ConfigError, listing, split_list
+from recipes.files import as_line, read_lines
+from recipes.flags import Flags
 
 BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 # The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
@@ -25,7 +30,15 @@ REVISIONS = {
 LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
 # Figures that can choose the best step; 1: more is better, -1: less, 0: best at 1. The second line is measured on samples.
-BEST_BY = {"loss": -1, "text_loss": -1, "audio_loss": -1, "eos_loss": -1, "text_accuracy": 1, "audio_accuracy": 1, "eos_accuracy": 1}
+BEST_BY = {
+    "loss": -1,
+    "text_loss": -1,
+    "audio_loss": -1,
+    "eos_loss": -1,
+    "text_accuracy": 1,
+    "audio_accuracy": 1,
+    "eos_accuracy": 1,
+}
 OF_SAMPLES = {"stop_rate": 1, "duration_ratio": 0, "code_match": 1, "runaway_rate": -1}
 OF_SAMPLES |= {"word_error_rate": -1, "speaker_similarity": 1}
 BEST_BY |= {"drift": -1} | OF_SAMPLES
@@ -51,7 +64,7 @@ class Config:
         "", "dataset to train on; several with weights: a.jsonl:2,b.jsonl:0.5", "train_data", "input_data"
     )
     val_manifest: str = _setting("", "dataset to evaluate on")
-    val_share: float = _setting(0.02, "share of the training records held out, with --val_steps but no --val_manifest")
+    val_share: float = _setting(0.02, "share of the training records held out to evaluate on, without --val_manifest; 0: none")
     codes_dir: str = _setting("", "cache of encoded waveforms, which runs may share; default: OUTPUT_DIR/codes")
     missing_audio: str = _setting("error", "records whose audio does not exist; skip lists them", choices=("error", "skip"))
     strict_audio: bool = _setting(
@@ -69,12 +82,13 @@ class Config:
     lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
     lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
     lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
-    lora_targets: str = _setting(
-        ",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of the modules that get an adapter"
-    )
+    lora_targets: str = _setting(",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of the modules that get an adapter")
     freeze: str = _setting("", "comma-separated patterns of the parameters that do not train")
     quantize: str = _setting(
-        "none", "keep the layers' frozen weights in 4 bits (NF4), for LoRA on a small card", const="nf4", choices=("none", "nf4")
+        "none",
+        "keep the layers' frozen weights in 4 bits (NF4), for LoRA on a small card",
+        const="nf4",
+        choices=("none", "nf4"),
     )
     merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base", const=True)
 
@@ -83,16 +97,14 @@ class Config:
     max_tokens: int = _setting(
         0, "positions (text, frames and delay columns) per micro-batch and rank, instead of --batch_size; 0: off"
     )
-    long: str = _setting(
-        "error", "samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop")
-    )
+    long: str = _setting("error", "samples longer than --max_tokens; crop: to whole turns", choices=("error", "skip", "crop"))
     grad_accum: int = _setting(1, "micro-batches per optimizer step and rank", "gradient_accumulation_steps")
     epochs: int = _setting(1, "passes over the training data")
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: after --epochs")
 
     # Optimizer and loss
-    lr: float | None = _setting(None, "peak learning rate; default 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
-    warmup_steps: int = _setting(0, "steps of linear warm-up before the cosine decay")
+    lr: float | None = _setting(None, "peak learning rate; default: 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
+    warmup_steps: int | None = _setting(None, "steps of linear warm-up before the cosine decay; default: 3 % of the run")
     min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
     weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
     beta2: float = _setting(0.95, "AdamW beta2")
@@ -121,21 +133,33 @@ class Config:
 
     # Evaluation, samples and checkpoints
     output_dir: str = _setting("", "where checkpoints, metrics and the finished model go")
-    val_steps: int = _setting(0, "evaluate every so many steps; 0: only at the end")
-    sample_steps: int = _setting(0, "generate samples of the validation set every so many steps, of the base too; 0: never")
+    val_steps: int | None = _setting(
+        None, "evaluate every so many steps; 0: at the end, and hold nothing out for it; default: once per epoch"
+    )
+    sample_steps: int | None = _setting(
+        None, "generate samples of the validation set every so many steps, of the base too; 0: never; default: once per epoch"
+    )
     num_samples: int = _setting(4, "how many samples")
-    sample_texts: str = _setting("", "samples of texts of your own as well: a file with a text per line, or JSONL as for generate")
+    sample_texts: str = _setting(
+        "", "samples of texts of your own as well: a file with a text per line, or JSONL as for generate"
+    )
     sample_temperature: float = _setting(0.7, "sampling temperature for --sample_steps; 0: greedy")
     asr_model: str = _setting("", "speech recognition model (transformers) for the samples' word error rate")
     sv_model: str = _setting("", "speaker verification model (transformers) for the samples' speaker similarity")
-    save_steps: int = _setting(0, "save a resumable checkpoint every so many steps; 0: never")
-    keep_last: int = _setting(2, "resumable checkpoints to keep; 0: all")
+    save_steps: int | None = _setting(
+        None, "save a resumable checkpoint every so many steps; 0: never; default: once per epoch"
+    )
+    keep_last: int = _setting(2, "resumable checkpoints to keep, beside the best; 0: all")
     best_by: str = _setting(
-        "loss", "figure of validation or samples that chooses the best step, which --save_steps keeps; '': none", choices=(*BEST_BY, "")
+        "loss",
+        "figure of validation or samples that chooses the best step, which --save_steps keeps; '': none",
+        choices=(*BEST_BY, ""),
     )
     patience: int = _setting(0, "stop after so many evaluations (or rounds of samples) without a better --best_by; 0: never")
     final: str = _setting("last", "the step that becomes final/: the last, or the best by --best_by", choices=("last", "best"))
-    drift_manifest: str = _setting("", "records of other voices and languages: how far predictions for them move from the base's")
+    drift_manifest: str = _setting(
+        "", "records of other voices and languages: how far predictions for them move from the base's"
+    )
     resume: str = _setting("none", "auto: the newest checkpoint in output_dir; or a checkpoint's path", const="auto")
     resume_changed: bool = _setting(
         False, "resume although the training data or the base checkpoint has changed since; the epoch begins again", const=True
@@ -153,6 +177,7 @@ class Config:
     step_timeout: float = _setting(
         30.0, "minutes without progress after which a rank notes where it stands, in OUTPUT/stuck, and ends; 0: never"
     )
+    verbose: bool = _setting(False, "show the first batch as well; OUTPUT/log.txt has it always", const=True)
     dry_run: bool = _setting(False, "build data and model, print counts, and exit", const=True)
 
     @property
@@ -177,50 +202,62 @@ class Config:
         return [float(w) for w in self.codebook_weights.split(",")] if self.codebook_weights else []
 
 
-_NO_VALUE = object()
+# What --help lists; the rest is listed by --help advanced.
+BASIC = (
+    *("train_manifest", "val_manifest", "codes_dir", "base_ckpt", "audio_tokenizer", "lora_r", "lora_alpha", "quantize"),
+    *("merge_lora", "batch_size", "max_tokens", "grad_accum", "epochs", "max_steps", "lr", "warmup_steps", "mixed_precision"),
+    *("activation_checkpointing", "device", "output_dir", "val_steps", "sample_steps", "num_samples", "sample_texts"),
+    *("save_steps", "keep_last", "final", "resume", "seed", "dry_run"),
+)
+# What a run notes in config.json beside its settings; see train.write_run_config.
+FACTS = ("training_samples", "run_id", "world_size", "git_commit", "versions", "launch")
+# Where they are not given, a run that is continued keeps its own: earlier versions had other defaults.
+OPEN = ("val_steps", "sample_steps", "save_steps", "warmup_steps")
+_REQUIRED = ("train_manifest", "output_dir")
+_OF_ONE_RUN = ("output_dir", "resume", "resume_changed", "dry_run")
 
 
-def parse_config(argv: Sequence[str], description: str | None = None) -> Config:
-    """The command line as a Config; ConfigError with every problem at once."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    fields = dataclasses.fields(Config)
-    for f in fields:
-        flags = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
-        const = f.metadata["const"] if f.metadata["const"] is not None else _NO_VALUE
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(*flags, dest=f.name, nargs="?", const=const, default=None, metavar="X", help=text)
-    given, unknown = parser.parse_known_args(list(argv))
-    problems = [f"unknown argument {argument!r}" for argument in unknown]
-    values = {}
-    for f in fields:
-        value = getattr(given, f.name)
-        if value is _NO_VALUE:
-            problems.append(f"--{f.name} needs a value: {f.metadata['help']}")
-        elif value is not None:
-            try:
-                values[f.name] = _convert(value, str(f.type))
-            except ValueError:
-                problems.append(f"--{f.name} {value}: expected {str(f.type).split(' ')[0]}")
-            choices = f.metadata["choices"]
-            if choices and value not in choices:
-                problems.append(f"--{f.name} {value}: choose from {', '.join(choices)}")
-    cfg = Config(**values)
-    problems += _find_problems(cfg)
+def parse_config(argv: Sequence[str], description: str | None = None, **defaults: Any) -> Config:
+    """The command line as a Config; ConfigError with every problem at once. --help and --version end the process.
+
+    defaults: settings that the command line need not give
+    """
+    flags = Flags(Config, BASIC, description)
+    lines, config_file, problems = flags.read(argv, _version)
+    if config_file:
+        lines = [*read_lines(Path(config_file), flags, FACTS), *lines]
+    values = defaults
+    for line in lines:
+        if problem := line.problem or line.store(values):
+            problems.append(f"{line.where}{problem}")
+    return checked(Config(**values), problems)
+
+
+def checked(cfg: Config, problems: Sequence[str] = ()) -> Config:
+    """The same, if nothing is impossible about it; ConfigError with `problems` and every other one."""
+    problems = [*problems, *_find_problems(cfg)]
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else listing(f"{len(problems)} problems:", problems))
     return cfg
 
 
-def _convert(value: Any, type_name: str) -> Any:
-    if isinstance(value, bool):
-        return value
-    if type_name == "bool":
-        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise ValueError(value)
-        return value.lower() in ("true", "1", "yes")
-    return {"str": str, "int": int, "float": float, "float | None": float}[type_name](value)
+def _version() -> str:
+    number = re.search(r'version = "(.+)"', (Path(__file__).parent / "pyproject.toml").read_text())[1]
+    return f"higgs-audio-v2-trainer {number}, commit {code_commit() or 'unknown'}, torch {torch.__version__}"
+
+
+def code_commit() -> str | None:
+    """The commit of this code, None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def recipe(cfg: Config) -> str:
+    """A file for --config that repeats a run: what differs from the defaults, which stand beside it."""
+    changed = {f: value for f in dataclasses.fields(cfg) if (value := getattr(cfg, f.name)) != f.default}
+    command = f"bash launch.sh --config {shlex.quote(f'{cfg.output_dir}/recipe.yaml')} --output_dir OTHER"
+    title = f"# The settings of this run that are not the defaults. From the same folder, this repeats it:\n#   {command}\n"
+    return title + "".join(as_line(f, value) for f, value in changed.items() if f.name not in _OF_ONE_RUN)
 
 
 def to_argv(settings: Mapping[str, object]) -> list[str]:
@@ -230,7 +267,7 @@ def to_argv(settings: Mapping[str, object]) -> list[str]:
 
 def _find_problems(cfg: Config) -> list[str]:
     """What is impossible about the settings by themselves, before any file is opened."""
-    problems = [f"--{name} is required" for name in ("train_manifest", "output_dir") if not getattr(cfg, name)]
+    problems = [f"--{name} is required" for name in _REQUIRED if not getattr(cfg, name)]
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
@@ -241,7 +278,7 @@ def _find_problems(cfg: Config) -> list[str]:
     no_gpu, has_judge = not torch.cuda.is_available(), cfg.asr_model or cfg.sv_model
     recomputes, has_loss = cfg.activation_checkpointing == "selective", cfg.text_loss_weight or cfg.audio_loss_weight
     by, judges_step = cfg.best_by, cfg.patience or cfg.final == "best"
-    has_val = cfg.val_manifest or (cfg.val_steps and cfg.val_share)
+    has_val, has_samples = cfg.val_manifest or (cfg.val_steps != 0 and cfg.val_share), cfg.sample_steps != 0
     rules = {
         "--compile recomputes what is cheap; use --activation_checkpointing none or full with it": cfg.compile and recomputes,
         "--dist_timeout 0: ranks have to wait for each other": cfg.dist_timeout == 0,
@@ -253,14 +290,14 @@ def _find_problems(cfg: Config) -> list[str]:
         and (cfg.cpu_offload or cfg.replicate > 1 or cfg.compile),
         "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
         "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": has_judge and not cfg.codec,
-        "--num_samples 0: at least 1 with --sample_steps": cfg.sample_steps and cfg.num_samples < 1,
-        "--sample_texts: samples are generated with --sample_steps": cfg.sample_texts and not cfg.sample_steps,
-        f"--best_by {by}: is measured on samples; give --sample_steps": by in OF_SAMPLES and not cfg.sample_steps,
+        "--num_samples 0: at least 1 with --sample_steps": has_samples and cfg.num_samples < 1,
+        "--sample_texts: samples are generated with --sample_steps": cfg.sample_texts and not has_samples,
+        f"--best_by {by}: is measured on samples; give --sample_steps": by in OF_SAMPLES and not has_samples,
         f"--best_by {by}: needs --asr_model": by == "word_error_rate" and not cfg.asr_model,
         f"--best_by {by}: needs --sv_model": by == "speaker_similarity" and not cfg.sv_model,
         f"--best_by {by}: needs --drift_manifest": by == "drift" and not cfg.drift_manifest,
         "--patience and --final best need --best_by": not by and (cfg.patience or cfg.final == "best"),
-        "--final best: checkpoints are kept with --save_steps": cfg.final == "best" and not cfg.save_steps,
+        "--final best: checkpoints are kept with --save_steps": cfg.final == "best" and cfg.save_steps == 0,
         "--drift_manifest: is measured at evaluations; give --val_manifest or --val_steps": cfg.drift_manifest and not has_val,
         f"--best_by {by}: needs --val_manifest or --val_steps": judges_step and by not in ("", *OF_SAMPLES) and not has_val,
         "--memory_snapshot: there is no GPU in this run": cfg.memory_snapshot and (cfg.device == "cpu" or no_gpu),

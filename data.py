@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
-from common import SIGNALS, CollateError, ConfigError, DataError, listing, write_whole
+from common import SIGNALS, CollateError, ConfigError, DataError, listing, share_held_out, write_whole
 from config import Config
 from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
@@ -496,6 +496,9 @@ class Loader:
 # What a run trains on
 
 
+FEWEST = 10  # records, of which some are held out although nobody asks for it
+
+
 def hold_out(records: Mixture, share: float, seed: int) -> tuple[Mixture, Mixture]:
     """(the rest, the held-out part): at least one record each, chosen by the seed, both in the manifest's order."""
     num_held = min(len(records) - 1, max(1, round(share * len(records))))
@@ -519,9 +522,13 @@ def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
     records = read(cfg.train_manifest)
     if cfg.val_manifest:
         return records, read(cfg.val_manifest)
-    if not cfg.val_steps or not cfg.val_share or len(records) == 1:
+    if cfg.val_steps == 0 or not cfg.val_share:
         return records, None
-    records, held_out = hold_out(records, cfg.val_share, cfg.seed)
+    if len(records) < (2 if cfg.val_steps else FEWEST):
+        log(dist, f"{len(records)} records are too few to hold any out: nothing is evaluated; --val_manifest names others")
+        return records, None
+    share = cfg.val_share if cfg.val_steps else share_held_out(cfg.val_share, len(records))
+    records, held_out = hold_out(records, share, cfg.seed)
     log(dist, f"no --val_manifest: {len(held_out)} training records are held out to evaluate on, {len(records)} train")
     return records, held_out
 
@@ -529,7 +536,9 @@ def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
 def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixture | None) -> None:
     """ConfigError, on all ranks, unless all of them have the same settings, manifests and code. Collective."""
     root = Path(__file__).parent
-    files = [path for folder in (".", "layers", "prepare", "generate", "export") for path in sorted((root / folder).glob("*.py"))]
+    files = [
+        path for folder in (".", "layers", "prepare", "generate", "export") for path in sorted((root / folder).glob("*.py"))
+    ]
     code = b"".join(path.read_bytes() for path in files)
     mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()} | {
         f"the content of {cfg.train_manifest}": records.digest,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common import EARLY_END, PREEMPTED, SIGNALS, ConfigError, Interrupted, UserError, listing
+from tools.log import DETAILS, show
 
 T = TypeVar("T")
 
@@ -316,44 +317,19 @@ def _launch_note() -> Path | None:
     return Path(os.environ["LAUNCH_FOLDER"]) / str(os.getpid()) if "LAUNCH_FOLDER" in os.environ else None
 
 
-def keep_output() -> None:
-    """Let messages to a closed terminal, a full disk or nowhere be lost instead of ending the run."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which a file of ours could otherwise get
-    sys.stdout, sys.stderr = (Forgiving(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
-
-
-class Forgiving:
-    """A stream whose writes cannot fail."""
-
-    def __init__(self, stream: IO[str]):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What rank 0 says
 
 
 def log(dist: Dist, message: str) -> None:
-    if dist.is_main and sys.stderr.isatty():
-        tqdm.write(message, file=sys.stderr)  # above the bar
-    elif dist.is_main:
-        print(message, file=sys.stderr, flush=True)
+    if dist.is_main:
+        show(message)
+
+
+def detail(dist: Dist, message: str) -> None:
+    """Worth keeping, in OUTPUT/log.txt, but shown only with --verbose."""
+    if dist.is_main:
+        DETAILS.info("%s", message)
 
 
 def progress_bar(dist: Dist, **settings: Any) -> tqdm:

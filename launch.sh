@@ -14,7 +14,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# ---- settings: edit here, or give them as environment variables; arguments win over both ------------------------------
+# ---- settings: edit here, or give them as environment variables; they win over --config FILE, arguments win over all ---
 # Any of these flags of train.py may be set by its name in capitals: TRAIN_MANIFEST, OUTPUT_DIR, BATCH_SIZE, LORA_R ...
 SETTINGS="train_manifest val_manifest output_dir base_ckpt audio_tokenizer batch_size grad_accum num_workers epochs
     max_steps lr warmup_steps lora_r lora_alpha lora_dropout mixed_precision activation_checkpointing val_steps save_steps
@@ -77,6 +77,13 @@ setup() { # stamp, requirements...
     exec 9>&-
 }
 
+quantized_by_file() { # --quantize if a file that --config names says so
+    while [ $# -gt 0 ]; do
+        case "$1" in --config) cat -- "${2:-}" ;; --config=*) cat -- "${1#*=}" ;; esac
+        shift
+    done 2>/dev/null | sed -n 's/^ *"\{0,1\}quantize"\{0,1\}: *"\{0,1\}nf4.*/--quantize/p'
+}
+
 num_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
@@ -97,7 +104,7 @@ done
 setup .installed "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt"
 case "$COMMAND" in evaluate | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;; esac
 case "$COMMAND" in test) setup .installed-datasets "$ROOT/requirements-datasets.txt" ;; esac # else prepare convert installs it
-case "$COMMAND $*" in *--quantize* | plan* | test*) setup .installed-nf4 "$ROOT/requirements-nf4.txt" ;; esac
+case "$COMMAND $* $(quantized_by_file "$@")" in *--quantize* | plan* | test*) setup .installed-nf4 "$ROOT/requirements-nf4.txt" ;; esac
 PY="$VENV/bin/python"
 # Files are started by path, and Python is kept from looking for modules in the current folder: code there is the user's data.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1

@@ -7,6 +7,7 @@ is compared with all of that (`compare`). Later checkpoints of the branch that i
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -14,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -24,7 +24,7 @@ from typing import IO
 import checkpoint
 from checkpoint import COMPANIONS, weight_files
 from common import CheckpointError, read_json
-from config import Config
+from config import OPEN, Config, checked, code_commit
 from data import Loader
 from distributed import Dist, log
 
@@ -88,6 +88,14 @@ def choose_resume(cfg: Config, dist: Dist) -> Path | None:
     return None
 
 
+def inherit(cfg: Config, folder: Path | None) -> Config:
+    """The settings with those of the run that is continued, where they are not given; ConfigError if they contradict."""
+    if folder is None:
+        return cfg
+    run = checkpoint.read_state(folder).get("settings") or read_config(folder.resolve().parent.parent)
+    return checked(dataclasses.replace(cfg, **{name: run.get(name, 0) for name in OPEN if getattr(cfg, name) is None}))
+
+
 def refuse_used(output_dir: Path) -> None:
     """CheckpointError for a folder that holds a run already."""
     if output_dir.exists() and not output_dir.is_dir():
@@ -98,24 +106,25 @@ def refuse_used(output_dir: Path) -> None:
         )
 
 
-def refuse_unsaved(output_dir: Path, save_steps: int) -> int:
+def refuse_unsaved(output_dir: Path, save_steps: int | None) -> int:
     """CheckpointError if `--resume auto` would begin again where a run has left results that it cannot continue.
 
     returns: the steps of a run that was killed before its first checkpoint, which may begin again
     """
     checkpoints = output_dir / "checkpoints"
     has_results = (output_dir / "final").exists() or any(checkpoints.glob("step_*")) or any(checkpoints.glob("set_aside/*"))
-    steps_done = _steps_done(output_dir / "metrics.jsonl")
-    if has_results or steps_done > 2 * save_steps:  # the second checkpoint begins when the first is whole
+    steps_done, epoch = (_last(output_dir / "metrics.jsonl", name) for name in ("step", "epoch"))
+    # The second checkpoint begins when the first is whole.
+    if has_results or (epoch > 1 if save_steps is None else steps_done > 2 * save_steps):
         raise CheckpointError(
             f"--resume auto: {output_dir} holds a run, but no whole checkpoint to continue from; choose another folder"
         )
     return steps_done
 
 
-def _steps_done(metrics: Path) -> int:
-    """The last step that a run has logged."""
-    found = re.findall(rb'"step": (\d{1,15})', metrics.read_bytes()) if metrics.is_file() else []
+def _last(metrics: Path, name: str) -> int:
+    """The last "step" or "epoch" that a run has logged."""
+    found = re.findall(rb'"%s": (\d{1,15})' % name.encode(), metrics.read_bytes()) if metrics.is_file() else []
     return max(map(int, found), default=0)
 
 
@@ -310,9 +319,3 @@ def fingerprint(folder: Path) -> str:
                 file.seek(first + room * i // (NUM_SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def code_commit() -> str | None:
-    """The commit of this code, None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -48,21 +49,21 @@ from common import (
     split_list,
     write_whole,
 )
-from config import Config, parse_config
+from config import OPEN, Config, parse_config, recipe
 from data import build_loaders, check_agreement, read_records
-from distributed import Dist, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
+from distributed import Dist, detail, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate import best
-from generate.batched import check as check_batched
 from generate.drift import FILE as DRIFT_FILE
 from generate.drift import Drift
 from generate.pictures import media
-from generate.samples import Sampler, describe
+from generate.samples import Sampler, build_sampler, describe
 from layers import nf4
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
+from tools.log import Log, keep_output
 from tools.watchdog import watching
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,14 +301,15 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
 
 
-def lr_at(step: int, decayed: float, cfg: Config) -> float:
-    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then cosine to min_lr_ratio.
+def lr_at(done: float, warmup: float, decayed: float, cfg: Config) -> float:
+    """Learning rate of an optimizer step: linear warm-up, then cosine to min_lr_ratio.
 
-    decayed: the share of the decay that is done; above 1 at the end
+    done, warmup: what is done of the run after this step, and how much of it is warm-up; see `Run.warm_up`
+    decayed:      the share of the decay that is done before; below 0 where warm-up ends within the step, above 1 at the end
     """
-    if step < cfg.warmup_steps:
-        return cfg.peak_lr * (step + 1) / cfg.warmup_steps
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
+    if done <= warmup:
+        return cfg.peak_lr * done / warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, decayed))))
     return cfg.peak_lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
 
 
@@ -364,14 +366,16 @@ def check_first_batch(task: Task, batch: Batch) -> None:
     batch = batch.to(dist.device)
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
-            log(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
+            detail(dist, f"  {name:30} {tuple(value.shape)!s:20} {value.dtype}")
     task.labels = find_labels(task.labels, batch, dist)
     with evaluating(task.model):
         part, _ = forward(task.model, batch, task.labels)
     sums = part.sum_over(dist).losses
     values, copies = task.objective.metrics(sums), sums.copy_share()
-    losses = (f"{name} loss {values[f'{name}_loss']:.4f} over {values[f'{name}_targets']} targets" for name in ("text", "audio"))
-    log(dist, f"  labels: text {task.labels.text}, audio {task.labels.audio}; {', '.join(losses)}; copy share {copies:.1%}")
+    losses = (
+        f"{name} loss {values[f'{name}_loss']:.4f} over {values[f'{name}_targets']} targets" for name in ("text", "audio")
+    )
+    detail(dist, f"  labels: text {task.labels.text}, audio {task.labels.audio}; {', '.join(losses)}; copy share {copies:.1%}")
     if not math.isfinite(values["loss"]):
         raise CheckpointError(
             "the loss is not finite before anything was trained: the weights that training starts from are damaged; look at "
@@ -446,6 +450,9 @@ class TrainState:
         return is_spike
 
 
+WARM_UP = 0.03  # of the run, without --warmup_steps
+
+
 @dataclass
 class Run:
     """What stays the same during the loop."""
@@ -463,6 +470,9 @@ class Run:
     sampler: Sampler | None = None
     drift: Drift | None = None
     saver: checkpoint.Saver | None = None
+    num_steps: int = 0  # of the whole run
+    began: float = field(default_factory=time.perf_counter)
+    sampling_sec: float = 0.0
 
     def __post_init__(self):
         self.output_dir = Path(self.cfg.output_dir)
@@ -486,23 +496,36 @@ class Run:
         """How much of the data is consumed, on whatever number of ranks."""
         return state.position.epoch + state.position.samples_done / self.loader.num_samples
 
+    def is_due(self, every: int | None, state: TrainState) -> bool:
+        """Every so many steps; None: at the end of each epoch, which begins the next."""
+        return state.position.samples_done == 0 if every is None else every > 0 and state.step % every == 0
+
+    def done(self, state: TrainState) -> float:
+        """How much of the run is done, in epochs, or in steps with --max_steps."""
+        return state.step if self.cfg.max_steps else self.epochs_done(state)
+
+    def warm_up(self, state: TrainState) -> tuple[float, float]:
+        """(how much of the run is done, how much of it is warm-up), in the same unit."""
+        if self.cfg.warmup_steps is None:
+            return self.done(state), WARM_UP * (self.cfg.max_steps or self.cfg.epochs)
+        return state.step, self.cfg.warmup_steps
+
     def progress(self, state: TrainState) -> tuple[float, float]:
         """(share of the run that is done, share of the learning rate's decay): by the data, or by steps with --max_steps."""
-        if self.cfg.max_steps:
-            done, warm, end = state.step, self.cfg.warmup_steps, self.cfg.max_steps
-        else:
-            done, warm, end = self.epochs_done(state), state.warm, self.cfg.epochs
+        done, end = self.done(state), self.cfg.max_steps or self.cfg.epochs
+        warm = state.warm if self.cfg.warmup_steps and not self.cfg.max_steps else self.warm_up(state)[1]
         return done / end, (done - warm) / (end - warm) if end > warm else 1.0
 
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
     held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
-    with dist.signals, held or contextlib.nullcontext():
+    with dist.signals, held or contextlib.nullcontext(), Log(Path(cfg.output_dir) / "log.txt", dist.rank, cfg.verbose):
         run = build_run(cfg, dist)
+        state = TrainState() if cfg.dry_run else start(run)
+        announce(run, state)
         if cfg.dry_run:
             return run.task.model
-        state = start(run)
         dist.signals.begin(dist)
         dist.progress.at("starting", state.step)
         with watching(dist, run.output_dir, cfg.step_timeout, run.find_faults):
@@ -515,6 +538,9 @@ def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
 def build_run(cfg: Config, dist: Dist) -> Run:
     """Data and model, agreed upon by all ranks. Collective."""
     resumed_from = lineage.choose_resume(cfg, dist)
+    given, cfg = cfg, dist.together(lambda: lineage.inherit(cfg, resumed_from))
+    if kept := [f"--{name} {getattr(cfg, name)}" for name in OPEN if getattr(cfg, name) != getattr(given, name)]:
+        log(dist, f"as in the run that is continued: {' '.join(kept)}")
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
     base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
@@ -524,11 +550,6 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, lora = dist.together(lambda: build_model(cfg, dist, config, base))
     task = Task(model, build_optimizer(model, cfg), objective, LabelSpec.of(config), dist, cfg.grad_clip, cfg.seed)
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    where = f"{dist.world_size} rank(s) on {dist.device.type}"
-    steps = cfg.max_steps or loader.num_steps(data.Position(0, 0), cfg.epochs)
-    log(dist, f"{loader.num_samples} training samples, {steps} steps, {where}; {trainable:,} of {total:,} parameters train")
     return Run(cfg, task, lora, loader, val_loader, config, tokenizer, base, resumed_from)
 
 
@@ -539,18 +560,15 @@ def start(run: Run) -> TrainState:
     if run.resumed_from:
         kept = resume(run, identity)
     state = TrainState.of(kept) if kept else TrainState()
-    if "warm" not in kept and state.step > cfg.warmup_steps:  # of an earlier version
-        state.warm = run.epochs_done(state) * cfg.warmup_steps / state.step
+    if "warm" not in kept and state.step > (cfg.warmup_steps or 0):  # of an earlier version
+        state.warm = run.epochs_done(state) * (cfg.warmup_steps or 0) / state.step
     identity |= lineage.ancestry(run.resumed_from, kept, run.output_dir)
     dist.together(lambda: lineage.prepare_folder(run.output_dir, run.base) if dist.is_main else None)
     settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
     redo = [split for split, last in (("val", state.evaluated), ("sample", state.sampled)) if last < state.step]
     run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main, redo))
-    if cfg.sample_steps:
-        dataset = (run.val_loader or run.loader).dataset
-        check_batched(run.config)
-        run.sampler = dist.together(lambda: Sampler.build(cfg, dataset, dist))
-        log(dist, f"{len(run.sampler.prompts)} samples every {cfg.sample_steps} steps, into {run.sampler.folder}")
+    if cfg.sample_steps != 0:
+        run.sampler = build_sampler(cfg, run.config, (run.val_loader or run.loader).dataset, dist)
     if cfg.drift_manifest:
         run.drift = Drift.build(cfg, run.loader, task.labels, dist)
         if not run.lora:
@@ -562,6 +580,34 @@ def start(run: Run) -> TrainState:
         torch.cuda.memory._record_memory_history()
     task.model.train()
     return state
+
+
+def announce(run: Run, state: TrainState) -> None:
+    """Say what the run has before it, and what of that cannot happen; keep fewer checkpoints than fit on the disk. Collective."""
+    cfg, dist, model = run.cfg, run.task.dist, run.task.model
+    run.num_steps = cfg.max_steps or state.step + run.loader.num_steps(state.position, cfg.epochs)
+    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    where = f"{dist.world_size} rank(s) on {dist.device.type}; {trainable:,} of {total:,} parameters train"
+    log(dist, f"{run.loader.num_samples} training samples, {run.num_steps} steps, {where}")
+    never = {
+        "warmup_steps": "the learning rate never reaches its peak",
+        "val_steps": "it is evaluated at the end only",
+        "sample_steps": "samples are of the base and of the last step only",
+        "save_steps": "only the last step is saved",
+    }
+    for name, what in never.items():
+        if (steps := getattr(cfg, name) or 0) > run.num_steps:
+            log(dist, f"warning: --{name} {steps}: the run has {run.num_steps} steps: {what}")
+    if run.saver and cfg.save_steps != 0:
+        size = 4 * trainable * (4 if cfg.ema else 3)  # masters and moments in float32
+        kept = f"the newest {cfg.keep_last} and the best are kept" if cfg.keep_last else "all are kept"
+        old = len(checkpoint.list_states(run.saver.folder))
+        free = dist.from_main(shutil.disk_usage(run.output_dir).free + size * old)
+        log(dist, f"each checkpoint has {size / 1e9:.3g} GB, {kept}; {free / 1e9:.3g} GB are free")
+        fitting = max(1, free // size - 2)  # beside the best, and the one that is being written
+        if fitting < cfg.keep_last:
+            run.saver.keep_last = fitting
+            log(dist, f"warning: room for {free // size} checkpoints: --keep_last is {fitting} instead of {cfg.keep_last}")
 
 
 def resume(run: Run, identity: dict) -> dict:
@@ -579,7 +625,7 @@ def resume(run: Run, identity: dict) -> dict:
 
 
 def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
-    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too. Collective."""
+    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too; and recipe.yaml. Collective."""
     packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
     record = dataclasses.asdict(cfg) | {
         "lr": cfg.peak_lr,
@@ -591,8 +637,8 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
         "launch": distributed.launch_id(),
     }
     if dist.is_main:
-        content = json.dumps(record, indent=2) + "\n"
-        write_whole(Path(cfg.output_dir) / "config.json", lambda file: file.write(content.encode()))
+        for name, content in {"config.json": json.dumps(record, indent=2) + "\n", "recipe.yaml": recipe(cfg)}.items():
+            write_whole(Path(cfg.output_dir) / name, lambda file, content=content: file.write(content.encode()))
     return record
 
 
@@ -604,12 +650,11 @@ def loop(run: Run, state: TrainState) -> bool:
     """Evaluate, sample, save, stop, step, log, always in that order; returns whether the run came to its end. Collective."""
     cfg, task, dist = run.cfg, run.task, run.task.dist
     flops, frame_rate_hz = metrics.Flops.of(task.model), codec_frame_rate_hz(cfg.audio_tokenizer)
-    total_steps = cfg.max_steps or state.step + run.loader.num_steps(state.position, cfg.epochs)
-    bar = progress_bar(dist, desc="train", unit="step", total=total_steps, initial=state.step)
+    bar = progress_bar(dist, desc="train", unit="step", total=run.num_steps, initial=state.step)
     steps = dist.iterate(iter_steps(run.loader, state.position))
     checked, failure, stragglers = False, None, metrics.Stragglers()
     while True:
-        if state.step <= cfg.warmup_steps:
+        if state.step <= (cfg.warmup_steps or 0):
             state.warm = run.epochs_done(state)
         progress, decayed = run.progress(state)
         done = progress >= 1 or 0 < cfg.patience <= state.best.get("waited", 0)
@@ -620,30 +665,28 @@ def loop(run: Run, state: TrainState) -> bool:
 
         # Evaluate and generate samples, every so many steps and at the end. What a signal cuts short is done after the resume.
         with contextlib.suppress(Interrupted):
-            due = done or (cfg.val_steps and state.step % cfg.val_steps == 0)
-            if run.val_loader and due and state.evaluated != state.step:
+            if run.val_loader and state.evaluated != state.step and (done or run.is_due(cfg.val_steps, state)):
                 if not checked:
                     (first, *_), _ = next(dist.iterate(run.val_loader.epoch(data.Position(0, 0))))
                     check_first_batch(task, first)
                     checked = True
                 validate(run, state)
-            if run.sampler and state.sampled != state.step and (done or state.step % cfg.sample_steps == 0):
+            if run.sampler and state.sampled != state.step and (done or run.is_due(cfg.sample_steps, state)):
                 sample(run, state)
 
         # Save beside training, every --save_steps and at the end, and what a stop or failure leaves.
         stop, is_writing = dist.each(dist.signals.received is not None, run.saver.is_writing)  # on any rank
         if not is_writing:
-            run.saver.commit()
+            commit(run)
         is_best = state.best.get("step") == state.step
-        due = cfg.save_steps and (state.step % cfg.save_steps == 0 or done or is_best)
+        due = cfg.save_steps != 0 and (run.is_due(cfg.save_steps, state) or done or is_best)
         if state.saved != state.step and (due or stop or failure):
-            run.saver.start(state.kept())
-            state.saved = state.step
+            save(run, state)
         elif done:
             run.saver.amend(state.kept())  # by what the last evaluation and samples were
         dist.progress.at("saving")
         if stop or failure or done:
-            run.saver.commit()
+            commit(run)
             bar.close()
 
         # Stop.
@@ -664,14 +707,14 @@ def loop(run: Run, state: TrainState) -> bool:
         except Interrupted:
             continue  # to the stop above
         if not checked:
-            log(dist, "first batch:")
+            detail(dist, "first batch:")
             check_readable(batches, run.max_bad_samples, dist)
             check_first_batch(task, batches[0])
             checked = True
 
         # One timed step.
         started = time.perf_counter()
-        lr = lr_at(state.step, decayed, cfg)
+        lr = lr_at(*run.warm_up(dataclasses.replace(state, step=state.step + 1)), decayed, cfg)
         result = train_step(task, batches, state.step, lr)
         seconds = dist.progress.step_sec = time.perf_counter() - started
         values = metrics.step_metrics(result.total, task.objective, seconds, flops, frame_rate_hz, dist)
@@ -699,18 +742,39 @@ def loop(run: Run, state: TrainState) -> bool:
         bar.update()
 
 
-def save_last(run: Run, state: TrainState) -> None:
-    """Save a checkpoint at the end, without --save_steps too, if the disk has room for it. Collective."""
-    if not run.cfg.save_steps:
-        run.saver.keep_last = 0  # it will be discarded, and must not drive out others
-    try:
+def save(run: Run, state: TrainState) -> None:
+    """Begin a checkpoint. Collective."""
+    commit(run)
+    with forgiving(run):
         run.saver.start(state.kept())
-        run.saver.commit()
         state.saved = state.step
+
+
+def commit(run: Run) -> None:
+    """Finish the checkpoint that was begun, if any. Collective."""
+    with forgiving(run):
+        if (saved := run.saver.commit()) and run.cfg.save_steps != 0:
+            log(run.task.dist, f"saved {saved}")
+
+
+@contextlib.contextmanager
+def forgiving(run: Run):
+    """A checkpoint that nobody asked for is saved only if the disk has room for it."""
+    try:
+        yield
     except CheckpointError as error:
         if run.cfg.save_steps:
             raise
+        run.saver.newest = next(reversed(checkpoint.list_states(run.saver.folder)), None)
         log(run.task.dist, f"warning: {error}")
+
+
+def save_last(run: Run, state: TrainState) -> None:
+    """Save a checkpoint at the end, with --save_steps 0 too. Collective."""
+    if run.cfg.save_steps == 0:
+        run.saver.keep_last = 0  # it will be discarded, and must not drive out others
+    save(run, state)
+    commit(run)
 
 
 def iter_steps(loader: data.Loader, position: data.Position):
@@ -736,6 +800,7 @@ def validate(run: Run, state: TrainState) -> None:
     run.monitor.write(split="val", step=state.step, epoch=state.position.epoch, **values)
     state.val_loss = values["loss"]
     losses = f"validation loss {values['loss']:.4f} (text {values['text_loss']:.4f}, audio {values['audio_loss']:.4f})"
+    losses += "".join(f", {name} {values[name]:.3f}" for name in ("eos_accuracy", "copy_share"))
     log(dist, f"step {state.step}: {losses}{note_best(run, state, values)}")
 
 
@@ -754,9 +819,15 @@ def sample(run: Run, state: TrainState) -> None:
     """Generate the samples, log and keep them. Collective."""
     dist = run.task.dist
     dist.progress.at("generating samples")
+    started = time.perf_counter()
     with averaged(run.task.optimizer), evaluating(run.task.model):
         values = run.sampler.sample(run.task.model, state.step, dist)
     state.sampled = state.step
+    run.sampling_sec += (now := time.perf_counter()) - started
+    if state.step and run.sampling_sec > 0.1 * (now - run.began):
+        share = f"{run.sampling_sec / (now - run.began):.0%}".replace("%", " %")
+        log(dist, f"samples take {share} of the time; --num_samples, or --sample_steps with a number of steps, makes that less")
+        run.sampling_sec = -math.inf  # said once
     if values is None:
         return
     run.monitor.write(split="sample", step=state.step, epoch=state.position.epoch, **values)
@@ -790,8 +861,8 @@ def note(run: Run, state: TrainState, result: StepResult, values: dict, problems
     if not result.has_targets:
         log(run.task.dist, f"step {state.step}: no target on any rank, so nothing was learned")
         return False
-    is_warm = state.step > run.cfg.warmup_steps
-    return state.add_loss(values["loss"], run.cfg.spike_threshold if is_warm else 0.0)
+    done, warm_up = run.warm_up(state)
+    return state.add_loss(values["loss"], run.cfg.spike_threshold if done > warm_up else 0.0)
 
 
 def keep_batches(run: Run, state: TrainState, result: StepResult, value: float, batches: Sequence[Batch]) -> None:
@@ -829,7 +900,7 @@ def find_failure(run: Run, state: TrainState, has_problems: bool) -> Exception |
 
 
 def finish(run: Run, state: TrainState) -> None:
-    """Write OUTPUT/final; without --save_steps the checkpoint of the last step goes then. Collective."""
+    """Write OUTPUT/final; with --save_steps 0 the checkpoint of the last step goes then. Collective."""
     task, dist = run.task, run.task.dist
     if chosen := run.cfg.final == "best" and run.best_checkpoint(state):
         dist.together(lambda: checkpoint.check_state(chosen, task.model, task.optimizer))
@@ -844,7 +915,7 @@ def finish(run: Run, state: TrainState) -> None:
         except CheckpointError as error:
             kept = f"; {run.saver.newest} is whole: mend this, then continue with --resume auto" if run.saver.newest else ""
             raise CheckpointError(f"{error}{kept}") from None
-    if not run.cfg.save_steps:
+    if run.cfg.save_steps == 0:
         run.saver.discard()
     if merging:
         log(dist, f"final/merged: {merging}")
@@ -865,7 +936,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_and_exit(argv: Sequence[str]) -> None:
     """`main` as a process of its own. Ranks that merely lost the others wait a moment: the one that failed prints first."""
-    distributed.keep_output()
+    keep_output()
     try:
         status = main(argv)
     except Exception as error:

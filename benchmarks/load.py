@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
             "num_workers": 0,
             "lora_r": 16,
             "max_steps": 1,
+            **{"val_steps": 0, "sample_steps": 0, "save_steps": 0},
             "device": "cpu",
         }
         command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={args.nproc}", "--standalone", ROOT / "train.py"]

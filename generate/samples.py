@@ -11,6 +11,7 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from torch import Tensor
 
-from common import ConfigError, DataError
-from config import Config
+from common import ConfigError, DataError, UserError, reason
+from config import OF_SAMPLES, Config
 from data import ChatMLDataset
-from distributed import Dist
-from generate.batched import generate_many, rows_that_fit
+from distributed import Dist, log
+from generate.batched import check, generate_many, rows_that_fit
 from generate.files import decode, write_both, write_results
 from generate.judges import SpeakerSimilarity, Transcriber
 from generate.lines import Chunking, last_text, line_of_request, read_lines, split_answer
@@ -77,7 +79,9 @@ def own_prompts(path: Path, dataset: ChatMLDataset) -> list[Prompt]:
         lines = read_lines(path, Chunking())
     else:
         texts = list(filter(None, map(str.strip, read_text(path, "--sample_texts").splitlines())))
-        lines = [line_of_request({"text": t}, str(n), path.parent, f"{path} text {n + 1}", Chunking()) for n, t in enumerate(texts)]
+        lines = [
+            line_of_request({"text": t}, str(n), path.parent, f"{path} text {n + 1}", Chunking()) for n, t in enumerate(texts)
+        ]
     if not lines:
         raise DataError(f"--sample_texts {path}: holds no text")
     records = [line.record([], line.chunks[0]) for line in lines]
@@ -204,6 +208,30 @@ class Sampler:
         if found := [r["speaker_similarity"] for r in results if "speaker_similarity" in r]:
             figures["speaker_similarity"] = sum(found) / len(found)
         return figures
+
+
+def build_sampler(cfg: Config, config: HiggsAudioConfig, dataset: ChatMLDataset, dist: Dist) -> Sampler | None:
+    """The sampler of a run. Where nobody asked for samples, they are made without sound, or not at all: a line says why.
+
+    raises: ConfigError, DataError, on all ranks, where they were asked for
+    """
+    is_asked = cfg.sample_steps or cfg.sample_texts or cfg.asr_model or cfg.sv_model or cfg.best_by in OF_SAMPLES
+    every = f"every {cfg.sample_steps} steps" if cfg.sample_steps else "once per epoch"
+    problem = ""
+    for settings in (cfg,) if is_asked else (cfg, dataclasses.replace(cfg, audio_tokenizer="none")):
+        try:
+            check(config)
+            sampler = dist.together(lambda settings=settings: Sampler.build(settings, dataset, dist))
+        except UserError as error:
+            if is_asked:
+                raise
+            problem = reason(error)
+        else:
+            silent = f", without sound: {problem}" * bool(problem)
+            log(dist, f"{len(sampler.prompts)} samples {every}, into {sampler.folder}{silent}")
+            return sampler
+    log(dist, f"no samples: {problem}")
+    return None
 
 
 def describe(figures: Mapping[str, float]) -> str:

@@ -13,7 +13,8 @@ another one begins.
 
 Records that share audio (the same content, overlapping parts of a file) or a speaker's text go into one split, and a
 reference comes from the split of its line. So val and test hold nothing that training has seen. Held-out lines are taken a
-few at a time from each speaker, so that they have references too. The same seed gives the same files.
+few at a time from each speaker, so that they have references too; val has at least four with a reference, or a tenth of
+the lines where that is less. The same seed gives the same files.
 
 Writes train.jsonl, val.jsonl and test.jsonl (unless empty), and leakage.json, which is computed from these files.
 """
@@ -31,7 +32,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from common import DataError, split_list, write_whole
+from common import FEW, DataError, share_held_out, split_list, write_whole
 from prepare import dialogues, prompts
 from prepare.convert import move_paths
 from prepare.forms import open_manifest
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialogue_speakers", default="", help="join lines of these, a,b,c; default: lines that follow each other in one file"
     )
-    parser.add_argument("--val_share", type=float, default=0.02, help="share of the input's records for val.jsonl")
+    parser.add_argument("--val_share", type=float, default=0.02, help="share of the input's records for val.jsonl; 0: none")
     parser.add_argument("--test_share", type=float, default=0.0, help="share of the input's records for test.jsonl")
     parser.add_argument(
         "--hold_out_speakers",
@@ -150,6 +151,8 @@ def split_lines(lines: Sequence[Line], shares: dict[str, float], held_out: set[s
     for of_speaker in free.values():
         rng.shuffle(of_speaker)
     for split, share in shares.items():
+        if split == "val" and share and len(lines) >= 20:  # a tenth of fewer is one line, without another as its reference
+            share = share_held_out(share, len(lines))
         wanted, before = round(share * len(lines)), math.inf
         while 0 < wanted < before:  # rounds over the speakers, until the split is full or nothing fits
             before = wanted
@@ -271,13 +274,17 @@ def make_records(pairing: Pairing, lines: Sequence[Line], count: Counter) -> Ite
                 kind = (
                     "without a speaker" if line.speaker is None else "no other line of the speaker that shares nothing with it"
                 )
-            elif rng.random() < args.ref_drop:
+            elif rng.random() < args.ref_drop and not (line.split == "val" and num_referring(count) < FEW):
                 kind = "reference dropped"
             else:
                 style = pairing.style(rng) if system is None else "turn"
                 kind, voices = f"reference: {style}", [voice_of(pairing.value(reference), style)]
             count[kind] += 1
             yield phrased(record, voices, system, pairing.scene(rng) if system is None else "")
+
+
+def num_referring(count: Counter) -> int:
+    return sum(number for kind, number in count.items() if kind.startswith("reference: "))
 
 
 def find_references(lines: Sequence[Line], pool: Sequence[Sequence[Line]], count: int, rng: random.Random) -> list[Line]:

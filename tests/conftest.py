@@ -28,6 +28,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks that tests start
 
 
+ONLY_STEPS = {"warmup_steps": 0, "val_steps": 0, "sample_steps": 0, "save_steps": 0}  # instead of once per epoch
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_left():
     """Each test ends without the process group that a run in this process made."""

@@ -264,6 +264,7 @@ def test_a_run_with_a_budget_and_a_mixture(toys, tmp_path, capsys):
     write_manifest(tmp_path / "text.jsonl", [text] * 3)
     output = tmp_path / "o"
     argv = f"--train_manifest {toys / 'train.jsonl'},{tmp_path / 'text.jsonl'}:2 --base_ckpt {toys / 'checkpoint'} --max_tokens 400"
+    argv += " --val_steps 0 --sample_steps 0"
     argv += f" --output_dir {output} --device cpu --num_workers 1 --epochs 2 --save_steps 3 --keep_last 0 --long skip"
     dist = train.setup_distributed("cpu")
     train.train(train.parse_config(argv.split()), dist)

@@ -52,7 +52,7 @@ def test_a_wav_file_trains(codec_dir, tmp_path):
     def run(name: str, *more: str) -> dict:
         """Train for two steps; the metrics of the first."""
         argv = f"--train_manifest {manifest} --output_dir {tmp_path / name} --base_ckpt {tmp_path / 'checkpoint'} --max_steps 2"
-        argv += f" --audio_tokenizer {tmp_path / 'codec'} --batch_size 2 --num_workers 0"
+        argv += f" --audio_tokenizer {tmp_path / 'codec'} --batch_size 2 --num_workers 0 --val_steps 0 --sample_steps 0"
         assert train.main([*argv.split(), *more]) == 0
         return json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
 

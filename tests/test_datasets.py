@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from conftest import ONLY_STEPS
 
 import train
 from common import DataError
@@ -442,7 +443,7 @@ def test_every_layout_trains(codec_dir, toys, tmp_path, capsys):
     num_records = sum(len(layout.expected) for layout in LAYOUTS.values())
     flags = {"train_manifest": ",".join(map(str, paths)), "output_dir": tmp_path / "out", "base_ckpt": toys / "checkpoint"}
     flags |= {"audio_tokenizer": codec_dir, "codes_dir": codec_dir / "codes", "batch_size": num_records, "max_steps": 2}
-    flags |= {"mixed_precision": "no", "device": "cpu", "num_workers": 0}
+    flags |= ONLY_STEPS | {"mixed_precision": "no", "device": "cpu", "num_workers": 0}
     assert train.main(to_argv(flags)) == 0
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     seconds = [record[4] if len(record) > 3 else 0.4 for layout in LAYOUTS.values() for record in layout.expected]

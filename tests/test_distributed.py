@@ -219,7 +219,7 @@ def poisoned_run(dist, checkpoint_dir: str, manifest: str, output_dir: str, pois
     train.forward, train.log = poisoned, lambda dist, message: messages.append(message)
     argv = f"--train_manifest {manifest} --base_ckpt {checkpoint_dir} --output_dir {output_dir} --device cpu --num_workers 0"
     model = train.train(
-        train.parse_config([*argv.split(), "--batch_size", "2", "--save_steps", "3", "--max_bad_steps", "2"]), dist
+        train.parse_config([*argv.split(), "--batch_size", "2", "--save_steps", "3", "--val_steps", "0", "--sample_steps", "0", "--max_bad_steps", "2"]), dist
     )
     return messages, all(full(p).isfinite().all().item() for p in model.parameters())
 

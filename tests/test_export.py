@@ -11,7 +11,7 @@ import pytest
 import torch
 from boson_multimodal.data_types import ChatMLSample, Message
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from conftest import make_model, run_ranks
+from conftest import ONLY_STEPS, make_model, run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +28,7 @@ from tools import toys as demo
 
 
 def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
-    values = {
+    values = ONLY_STEPS | {
         "train_manifest": toys / "train.jsonl",
         "base_ckpt": toys / "checkpoint",
         "output_dir": output_dir,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
+from conftest import ONLY_STEPS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -312,7 +313,7 @@ def test_every_form_trains(make, folder, codec_dir, toys, tmp_path, capsys):
     """Two steps of train.py, as a user would take them: read, encoded by a codec, trained."""
     path, output = make(folder), tmp_path / "out"
     flags = {"train_manifest": path, "output_dir": output, "base_ckpt": toys / "checkpoint", "audio_tokenizer": codec_dir}
-    flags |= {"max_steps": 2, "batch_size": 2, "mixed_precision": "no", "device": "cpu", "num_workers": 0}
+    flags |= ONLY_STEPS | {"max_steps": 2, "batch_size": 2, "mixed_precision": "no", "device": "cpu", "num_workers": 0}
     flags |= {"codes_dir": codec_dir / "codes"}  # to the codec all these clips are one
     assert train.main(to_argv(flags)) == 0
     form, expected = BY_HAND[make]

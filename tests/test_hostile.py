@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, _context
+from conftest import ONLY_STEPS, ROOT, _context
 from safetensors.torch import save_file
 
 from prepare.audio import read_waveform
@@ -477,7 +477,7 @@ def command(kind: str, name: str, folder: Path, good: Path, toys: Path) -> tuple
 
 def training(toys: Path, output_dir: Path, *more) -> list:
     flags = {"train_manifest": toys / "train.jsonl", "base_ckpt": toys / "checkpoint", "output_dir": output_dir}
-    flags |= {"device": "cpu", "num_workers": 0, "save_steps": 1, "batch_size": 1, "lora_r": 2, "audio_tokenizer": "none"}
+    flags |= ONLY_STEPS | {"device": "cpu", "num_workers": 0, "save_steps": 1, "batch_size": 1, "lora_r": 2, "audio_tokenizer": "none"}
     return [*(item for name, value in flags.items() for item in (f"--{name}", value)), *more]
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
+import loguru
 import pytest
 from conftest import ROOT
 from test_resume import logged, settings, small_disk  # noqa: F401
@@ -17,6 +21,7 @@ from test_resume import logged, settings, small_disk  # noqa: F401
 import metrics
 import train
 from metrics import Monitor
+from tools.log import Log
 
 
 def lines(folder: Path) -> list[dict]:
@@ -114,3 +119,71 @@ def test_tensorboard_on_a_full_disk(small_disk, capsys):  # noqa: F811
                 monitor._try("TensorBoard", sink.writer.flush)
     assert "warning: TensorBoard" in capsys.readouterr().err
     assert len(monitor.path.read_text().splitlines()) == 399
+
+
+# ---- OUTPUT/log.txt
+
+
+def test_everything_printed_is_kept_with_the_time(toys, tmp_path, capfd, monkeypatch):
+    """And what is not shown: the first batch, and what libraries warn of, on a resume too; nothing of the bar."""
+    original, before = train.train_step, (sys.stdout, sys.stderr, logging.getLogger("transformers").handlers)
+
+    def step(*args, **kwargs):
+        warnings.warn("of Python", UserWarning, stacklevel=2)
+        logging.getLogger("transformers.models").warning("of transformers")
+        logging.getLogger("torch.distributed").warning("of torch")
+        loguru.logger.warning("of loguru")
+        print("on stdout")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", step)
+    argv = settings(toys, tmp_path / "o", max_steps=2, val_steps=1, save_steps=1)
+    assert train.main(argv) == 0
+    shown, kept = "".join(capfd.readouterr()), (tmp_path / "o" / "log.txt").read_text()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .*\S", line) for line in kept.splitlines())
+    for words in ("on stdout", "saved ", "checkpoints/step_1\n", ", copy_share 0.0", ", eos_accuracy 0.", "finished: "):
+        assert words in shown and words in kept, words
+    for words in (
+        "  input_ids ",
+        "torch.int64",
+        "text loss 5.",
+        "of Python",
+        "of transformers",
+        "of torch",
+        "of loguru",
+        "started: ",
+    ):
+        assert words not in shown and words in kept, words
+    assert "it/s" not in kept and "step/s" not in kept and "train:" in shown
+    assert all("train: " not in line or line.endswith("]") for line in shown.splitlines()), "a line within the bar"
+    assert (sys.stdout, sys.stderr, logging.getLogger("transformers").handlers) == before
+    assert train.main([*argv, "--max_steps", "3", "--resume", "auto", "--verbose"]) == 0
+    shown, both = capfd.readouterr().err, (tmp_path / "o" / "log.txt").read_text()
+    assert both.startswith(kept) and "  input_ids " in shown and both.count("  input_ids ") == 2
+
+
+def test_the_error_that_ends_a_run_is_kept(toys, tmp_path, monkeypatch):
+    assert train.main(settings(toys, tmp_path / "o", base_ckpt=tmp_path / "nowhere" / "deep")) == 2
+    assert "error: " in (log := (tmp_path / "o" / "log.txt").read_text()) and "nowhere/deep" in log and "Traceback" not in log
+    monkeypatch.setattr(train, "train_step", None)
+    with pytest.raises(TypeError):
+        train.main(settings(toys, tmp_path / "p", max_steps=1))
+    assert "Traceback" in (tmp_path / "p" / "log.txt").read_text()
+
+
+def test_a_full_disk_delays_lines_of_the_log(small_disk, capsys):  # noqa: F811
+    """Of rank 1, whose lines say so."""
+    (small_disk / "ballast").write_bytes(b"")
+    with Log(small_disk / "log.txt", rank=1):
+        print("first", file=sys.stderr)
+        with pytest.raises(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1000))
+        for number in range(2000):
+            print(f"line {number}", file=sys.stderr)
+        error = capsys.readouterr().err
+        assert error.count("log.txt: its lines wait: [Errno 28] No space left") == 1 and "line 1999" in error
+        (small_disk / "ballast").unlink()
+        print("last", file=sys.stderr)
+    lines = [line.split(" ", 2)[2] for line in (small_disk / "log.txt").read_text().splitlines()]
+    assert lines == [f"rank 1: {line}" for line in ("first", *(f"line {number}" for number in range(2000)), "last")]

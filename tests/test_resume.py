@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run_ranks
+from conftest import ONLY_STEPS, ROOT, run_ranks
 from safetensors.torch import load_file
 from test_distributed import full
 from torch.distributed.fsdp import fully_shard
@@ -28,7 +28,7 @@ from config import to_argv
 
 
 def settings(toys: Path, output_dir: Path, lora_r: int = 4, **extra) -> list[str]:
-    values = {
+    values = ONLY_STEPS | {
         "train_manifest": toys / "train.jsonl",
         "val_manifest": toys / "val.jsonl",
         "base_ckpt": toys / "checkpoint",
@@ -170,7 +170,7 @@ def test_files_hold_no_pickle(toys, tmp_path):
     assert [p.name for p in states] == ["step_1", "step_2"]
     written = [p for p in (tmp_path / "o").rglob("*") if p.is_file() and p.name != ".lock"]
     files = [p for p in written if "tensorboard" not in p.parts]
-    assert {p.suffix for p in files} == {".json", ".jsonl", ".safetensors", ".md"}
+    assert {p.suffix for p in files} == {".json", ".jsonl", ".safetensors", ".md", ".yaml", ".txt"}
     names = {name for path in states[0].glob("*.safetensors") for name in load_file(path)}
     assert any(name.endswith(".exp_avg_sq") for name in names) and not any("base_layer" in name for name in names)
 

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from conftest import ROOT, write_manifest
+from conftest import ONLY_STEPS, ROOT, write_manifest
 from peft import PeftModel
 from test_generation import TURNS, clips, overfit
 from transformers import AutoTokenizer
@@ -50,7 +50,8 @@ def test_lora_command(toys, tmp_path):
     manifest, output, base = toys / "train.jsonl", tmp_path / "o", toys / "checkpoint"
     done = run_shell(
         f"torchrun --standalone --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {output} --base_ckpt {base} "
-        "--batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"
+        "--batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 "
+        "--val_steps 0 --sample_steps 0 --verbose"
     )
     assert done.returncode == 0, done.stderr
     lines = metrics(output, "train")
@@ -72,7 +73,7 @@ def test_validation_and_checkpoints_command(toys, tmp_path):
     manifest.write_text((toys / "train.jsonl").read_text() * 12)
     done = run_shell(
         f"torchrun --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {output} --base_ckpt {base} "
-        "--batch_size 4 --lr 2e-4 --epochs 1 --grad_accum 8 --val_steps 5 --save_steps 5"
+        "--batch_size 4 --lr 2e-4 --epochs 1 --grad_accum 8 --val_steps 5 --save_steps 5 --audio_tokenizer none"
     )
     assert done.returncode == 0, done.stderr
     assert "7 training records are held out" in done.stderr
@@ -96,7 +97,7 @@ def settings(toys: Path, output_dir: Path, **extra) -> list[str]:
         "lr": 5e-3,
         "device": "cpu",
     }
-    return to_argv(values | extra)
+    return to_argv(values | ONLY_STEPS | extra)
 
 
 def run_here(argv: list[str]):
@@ -167,7 +168,7 @@ def test_lr_schedule():
     cfg = train.parse_config(
         ["--train_manifest", "m", "--output_dir", "o", "--lr", "1", "--warmup_steps", "4", "--min_lr_ratio", "0.1"]
     )
-    rates = [train.lr_at(step, (step - 4) / 20, cfg) for step in range(25)]
+    rates = [train.lr_at(step + 1, 4, (step - 4) / 20, cfg) for step in range(25)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[14] == pytest.approx(0.55) and rates[24] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
@@ -302,7 +303,7 @@ def test_a_bad_sample_of_another_rank_is_heard(toys, tmp_path):
     records = [turns({"type": "audio", "audio_url": name}) for name in names]
     manifest = write_manifest(tmp_path / "m.jsonl", records)
     command = f"python -m tools.launch --standalone --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {tmp_path / 'o'}"
-    done = run_shell(f"{command} --base_ckpt {toys / 'checkpoint'} --batch_size 1 --num_workers 1 --max_bad_samples 0")
+    done = run_shell(f"{command} --base_ckpt {toys / 'checkpoint'} --batch_size 1 --num_workers 1 --max_bad_samples 0 --sample_steps 0")
     assert done.returncode == 2
     assert (
         "error: 1 samples of the first step cannot be used" in done.stderr and "bad.npy holds codes 1024 to 1024" in done.stderr

@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from common import EARLY_END, PREEMPTED, SIGNALS
+from tools.log import keep_output
 
 USER_ERROR = 2
 
@@ -84,9 +85,6 @@ def launch(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    from distributed import keep_output
-
-    keep_output()
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run(parse_args(["--signals-to-handle=SIGQUIT", *argv]))
@@ -99,6 +97,7 @@ def launch(argv: list[str]) -> int:
 
 
 def main() -> int:
+    keep_output()  # first: what a library writes to a closed stderr must not reach a pipe that got its number
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a restart needs a new one, without old addresses
     os.environ["LAUNCH_ID"] = uuid.uuid4().hex  # see distributed.launch_id
     with tempfile.TemporaryDirectory() as folder:

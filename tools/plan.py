@@ -332,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a card reaches (default: 0.4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a row for each way to train there, too")
     args, flags = parser.parse_known_args(argv)
-    cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])
+    cfg = parse_config(flags, train_manifest="-", output_dir="-")
     cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
     ranks, config = read_ranks(args.ranks), read_config(cfg)
     if not 0 < args.mfu <= 1:
