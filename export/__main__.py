@@ -2,7 +2,7 @@
 
 A finished model is a folder that other programs load: a full checkpoint in the boson or the transformers layout, or a LoRA
 adapter in PEFT's format. Its README.md says what it was made from and how. Where a model is asked for, a run's folder is as
-good: it stands for final/, else its best checkpoint, else its newest.
+good: it stands for the model of its best step, else final/, else its newest whole checkpoint.
 
     bash launch.sh show FOLDER                                   # what a folder holds
     bash launch.sh export MODEL_OR_RUN OUT [--layout L]          # also OUTPUT/checkpoints/step_N
@@ -38,7 +38,8 @@ def describe(folder: Path) -> str:
     if (folder / "metrics.jsonl").is_file():
         states = [path.name for path in checkpoint.list_states(folder / "checkpoints")]
         finished = "finished: final" if (folder / "final").is_dir() else "not finished"
-        return f"{folder}: a run, {finished}; checkpoints: {', '.join(states) or 'none'}"
+        chosen = f"\n{find_model(folder)[1]}" if states or (folder / "final").is_dir() else ""
+        return f"{folder}: a run, {finished}; checkpoints: {', '.join(states) or 'none'}{chosen}"
     if (folder / checkpoint.STATE_FILE).is_file():
         state = {name: value for name, value in checkpoint.read_state(folder).items() if name != "files"}
         shapes, lines = Stored(folder).shapes, ["a training state", json.dumps(state, indent=2)]
@@ -65,10 +66,8 @@ def _describe_model(model: Full | Adapter) -> list[str]:
 
 def choose_model(name: str, revision: str | None = None) -> Full | Adapter:
     """Open the model that was asked for; says which one it is where a run's folder was named."""
-    folder = checkpoint.find_base(name, revision)
-    model = find_model(folder)
-    if model != folder:
-        print(f"{name} is a run; its model is {model}")
+    model, note = find_model(checkpoint.find_base(name, revision))
+    print(note, end="\n" * bool(note))
     return open_model(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -218,24 +219,58 @@ def test_a_training_state_becomes_a_model(kind, request, tmp_path, capsys):
         }
 
 
+def note_best(run: Path, step: int, **settings) -> None:
+    """Let the newest checkpoint of a run say which step was the best."""
+    path = run / "checkpoints" / "step_4" / "state.json"
+    state = json.loads(path.read_text())
+    state |= {"best": {"metric": "loss", "value": 1.25, "step": step}, "settings": state["settings"] | settings}
+    path.write_text(json.dumps(state | {"sha256": checkpoint._checksum(state)}))
+
+
 def test_a_run_stands_for_its_model(full_run, tmp_path, capsys):
-    """final/, else the best checkpoint, else the newest; which one is said."""
+    """The best step's checkpoint, else final/, else the newest whole checkpoint; which one is said, and the others are named."""
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     out = command(capsys, "export", run, tmp_path / "final")
-    assert f"{run} is a run; its model is {run / 'final'}" in out
+    others = "others, which can be named instead: checkpoints/step_2, checkpoints/step_4"
+    assert f"{run} is a run; its model is {run / 'final'} (no step is known as the best); {others}" in out
     assert same(weights(tmp_path / "final"), weights(full_run / "final"))
-    shutil.rmtree(run / "final")
-    assert f"its model is {run / 'checkpoints' / 'step_4'}" in command(capsys, "export", run, tmp_path / "newest")
-    assert same(weights(tmp_path / "newest"), weights(full_run / "final"))
-    path = run / "checkpoints" / "step_4" / "state.json"
-    state = json.loads(path.read_text()) | {"best": {"metric": "loss", "value": 1.0, "step": 2}}
-    path.write_text(json.dumps(state | {"sha256": checkpoint._checksum(state)}))
-    assert f"its model is {run / 'checkpoints' / 'step_2'}" in command(capsys, "export", run, tmp_path / "best")
+    note_best(run, 2)
+    out = command(capsys, "export", run, tmp_path / "best")
+    assert f"its model is {run / 'checkpoints' / 'step_2'} (the best by loss, 1.25 at step 2)" in out
+    assert "others, which can be named instead: final, checkpoints/step_4" in out and out.splitlines()[0] in command(
+        capsys, "show", run
+    )
     command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
     assert same(weights(tmp_path / "best"), weights(tmp_path / "2"))
+    (run / "checkpoints" / "step_2" / "state.json").unlink()
+    assert f"{run / 'final'} (the best by loss, 1.25 at step 2 has no whole checkpoint)" in command(capsys, "show", run)
+
+
+def test_final_is_the_best_only_if_it_is_its_step(full_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    for step, kept, is_final in ((4, "last", True), (2, "best", True), (2, "last", False)):
+        note_best(run, step, final=kept)
+        (run / "final").touch()
+        assert read.find_model(run)[0] == (run / "final" if is_final else run / "checkpoints" / f"step_{step}")
+    note_best(run, 4)
+    os.utime(run / "final", (0, 0))  # the run was continued after final/ was written
+    assert read.find_model(run)[0] == run / "checkpoints" / "step_4"
+
+
+def test_a_run_that_was_cut_short(full_run, tmp_path, capsys):
+    """Without final/, the newest checkpoint that is whole; a damaged one is passed over."""
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run, ignore=shutil.ignore_patterns("final"))
+    assert f"its model is {run / 'checkpoints' / 'step_4'} (no step" in command(capsys, "export", run, tmp_path / "newest")
+    assert same(weights(tmp_path / "newest"), weights(full_run / "final"))
+    (shard,) = (run / "checkpoints" / "step_4").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"its model is {run / 'checkpoints' / 'step_2'} (no step" in command(capsys, "show", run)
     shutil.rmtree(run / "checkpoints")
-    assert "has neither final/ nor a checkpoint" in error(capsys, "export", run, tmp_path / "m")
+    assert "has neither final/ nor a whole checkpoint" in error(capsys, "export", run, tmp_path / "m")
+    assert "not finished; checkpoints: none" in command(capsys, "show", run)
 
 
 def test_a_card_that_fails_costs_nothing(lora_run, toys, tmp_path, capsys):
