@@ -5,7 +5,7 @@ adapter in PEFT's format. Its README.md says what it was made from and how. Wher
 good: it stands for the model of its best step, else final/, else its newest whole checkpoint.
 
     bash launch.sh show FOLDER                                   # what a folder holds
-    bash launch.sh export MODEL_OR_RUN OUT [--layout L]          # also OUTPUT/checkpoints/step_N
+    bash launch.sh export RUN OUT [--layout L]                   # its best model; also a model, or OUTPUT/checkpoints/step_N
     bash launch.sh merge ADAPTER [BASE] OUT [--layout L] [--manifest M]
     bash launch.sh average A B ... OUT [--layout L]
 
@@ -77,22 +77,30 @@ def _show(args: argparse.Namespace, command: str) -> None:
 
 def _export(args: argparse.Namespace, command: str) -> None:
     source = choose_model(args.model, args.revision)
-    if isinstance(source, Adapter) and args.layout != "boson":
-        raise CheckpointError(
-            f"{args.model} is an adapter, which has no layout; merge it: "
-            f"bash launch.sh merge {args.model} {args.out} --layout {args.layout}"
+    if isinstance(source, Full) or not args.layout:
+        convert(source, args.out, args.layout or "boson", command)
+    else:
+        print(merge(source, base_of(source, None, args.out), args.out, args.layout, command))
+    if isinstance(source, Adapter):
+        small = (
+            f"{args.out} is a LoRA adapter, which needs {source.base or 'its base'}; --layout boson or transformers merges them"
         )
-    convert(source, args.out, args.layout, command)
+        print(f"{args.model}: the adapter is merged into {source.base}" if args.layout else small)
+
+
+def base_of(adapter: Adapter, name: str | None, out: Path) -> Full:
+    """The base that was asked for, else the one that the adapter names."""
+    named = adapter.lora.base_model_name_or_path
+    if not (name or named):
+        raise CheckpointError(f"{adapter.folder} does not name its base: bash launch.sh merge {adapter.folder} BASE {out}")
+    return Full(checkpoint.find_base(name or named, adapter.lora.revision if name in (None, named) else None))
 
 
 def _merge(args: argparse.Namespace, command: str) -> None:
     adapter = choose_model(args.adapter)
     if not isinstance(adapter, Adapter):
         raise CheckpointError(f"{args.adapter} is not an adapter")
-    named = adapter.lora.base_model_name_or_path
-    if not (args.base or named):
-        raise CheckpointError(f"{args.adapter} does not name its base: bash launch.sh merge {args.adapter} BASE {args.out}")
-    base = Full(checkpoint.find_base(args.base or named, adapter.lora.revision if args.base in (None, named) else None))
+    base = base_of(adapter, args.base, args.out)
     print(merge(adapter, base, args.out, args.layout, command))
     if args.manifest:
         is_quantized = args.quantize == "nf4"
@@ -110,7 +118,7 @@ def _average(args: argparse.Namespace, command: str) -> None:
 
 COMMANDS = {
     "show": (_show, "what a folder holds"),
-    "export": (_export, "write a model again, in either layout, or the model of a training state"),
+    "export": (_export, "write a run's best model, or any other, with all that a loader needs and a card"),
     "merge": (_merge, "add an adapter's changes to the base's weights"),
     "average": (_average, "the mean of several models"),
 }
@@ -145,7 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     made["average"].add_argument("models", nargs="+", help="full checkpoints, adapters, runs or training states, all of a kind")
     for name in ("export", "merge", "average"):
         made[name].add_argument("out", type=Path, help="a folder that does not exist yet")
-        made[name].add_argument("--layout", choices=layouts.LAYOUTS.values(), default="boson", help="(default: boson)")
+        text = (
+            "default: boson, and an adapter stays one, which a layout merges into its base"
+            if name == "export"
+            else "default: boson"
+        )
+        default = None if name == "export" else "boson"
+        made[name].add_argument("--layout", choices=layouts.LAYOUTS.values(), default=default, help=text)
     return parser
 
 

@@ -135,6 +135,21 @@ def test_merging_is_exact_and_reported(lora_run, toys, tmp_path, capsys):
     assert max((mine[n] - theirs[n]).abs().max().item() for n in mine) < 1e-6  # measured 0
 
 
+def test_a_lora_run_is_exported_as_adapter_or_merged(lora_run, tmp_path, capsys):
+    """Without a layout the adapter alone, with one a whole model; which of the two is said."""
+    model = read.find_model(lora_run)[0]
+    out = command(capsys, "export", lora_run, tmp_path / "adapter")
+    assert "is a LoRA adapter, which needs" in out and (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert same(weights(tmp_path / "adapter"), {n: read.open_model(model).read(n) for n in weights(tmp_path / "adapter")})
+    for layout in ("boson", "transformers"):
+        out = command(capsys, "export", lora_run, tmp_path / layout, "--layout", layout)
+        assert "the adapter is merged into" in out and "the adapter changes its layers by" in out
+    command(capsys, "merge", model, tmp_path / "merged")
+    assert same(weights(tmp_path / "boson"), weights(tmp_path / "merged"))
+    back = {read.layouts.rename(name, "boson"): tensor for name, tensor in weights(tmp_path / "transformers").items()}
+    assert same(back, weights(tmp_path / "merged"))
+
+
 def test_merging_rounds_once(lora_run, toys, tmp_path):
     """Into a bfloat16 base: the float32 sum, rounded; what rounding costs is reported."""
     base = tmp_path / "base"
@@ -377,10 +392,9 @@ def test_mistakes(lora_run, full_run, untrained, toys, tmp_path, capsys):
     base = toys / "checkpoint"
     assert "exists already" in error(capsys, "merge", untrained, base, lora_run)
     assert "is not an adapter" in error(capsys, "merge", base, base, tmp_path / "m")
-    assert "which has no layout; merge it: bash launch.sh merge " in error(
-        capsys, "export", untrained, tmp_path / "m", "--layout", "transformers"
-    )
-    assert "does not name its base" in error(capsys, "merge", untrained, tmp_path / "m")
+    for words in (("merge", untrained, tmp_path / "m"), ("export", untrained, tmp_path / "m", "--layout", "transformers")):
+        remedy = f"{untrained} does not name its base: bash launch.sh merge {untrained} BASE {tmp_path / 'm'}"
+        assert remedy in error(capsys, *words)
     assert "are not alike" in error(capsys, "average", base, untrained, tmp_path / "m")
     assert "no config.json" in error(capsys, "show", tmp_path)
     assert "neither a folder nor" in error(capsys, "merge", untrained, tmp_path / "no" / "such" / "base", tmp_path / "m")
