@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from checkpoint import Stored
 from common import CheckpointError
 from config import AUDIO_TOKENIZER
 from distributed import says_errors
-from export import layouts, parity
+from export import card, layouts, parity
 from export.merge import average, convert, merge
 from export.read import Adapter, Full, find_model, open_model
 
@@ -71,16 +70,16 @@ def choose_model(name: str, revision: str | None = None) -> Full | Adapter:
     return open_model(model)
 
 
-def _show(args: argparse.Namespace, command: str) -> None:
+def _show(args: argparse.Namespace, about: card.About) -> None:
     print(describe(args.folder))
 
 
-def _export(args: argparse.Namespace, command: str) -> None:
+def _export(args: argparse.Namespace, about: card.About) -> None:
     source = choose_model(args.model, args.revision)
     if isinstance(source, Full) or not args.layout:
-        convert(source, args.out, args.layout or "boson", command)
+        convert(source, args.out, args.layout or "boson", about)
     else:
-        print(merge(source, base_of(source, None, args.out), args.out, args.layout, command))
+        print(merge(source, base_of(source, None, args.out), args.out, args.layout, about))
     if isinstance(source, Adapter):
         small = (
             f"{args.out} is a LoRA adapter, which needs {source.base or 'its base'}; --layout boson or transformers merges them"
@@ -96,12 +95,12 @@ def base_of(adapter: Adapter, name: str | None, out: Path) -> Full:
     return Full(checkpoint.find_base(name or named, adapter.lora.revision if name in (None, named) else None))
 
 
-def _merge(args: argparse.Namespace, command: str) -> None:
+def _merge(args: argparse.Namespace, about: card.About) -> None:
     adapter = choose_model(args.adapter)
     if not isinstance(adapter, Adapter):
         raise CheckpointError(f"{args.adapter} is not an adapter")
     base = base_of(adapter, args.base, args.out)
-    print(merge(adapter, base, args.out, args.layout, command))
+    print(merge(adapter, base, args.out, args.layout, about))
     if args.manifest:
         is_quantized = args.quantize == "nf4"
         report = parity.compare(adapter, base, args.manifest, args.records, args.audio_tokenizer, is_quantized)
@@ -110,8 +109,8 @@ def _merge(args: argparse.Namespace, command: str) -> None:
             file.write(f"\n```\n{report}\n```\n")
 
 
-def _average(args: argparse.Namespace, command: str) -> None:
-    report = average([choose_model(model) for model in args.models], args.out, args.layout, command)
+def _average(args: argparse.Namespace, about: card.About) -> None:
+    report = average([choose_model(model) for model in args.models], args.out, args.layout, about)
     if report:
         print(report)
 
@@ -130,7 +129,9 @@ def main(argv: Sequence[str]) -> int:
     out = getattr(args, "out", None)
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; choose another folder")
-    COMMANDS[args.command][0](args, shlex.join(["bash", "launch.sh", *argv]))
+    has_samples, languages = getattr(args, "samples", False), getattr(args, "language", ())
+    about = card.About(args.out.name if out else "", ["bash", "launch.sh", *argv], languages, has_samples)
+    COMMANDS[args.command][0](args, about)
     if out:
         print(f"written: {out}")
     return 0
@@ -144,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     made["show"].add_argument("folder", type=Path)
     made["export"].add_argument("model", help="a model here or on the Hub, a run, or OUTPUT/checkpoints/step_N")
     made["export"].add_argument("--revision", help="of a Hub repository; default: the original layout of the published model")
+    made["export"].add_argument(
+        "--language", nargs="+", default=(), metavar="CODE", help="languages that the card names: en de"
+    )
+    made["export"].add_argument("--samples", action="store_true", help="add sounds that the run has generated, and their texts")
     made["merge"].add_argument("adapter", help="a PEFT adapter, a LoRA run, or OUTPUT/checkpoints/step_N of one")
     made["merge"].add_argument("base", nargs="?", help="a folder or a Hub repository; default: the one that the adapter names")
     made["merge"].add_argument("--manifest", type=Path, help="compare adapter and merged model on these records")

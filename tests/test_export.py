@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
+import soundfile
 import torch
-from boson_multimodal.data_types import ChatMLSample, Message
+from boson_multimodal.data_types import AudioContent, ChatMLSample, Message
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from conftest import make_model, run_ranks
+from conftest import ROOT, make_model, run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_codec import write_wav
 
 import checkpoint
 import model_patch
 import train
 from common import CheckpointError
-from config import Config, parse_config, to_argv
+from config import AUDIO_TOKENIZER, BASE_CKPT, REVISIONS, Config, parse_config, to_argv
 from export import card, merge, parity, read, write
 from export.__main__ import main as export_main
 from export.final import write_final
-from prepare.audio import import_codec
+from generate import __main__ as generate
+from generate.serve import HiggsAudioServeEngine
 from tools import toys as demo
 
 
@@ -345,7 +353,8 @@ def test_the_card_says_how_to_make_it_again(lora_run):
     line = next(line for line in text.splitlines() if line.startswith("bash launch.sh train "))
     run = json.loads((lora_run / "config.json").read_text())
     again = parse_config(shlex.split(line)[3:])
-    assert all(run[name] == value for name, value in vars(again).items())
+    assert all(card.public(run[name]) == value for name, value in vars(again).items())
+    assert str(lora_run.parent) not in text and run["base_ckpt"] not in text, "what may become public names no folders"
     values = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
     val = [line for line in values if line["split"] == "val"][-1]
     assert f"| validation loss | {val['loss']:.4g} |" in text and "| records | 31 |" in text
@@ -367,22 +376,145 @@ def test_the_card_of_an_earlier_step(lora_run, tmp_path):
 # ---- the official engine
 
 
-@pytest.mark.parametrize("kind", ["full", "merged"])
-def test_the_serve_engine_loads_what_we_write(kind, full_run, lora_run, codec_dir):
-    """The official engine with the official codec class (random weights) returns the audio of the codes it generates."""
-    import_codec()
-    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+GREEDY = ["--temperature", "0", "--ras_win_len", "0", "--max_new_tokens", "24", "--force_audio", "--normalize", "no"]
 
-    folder = full_run / "final" if kind == "full" else lora_run / "final" / "merged"
-    engine = HiggsAudioServeEngine(
-        str(folder), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[256, 512]
+
+@pytest.mark.parametrize("kind", ["full_run", "lora_run"])
+def test_the_serve_engine_says_what_generate_says(kind, request, codec_dir, tmp_path, capsys):
+    """An exported run in the official engine, with a reference clip and the official codec class (random weights): the codes
+    of `generate`, and sound."""
+    command(capsys, "export", request.getfixturevalue(kind), tmp_path / "voice", "--layout", "boson")
+    write_wav(tmp_path / "reference.wav", 0.4)
+    clip = AudioContent(audio_url=str(tmp_path / "reference.wav"))
+    chat = ChatMLSample([Message("user", "what it says"), Message("assistant", clip), Message("user", "hello there")])
+    engine = HiggsAudioServeEngine(str(tmp_path / "voice"), str(codec_dir), device="cpu", kv_cache_lengths=[128, 256])
+    answer = engine.generate(chat, max_new_tokens=24, temperature=0.0, force_audio_gen=True, ras_win_len=None)
+    num_columns = answer.generated_audio_tokens.shape[1]
+    assert num_columns > 10 and answer.audio.shape == ((num_columns - 7 - 2) * 960,) and abs(answer.audio).max() > 0
+    asked = [
+        "--ckpt",
+        tmp_path / "voice",
+        "--text",
+        "hello there",
+        "--ref_audio",
+        tmp_path / "reference.wav",
+        "--ref_text",
+        "what it says",
+    ]
+    out = tmp_path / "answer.npy"
+    assert (
+        generate.main([*map(str, asked), *GREEDY, "--audio_tokenizer", str(codec_dir), "--device", "cpu", "--out", str(out)])
+        == 0
     )
-    chat = ChatMLSample([Message("user", "hello there")])
-    response = engine.generate(chat, max_new_tokens=24, temperature=0.0, force_audio_gen=True, ras_win_len=None)
-    num_columns = response.generated_audio_tokens.shape[1]
-    assert num_columns > 10
-    assert response.audio.shape == ((num_columns - 7 - 2) * 960,)
-    assert response.sampling_rate == 24000 and abs(response.audio).max() > 0
+    delayed = answer.generated_audio_tokens
+    codes = np.stack([delayed[k, k : num_columns - 7 + k] for k in range(8)]).clip(0, 63)[:, 1:-1]
+    assert np.array_equal(np.load(out), codes)
+
+
+# ---- what the card says
+
+
+def snippets(folder: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture()
+def desk(tmp_path, codec_files, monkeypatch) -> Path:
+    """The current folder, with a reference clip; the codec is in the Hub's cache, there is no network."""
+    cache = tmp_path / "hub"
+    for name, revision in REVISIONS.items():
+        if name in (AUDIO_TOKENIZER, "bosonai/hubert_base"):
+            source = codec_files if name == AUDIO_TOKENIZER else codec_files / name
+            (cache / f"models--{name.replace('/', '--')}" / "snapshots").mkdir(parents=True)
+            (cache / f"models--{name.replace('/', '--')}" / "snapshots" / revision).symlink_to(source)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bosonai").symlink_to(codec_files / "bosonai")
+    write_wav(tmp_path / "reference.wav", 0.4)
+    (tmp_path / "reference.txt").write_text("what it says")
+    return tmp_path
+
+
+def engine_snippet(folder: Path) -> str:
+    (code,) = snippets(folder, "python")
+    assert "max_new_tokens=1024" in code
+    return code.replace("max_new_tokens=1024", "max_new_tokens=24")
+
+
+def test_the_snippets_of_a_card_run(full_run, desk, capsys):
+    """As they stand, but with fewer tokens: the official engine, and this trainer's commands."""
+    command(capsys, "export", full_run, "voice")
+    exec(engine_snippet(desk / "voice"), {})
+    assert soundfile.info("answer.wav").frames >= 960
+    Path("answer.wav").unlink()
+    speak, export = snippets(desk / "voice", "bash")[0].splitlines()
+    assert generate.main([*shlex.split(speak)[3:], "--max_new_tokens", "24", "--force_audio", "--device", "cpu"]) == 0
+    assert soundfile.info("answer.wav").frames >= 960
+    command(capsys, *shlex.split(export)[2:])
+    assert (desk / "other" / "processor_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_official_engine_in_a_process_of_its_own(full_run, desk, capsys):
+    """What docs/using.md says of this trainer's environment: after `import generate.serve` the snippet runs."""
+    command(capsys, "export", full_run, "voice")
+    code = f"import generate.serve\n{engine_snippet(desk / 'voice')}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info("answer.wav").frames >= 960
+
+
+def test_the_card_of_an_adapter(lora_run, toys, desk, monkeypatch, capsys):
+    """Its snippet loads it with PEFT: the very logits of the merged model."""
+    command(capsys, "export", lora_run, "adapter")
+    (desk / "checkpoint").symlink_to(toys / "checkpoint")
+    (code,) = snippets(desk / "adapter", "python")
+    made: dict = {}
+    exec(code, made)
+    layer = made["model"].base_model.model.layers[0].self_attn.q_proj
+    assert torch.equal(
+        layer.lora_B["default"].weight, weights(desk / "adapter")["base_model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    )
+    assert "library_name: peft" in (desk / "adapter" / "README.md").read_text()
+
+
+def test_a_card_with_everything(lora_run, desk, capsys):
+    """Languages, samples up to the step, evaluations, the base's licence, and how it was made; no folder of this machine."""
+    run = desk / "run"
+    shutil.copytree(lora_run, run)
+    for step in (2, 4):
+        folder = run / "samples" / f"step_{step}"
+        folder.mkdir(parents=True)
+        write_wav(folder / "a.wav", 0.1 * step)
+        lines = [{"text": "one\nline", "wav": "a.wav", "reference_wav": "../../reference.wav"}, {"text": "nothing was said"}]
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "evaluation").mkdir()
+    figures = {"wer_seedtts": {"value": 0.05, "against": 0.1}, "rtf": {"value": None, "against": None}}
+    found = {"models": [str(run / "final"), BASE_CKPT], "lines": str(desk / "test.jsonl"), "num_lines": 7, "figures": figures}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(found | {"judged_by": {"asr_model": "openai/whisper-tiny"}}))
+    config = json.loads((run / "config.json").read_text()) | {
+        "base_ckpt": BASE_CKPT,
+        "train_manifest": f"{desk}/a.jsonl:2,{desk}/b.jsonl",
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    named = json.loads((run / "final" / "adapter_config.json").read_text()) | {"base_model_name_or_path": BASE_CKPT}
+    (run / "final" / "adapter_config.json").write_text(json.dumps(named))
+    command(capsys, "export", run / "final", "all", "--samples", "--language", "en", "de")
+    text = (desk / "all" / "README.md").read_text()
+    for part in ("language: [en, de]", f"base_model: {BASE_CKPT}", "license: other", "## Samples of step 4", "| one line |"):
+        assert part in text
+    assert "Boson Higgs Audio 2 Community License" in text and "| manifest | a.jsonl:2,b.jsonl |" in text
+    assert (
+        "| lines | 7 of test.jsonl |" in text and "| wer_seedtts | 0.05, against 0.1 |" in text and "against bosonai/" in text
+    )
+    assert [path.name for path in (desk / "all" / "samples").iterdir()] == ["0.wav"]
+    assert str(desk) not in text and str(lora_run.parent) not in text
+    command(capsys, "export", "all", "again")
+    again = (desk / "again" / "README.md").read_text()
+    assert again.count("## How it was made") == again.count("## How to use") == 1 and "Samples" not in again
+    assert text[text.index("## How it was made") :] == again[again.index("## How it was made") :]
 
 
 # ---- mistakes

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import soundfile
 import torch
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
-from conftest import make_model
+from conftest import ROOT, make_model
 from make_golden import GOLDEN, PUBLISHED_ROPE, ask_native, golden_config, make_batch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_codec import write_wav
 from test_collate import TOWER
 from test_export import error, same, settings, weights
 
@@ -295,3 +297,17 @@ def test_we_load_what_the_native_class_saves(newer, boson, tmp_path):
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
     merge.convert(read.open_model(tmp_path / "saved"), tmp_path / "back")
     assert same(weights(tmp_path / "back"), weights(boson))
+
+
+@pytest.mark.native
+@pytest.mark.skipif("NATIVE_PYTHON" not in os.environ, reason="NATIVE_PYTHON names no Python with transformers >= 5.18")
+def test_the_transformers_snippet_of_a_card_runs(newer, tmp_path):
+    """The processor that we write finds tokenizer, codec and chat template; the model answers, and there is sound."""
+    merge.convert(read.open_model(newer), tmp_path / "voice", "transformers")
+    write_wav(tmp_path / "reference.wav", 0.4)
+    done = subprocess.run(
+        [os.environ["NATIVE_PYTHON"], ROOT / "tests" / "native_card.py", "voice"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info(tmp_path / "answer.wav").frames >= 960
