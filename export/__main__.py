@@ -24,10 +24,10 @@ import torch
 
 import checkpoint
 from checkpoint import Stored
-from common import CheckpointError
+from common import CheckpointError, ConfigError
 from config import AUDIO_TOKENIZER
 from distributed import says_errors
-from export import card, layouts, parity
+from export import card, layouts, parity, push
 from export.merge import average, convert, merge
 from export.read import Adapter, Full, find_model, open_model
 
@@ -76,6 +76,8 @@ def _show(args: argparse.Namespace, about: card.About) -> None:
 
 def _export(args: argparse.Namespace, about: card.About) -> None:
     source = choose_model(args.model, args.revision)
+    if args.push:
+        push.check(args.push, source, bool(args.layout))
     if isinstance(source, Full) or not args.layout:
         convert(source, args.out, args.layout or "boson", about)
     else:
@@ -126,29 +128,37 @@ COMMANDS = {
 @says_errors
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
-    out = getattr(args, "out", None)
+    out = args.out
+    if args.private and not args.push:
+        raise ConfigError("--private: nothing is uploaded without --push OWNER/NAME")
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; choose another folder")
-    has_samples, languages = getattr(args, "samples", False), getattr(args, "language", ())
-    about = card.About(args.out.name if out else "", ["bash", "launch.sh", *argv], languages, has_samples)
+    about = card.About(args.push or (out.name if out else ""), ["bash", "launch.sh", *argv], args.language, args.samples)
     COMMANDS[args.command][0](args, about)
     if out:
-        print(f"written: {out}")
+        print(f"written: {out}; how to use it: {out / 'README.md'}")
+    if args.push:
+        push.push(out, args.push, args.private)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     plain = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="bash launch.sh", description=__doc__, **plain)
+    parser.set_defaults(out=None, push="", private=False, language=(), samples=False)
     commands = parser.add_subparsers(dest="command", required=True)
     made = {name: commands.add_parser(name, help=text, description=text, **plain) for name, (_, text) in COMMANDS.items()}
     made["show"].add_argument("folder", type=Path)
     made["export"].add_argument("model", help="a model here or on the Hub, a run, or OUTPUT/checkpoints/step_N")
     made["export"].add_argument("--revision", help="of a Hub repository; default: the original layout of the published model")
     made["export"].add_argument(
-        "--language", nargs="+", default=(), metavar="CODE", help="languages that the card names: en de"
+        "--language", nargs="+", metavar="CODE", default=(), help="languages for its card, such as: en de"
     )
     made["export"].add_argument("--samples", action="store_true", help="add sounds that the run has generated, and their texts")
+    made["export"].add_argument(
+        "--push", metavar="OWNER/NAME", default="", help="upload OUT to the Hub, for everyone; needs HF_TOKEN"
+    )
+    made["export"].add_argument("--private", action="store_true", help="--push into a private repository")
     made["merge"].add_argument("adapter", help="a PEFT adapter, a LoRA run, or OUTPUT/checkpoints/step_N of one")
     made["merge"].add_argument("base", nargs="?", help="a folder or a Hub repository; default: the one that the adapter names")
     made["merge"].add_argument("--manifest", type=Path, help="compare adapter and merged model on these records")
@@ -158,13 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     made["average"].add_argument("models", nargs="+", help="full checkpoints, adapters, runs or training states, all of a kind")
     for name in ("export", "merge", "average"):
         made[name].add_argument("out", type=Path, help="a folder that does not exist yet")
-        text = (
-            "default: boson, and an adapter stays one, which a layout merges into its base"
-            if name == "export"
-            else "default: boson"
-        )
-        default = None if name == "export" else "boson"
-        made[name].add_argument("--layout", choices=layouts.LAYOUTS.values(), default=default, help=text)
+        default, text = (None, ", and an adapter stays one; a layout merges it") if name == "export" else ("boson", "")
+        made[name].add_argument("--layout", choices=layouts.LAYOUTS.values(), default=default, help=f"default: boson{text}")
     return parser
 
 
