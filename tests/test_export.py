@@ -553,3 +553,35 @@ def test_what_a_folder_holds(lora_run, toys, capsys):
     assert "a LoRA adapter, r=4" in command(capsys, "show", lora_run / "final")
     assert '"step": 4' in command(capsys, "show", lora_run / "checkpoints" / "step_4")
     assert "boson layout" in command(capsys, "show", toys / "checkpoint")
+
+
+# ---- starting from an adapter
+
+
+def test_lora_starts_from_an_earlier_adapter(lora_run, toys, tmp_path, capsys):
+    """At a learning rate that changes nothing, the run's adapter is the earlier one, bit for bit; checkpoints note it."""
+    again = {"lora_r": 4, "max_steps": 2, "lr": 1e-30, "save_steps": 1}
+    run(settings(toys, tmp_path / "o", init_adapter=lora_run, **again))
+    model = read.find_model(lora_run)[0]
+    first = read.open_model(model)
+    assert same(weights(tmp_path / "o" / "final"), {name: first.read(name) for name in first.shapes})
+    assert f"the adapter starts from {model.resolve()}, which was trained on {toys / 'checkpoint'}" in capsys.readouterr().err
+    kept = checkpoint.read_state(tmp_path / "o" / "checkpoints" / "step_2")["started_from"]
+    assert kept["folder"] == str(model.resolve()) and len(kept["sha256"]) == 64
+    assert "| init_adapter | lora |" in (tmp_path / "o" / "final" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "o" / "final")
+    run(settings(toys, tmp_path / "o", init_adapter=tmp_path / "moved", **again | {"max_steps": 3, "resume": "auto"}))
+    assert checkpoint.read_state(tmp_path / "o" / "checkpoints" / "step_3")["started_from"] == kept
+
+
+def test_an_adapter_that_a_run_cannot_start_from(lora_run, toys, tmp_path, capsys):
+    def error(**extra) -> str:
+        assert train.main(settings(toys, tmp_path / "o", **{"lora_r": 4, "init_adapter": lora_run} | extra)) == 2
+        return capsys.readouterr().err
+
+    assert "rank or alpha is another than this run's; give --lora_r 4 --lora_alpha 32" in error(lora_r=8)
+    assert "made for other layers: layers.0.audio_mlp." in error(lora_targets="self_attn")
+    assert "not in this run; --lora_targets has to be the same" in error(lora_targets="self_attn")
+    assert f"a full model; start from it with --base_ckpt {toys / 'checkpoint'}" in error(init_adapter=toys / "checkpoint")
+    assert "--init_adapter: a full fine-tune has no adapter" in error(lora_r=0)
+    assert "neither a folder nor a Hub repository" in error(init_adapter=tmp_path / "nothing")
