@@ -53,11 +53,11 @@ from data import build_loaders, check_agreement, read_records
 from distributed import Dist, log, log_list, own_rows, progress_bar, says_errors, setup_distributed, whole
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
-from export.read import start_from
 from generate import best
 from generate.batched import check as check_batched
 from generate.drift import FILE as DRIFT_FILE
 from generate.drift import Drift
+from generate.models import start_from
 from generate.pictures import media
 from generate.samples import Sampler, describe
 from layers import nf4

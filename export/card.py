@@ -24,7 +24,7 @@ from export import layouts
 LOSSES = ("step", "loss", "text_loss", "audio_loss", "eos_loss", "eos_accuracy", "copy_share")
 PUBLISHED = (BASE_CKPT, "bosonai/higgs-tts-2-3b-base")  # two names of one repository
 LICENSE = f"https://huggingface.co/{BASE_CKPT}/blob/main/LICENSE"
-USING = Path(__file__).parent.parent / "docs" / "using.md"
+USING = Path(__file__).parent.parent / "docs" / "card.md"
 MADE = "## How it was made"
 SECTIONS = {  # of that file, by what was written
     "adapter": ("This trainer", "PEFT"),
@@ -55,17 +55,8 @@ def write(folder: Path, make: Callable[[], str]) -> None:
         print(f"warning: {folder}: the model is whole, but has no model card: {error!r}", file=sys.stderr, flush=True)
 
 
-def of_run(run: dict, metrics: Path, last_step: float = math.inf) -> str:
-    """The card of a run's model after `last_step`.
-
-    run:     the content of OUTPUT/config.json
-    metrics: OUTPUT/metrics.jsonl, which may be missing
-    """
-    front = _front_matter(run["base_ckpt"], "peft" if run["lora_r"] else "")
-    return _join(front, "# Higgs Audio v2, fine-tuned", *_how_it_was_made(run, metrics, last_step), _license(run["base_ckpt"]))
-
-
 def _how_it_was_made(run: dict, metrics: Path, last_step: float) -> list[str]:
+    """run: the content of OUTPUT/config.json; metrics: OUTPUT/metrics.jsonl, which may be missing"""
     known = {f.name: f for f in dataclasses.fields(Config)}
     changed = {name: public(run[name]) for name, field in known.items() if name in run and run[name] != field.default}
     lines = _read_metrics(metrics, last_step)
@@ -84,10 +75,10 @@ def _how_it_was_made(run: dict, metrics: Path, last_step: float) -> list[str]:
 
 
 def of_model(out: Path, what: str, source: Path, base: str = "", about: About = NOTHING, below: str = "") -> str:
-    """The card of the model in `out`, made from another.
+    """The card of the model in `out`.
 
     what:   what was done, by `about.command`
-    source: the model; how it was made is repeated, if its run or its card says so
+    source: the model it was made from, or itself; how it was made is repeated, if its run or its card says so
     base:   its base, if that is known
     below:  what else was found
     """
@@ -105,7 +96,8 @@ def of_model(out: Path, what: str, source: Path, base: str = "", about: About = 
     name = about.name or out.name
     return _join(
         _front_matter(base, {"adapter": "peft", "transformers": "transformers"}.get(kind, ""), about.languages),
-        f"# {name.split('/')[-1]}\n\n{what}",
+        f"# {name.split('/')[-1]}",
+        what,
         f"```\n{shlex.join(map(str, map(public, about.command)))}\n```" * bool(about.command),
         _usage(kind, name, base),
         _samples(out, run_dir, last_step) if run_dir and about.has_samples else "",
@@ -128,7 +120,7 @@ def _is_on_hub(name: str) -> bool:
 
 
 def _usage(kind: str, name: str, base: str) -> str:
-    """The sections of docs/using.md for what was written."""
+    """The sections of docs/card.md for what was written."""
     values = {"BASE": public(base), "CODEC_REVISION": REVISIONS[AUDIO_TOKENIZER], "CODEC": AUDIO_TOKENIZER}
     values |= {"REVISION": repr(base_revision(base, None)), "FOLDER": name.split("/")[-1], "NAME": name}
     _, *sections = USING.read_text(encoding="utf-8").split("### ")

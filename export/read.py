@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import checkpoint
@@ -152,32 +151,6 @@ def open_model(folder: Path) -> Full | Adapter:
     stored = Stored(folder)
     tokenizer = checkpoint.load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
     return Adapter(lora, {name: name for name in stored.shapes}, stored, tokenizer)
-
-
-def start_from(model: nn.Module, lora: LoraConfig, name: str) -> dict:
-    """Give a sharded model's adapter the weights of another; returns its folder, base and digest, for the run's lineage.
-
-    raises: CheckpointError unless it is an adapter of the same rank and scale for the same layers
-    """
-    adapter = open_model(checkpoint.find_base(name, None))
-    if not isinstance(adapter, Adapter):
-        raise CheckpointError(f"--init_adapter {name}: a full model; start from it with --base_ckpt {name}")
-    if (adapter.lora.r, adapter.lora.lora_alpha) != (lora.r, lora.lora_alpha):
-        same = f"--lora_r {adapter.lora.r} --lora_alpha {adapter.lora.lora_alpha:g}"
-        raise CheckpointError(f"--init_adapter {name}: rank or alpha is another than this run's; give {same}")
-    mine = {adapter_name(n): parameter for n, parameter in model.named_parameters() if checkpoint.is_lora(n)}
-    if other := sorted(mine.keys() ^ adapter.shapes.keys()) or [n for n in mine if mine[n].shape != adapter.shapes[n]]:
-        layer = other[0].removeprefix(ADAPTER_PREFIX)
-        where = "not in it" if other[0] in mine else "not in this run"
-        raise CheckpointError(
-            f"--init_adapter {name}: made for other layers: {layer} is {where}; --lora_targets has to be the same"
-        )
-    digest = hashlib.sha256()
-    for key, parameter in mine.items():
-        weight = adapter.read(key)
-        digest.update(weight.float().numpy().tobytes())
-        model_patch.set_whole(parameter, weight)
-    return {"folder": str(adapter.folder.resolve()), "base": adapter.base, "sha256": digest.hexdigest()}
 
 
 def _open_state(folder: Path) -> Full | Adapter:

@@ -364,12 +364,14 @@ def test_the_card_says_how_to_make_it_again(lora_run):
     assert "base_model" not in text, "a local folder is no model of the Hub"
 
 
-def test_the_card_of_an_earlier_step(lora_run, tmp_path):
+def test_the_card_of_an_earlier_step(lora_run, tmp_path, capsys):
     """Only what had happened by then counts; what was heard counts too."""
-    (tmp_path / "config.json").write_text((lora_run / "config.json").read_text())
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
     heard = [json.dumps({"split": "sample", "step": step, "epoch": 0, "stop_rate": step / 8}) for step in (1, 3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*heard, (lora_run / "metrics.jsonl").read_text()]))
-    text = card.of_run(json.loads((tmp_path / "config.json").read_text()), tmp_path / "metrics.jsonl", last_step=2)
+    (run / "metrics.jsonl").write_text("\n".join([*heard, (run / "metrics.jsonl").read_text()]))
+    command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
+    text = (tmp_path / "2" / "README.md").read_text()
     assert "| steps | 2 |" in text and "| validation step | 2 |" in text and "| samples: stop_rate | 0.125 |" in text
 
 
@@ -457,7 +459,7 @@ def test_the_snippets_of_a_card_run(full_run, desk, capsys):
 
 @pytest.mark.slow
 def test_the_official_engine_in_a_process_of_its_own(full_run, desk, capsys):
-    """What docs/using.md says of this trainer's environment: after `import generate.serve` the snippet runs."""
+    """What docs/card.md says of this trainer's environment: after `import generate.serve` the snippet runs."""
     command(capsys, "export", full_run, "voice")
     code = f"import generate.serve\n{engine_snippet(desk / 'voice')}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "1"}

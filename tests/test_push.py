@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import reset_sessions
 
 from export.__main__ import main
 
@@ -69,6 +70,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    reset_sessions()  # another test may have been offline
     yield server
     server.shutdown()
 
