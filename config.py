@@ -91,6 +91,7 @@ class Config:
         choices=("none", "nf4"),
     )
     merge_lora: bool = _setting(False, "also write final/merged: the adapter merged into the base", const=True)
+    init_adapter: str = _setting("", "start LoRA from this adapter, run or checkpoint of one, of the same rank, alpha and targets")
 
     # Batches and length
     batch_size: int = _setting(4, "samples per micro-batch and rank")
@@ -285,6 +286,7 @@ def _find_problems(cfg: Config) -> list[str]:
         "--lr 0: nothing would be learned": cfg.lr == 0,
         "--text_loss_weight 0 --audio_loss_weight 0: nothing would be learned": not has_loss,
         "--merge_lora: there is no adapter to merge with --lora_r 0": cfg.merge_lora and not cfg.lora_r,
+        "--init_adapter: a full fine-tune has no adapter; its --base_ckpt is any model": cfg.init_adapter and not cfg.lora_r,
         "--quantize nf4: only frozen weights can be quantised; train an adapter (--lora_r 16)": is_quantized and not cfg.lora_r,
         "--quantize nf4: goes with neither --cpu_offload, --replicate nor --compile": is_quantized
         and (cfg.cpu_offload or cfg.replicate > 1 or cfg.compile),

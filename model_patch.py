@@ -317,9 +317,14 @@ def init_lora(model: nn.Module, seed: int) -> None:
             full = torch.zeros(parameter.shape)
         else:
             continue
-        if isinstance(parameter, DTensor):  # each rank keeps its own rows of the same full tensor
-            full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.data.copy_(full)
+        set_whole(parameter, full)
+
+
+def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
+    """Fill a parameter; of a sharded one each rank keeps its own rows of the same full tensor."""
+    if isinstance(parameter, DTensor):
+        full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.data.copy_(full)
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:

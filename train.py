@@ -57,6 +57,7 @@ from export.merge import describe_changes, relative_changes
 from generate import best
 from generate.drift import FILE as DRIFT_FILE
 from generate.drift import Drift
+from generate.models import start_from
 from generate.pictures import media
 from generate.samples import Sampler, build_sampler, describe
 from layers import nf4
@@ -562,7 +563,10 @@ def start(run: Run) -> TrainState:
     state = TrainState.of(kept) if kept else TrainState()
     if "warm" not in kept and state.step > (cfg.warmup_steps or 0):  # of an earlier version
         state.warm = run.epochs_done(state) * (cfg.warmup_steps or 0) / state.step
-    identity |= lineage.ancestry(run.resumed_from, kept, run.output_dir)
+    identity |= lineage.ancestry(run.resumed_from, kept, run.output_dir) | {"started_from": kept.get("started_from")}
+    if cfg.init_adapter and not run.resumed_from:
+        identity["started_from"] = dist.main_first(lambda: start_from(task.model, run.lora, cfg.init_adapter))
+        log(dist, "the adapter starts from {folder}, which was trained on {base}".format(**identity["started_from"]))
     dist.together(lambda: lineage.prepare_folder(run.output_dir, run.base) if dist.is_main else None)
     settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
     redo = [split for split, last in (("val", state.evaluated), ("sample", state.sampled)) if last < state.step]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint import COMPANIONS, is_lora
-from common import CheckpointError, read_json
+from common import CheckpointError
 from distributed import gather, whole
 from export import card
 from export.merge import merge
@@ -47,7 +47,7 @@ def write_final(
                 write_full(folder, named, config, tokenizer, "boson", output_dir / COMPANIONS)
             else:
                 write_adapter(folder, named, lora, tokenizer, output_dir / COMPANIONS)
-            card.write(folder, lambda: card.of_run(read_json(output_dir / "config.json"), output_dir / "metrics.jsonl"))
+            card.write(folder, lambda: card.of_model(folder, "", folder))
             if merge_lora:
                 report = _merge(folder, base)
     except CheckpointError as caught:

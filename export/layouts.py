@@ -30,6 +30,7 @@ Layout = Literal["boson", "transformers"]
 
 LAYOUTS: dict[str, Layout] = {"higgs_audio": "boson", "higgs_audio_v2": "transformers"}  # by model_type
 DELAY_TOKEN = "<|reserved_special_token_6|>"  # the transformers processor's choice
+CODEC = "eustlb/higgs-audio-v2-tokenizer"  # the codec's weights for the transformers class, as its documentation names them
 
 _TO_TRANSFORMERS = (
     (r"^audio_codebook_embeddings\.", "model.embed_audio_tokens.embed_audio_tokens."),
@@ -115,8 +116,6 @@ def to_transformers(config: HiggsAudioConfig, tokenizer: PreTrainedTokenizerBase
     obstacles = [what for what, found in _obstacles(config).items() if found]
     if obstacles:
         raise ValueError(f"the transformers layout cannot hold {', '.join(obstacles)}; keep the boson layout")
-    # Without a delay token in the tokenizer, <|AUDIO|> serves as one: the newer class treats both as audio.
-    delay = tokenizer.get_vocab().get(DELAY_TOKEN, config.audio_in_token_idx)
     return {name: getattr(text, name) for name in _LLAMA} | {
         "architectures": ["HiggsAudioV2ForConditionalGeneration"],
         "model_type": "higgs_audio_v2",
@@ -129,10 +128,26 @@ def to_transformers(config: HiggsAudioConfig, tokenizer: PreTrainedTokenizerBase
         "codebook_size": config.audio_codebook_size + 2,
         "audio_token_id": config.audio_out_token_idx,
         "audio_bos_token_id": config.audio_out_bos_token_id,
-        "audio_delay_token_id": delay,
+        "audio_delay_token_id": _token_id(tokenizer, _delay_token(tokenizer)),
         "audio_stream_bos_id": config.audio_stream_bos_id,
         "audio_stream_eos_id": config.audio_stream_eos_id,
         "dtype": str(config.torch_dtype or "float32").removeprefix("torch."),
+    }
+
+
+def processor_config(config: HiggsAudioConfig, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """processor_config.json of the newer layout, for a base that has none: what `AutoProcessor` makes tokenizer and codec of."""
+    samples = {"sampling_rate": 24000, "feature_size": 1, "hop_length": 1, "padding_side": "right", "padding_value": 0.0}
+    return {
+        "processor_class": "HiggsAudioV2Processor",
+        "feature_extractor": {"feature_extractor_type": "DacFeatureExtractor", "return_attention_mask": True, **samples},
+        "audio_tokenizer": {"audio_tokenizer_class": "HiggsAudioV2TokenizerModel", "audio_tokenizer_name_or_path": CODEC},
+        "audio_token": "<|AUDIO_OUT|>",
+        "audio_bos_token": "<|audio_out_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+        "audio_delay_token": _delay_token(tokenizer),
+        "audio_stream_bos_id": config.audio_stream_bos_id,
+        "audio_stream_eos_id": config.audio_stream_eos_id,
     }
 
 
@@ -159,6 +174,11 @@ def _obstacles(config: HiggsAudioConfig) -> dict[str, bool]:
         "a decoder projection": config.audio_decoder_proj_num_layers > 0,
         "a text model that is not a Llama": text.model_type != "llama",
     }
+
+
+def _delay_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Without the usual one in the tokenizer, <|AUDIO|> serves as one: the newer class treats both as audio."""
+    return DELAY_TOKEN if DELAY_TOKEN in tokenizer.get_vocab() else "<|AUDIO|>"
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

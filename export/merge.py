@@ -54,11 +54,11 @@ def describe_changes(changes: dict[str, float]) -> str:
 # Convert, merge, average
 
 
-def convert(source: Full | Adapter, out: Path, layout: layouts.Layout = "boson", command: str = "") -> None:
+def convert(source: Full | Adapter, out: Path, layout: layouts.Layout = "boson", about: card.About = card.NOTHING) -> None:
     """Write a model again: in the other layout, or finished from a training state."""
     tensors = ((name, source.read(name)) for name in source.shapes)
     _write(source, ((name, tensor.to(source.dtype or tensor.dtype)) for name, tensor in tensors), out, layout)
-    card.write(out, lambda: card.of_model(f"Written from `{source.folder}`.", command, source.folder, source.base))
+    card.write(out, lambda: card.of_model(out, f"Written from `{source.folder.name}`.", source.folder, source.base, about))
 
 
 def _write(like: Full | Adapter, named: Named, out: Path, layout: layouts.Layout) -> None:
@@ -95,16 +95,18 @@ class MergeReport:
         return f"{line}\nrounding to {name} adds an error of {median:.2%} of the change (median; largest {largest:.2%})"
 
 
-def merge(adapter: Adapter, base: Full, out: Path, layout: layouts.Layout = "boson", command: str = "") -> MergeReport:
+def merge(
+    adapter: Adapter, base: Full, out: Path, layout: layouts.Layout = "boson", about: card.About = card.NOTHING
+) -> MergeReport:
     """W + scale * B @ A, in float32, then in the dtype of W, tensor by tensor.
 
     raises: CheckpointError if the adapter is not one of this base
     """
     report = MergeReport(torch.float32, {}, {})
     _write(base, merged(adapter, base, report), out, layout)
-    what = f"`{adapter.folder}` merged into `{base.folder}`."
+    what = f"The adapter `{adapter.folder.name}` merged into `{card.public(adapter.base or base.folder.name)}`."
     below = f"## Merging\n\n{report}"
-    card.write(out, lambda: card.of_model(what, command, adapter.folder, adapter.base, below))
+    card.write(out, lambda: card.of_model(out, what, adapter.folder, adapter.base, about, below))
     return report
 
 
@@ -126,7 +128,9 @@ def merged(adapter: Adapter, base: Full, report: MergeReport | None = None) -> I
         yield name, weight
 
 
-def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout = "boson", command: str = "") -> str:
+def average(
+    sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout = "boson", about: card.About = card.NOTHING
+) -> str:
     """The mean of each tensor, accumulated in float32.
 
     returns: for adapters, how far the mean of the factors is from the mean of their products
@@ -144,8 +148,8 @@ def average(sources: Sequence[Full | Adapter], out: Path, layout: layouts.Layout
         return total.div_(len(sources)).to(first.dtype or start.dtype)
 
     _write(first, ((name, mean(name)) for name in first.shapes), out, layout)
-    what = f"The mean of {', '.join(f'`{source.folder}`' for source in sources)}."
-    card.write(out, lambda: card.of_model(what, command, first.folder, first.base))
+    what = f"The mean of {', '.join(f'`{source.folder.name}`' for source in sources)}."
+    card.write(out, lambda: card.of_model(out, what, first.folder, first.base, about))
     if isinstance(first, Full):
         return ""
     result = open_model(out)

@@ -99,25 +99,42 @@ class Adapter:
         return self.shapes[_factor(module, "B")][0], self.shapes[_factor(module, "A")][1]
 
 
-def find_model(folder: Path) -> Path:
-    """The model that a run's folder stands for: final/, else the best checkpoint, else the newest; other folders as they are.
+def find_model(folder: Path) -> tuple[Path, str]:
+    """(the model that a run's folder stands for, a line that says which and names the others); other folders as they are, and "".
 
-    raises: CheckpointError if the run has saved nothing
+    It is that of the best step, which the newest whole checkpoint notes, else final/, else the newest whole checkpoint.
+
+    raises: CheckpointError if the run has saved nothing that is whole
     """
-    states = checkpoint.list_states(folder / "checkpoints")
+    states, final = checkpoint.list_states(folder / "checkpoints"), folder / "final"
     if not states and not (folder / "metrics.jsonl").is_file():
-        return folder
-    if (folder / "final").is_dir():
-        return folder / "final"
-    if not states:
-        raise CheckpointError(f"{folder}: this run has neither final/ nor a checkpoint")
-    best = checkpoint.read_state(states[-1]).get("best") or {}
-    return next((state for state in states if state.name == f"step_{best.get('step')}"), states[-1])
+        return folder, ""
+    whole = [state for state in states if not checkpoint.find_damage(state, sizes_only=True)]
+    models = [final] * final.is_dir() + whole
+    if not models:
+        raise CheckpointError(f"{folder}: this run has neither final/ nor a whole checkpoint; bash launch.sh show {folder}")
+    state = checkpoint.read_state(whole[-1]) if whole else {}
+    best = state.get("best") or {}
+    chosen = next((path for path in whole if path.name == f"step_{best.get('step')}"), None)
+    if chosen and _is_final(final, chosen, whole[-1], state):
+        chosen = final
+    why = "the best by {metric}, {value:.4g} at step {step}".format(**best) if best else "no step is known as the best"
+    why += " has no whole checkpoint" if best and not chosen else ""
+    chosen = chosen or models[0 if models[0] == final else -1]
+    others = ", ".join(str(path.relative_to(folder)) for path in models if path != chosen)
+    listed = f"; others, which can be named instead: {others}" if others else ""
+    return chosen, f"{folder} is a run; its model is {chosen} ({why}){listed}"
+
+
+def _is_final(final: Path, best: Path, newest: Path, state: dict) -> bool:
+    """Whether final/ is the best step's: written after the newest checkpoint, of whose step it is unless --final best."""
+    is_of_step = best == newest or state.get("settings", {}).get("final") == "best"
+    return is_of_step and final.is_dir() and final.stat().st_mtime >= (newest / checkpoint.STATE_FILE).stat().st_mtime
 
 
 def open_model(folder: Path) -> Full | Adapter:
     """The model in a folder, or in the folder of a run; CheckpointError if there is none."""
-    folder = find_model(folder)
+    folder, _ = find_model(folder)
     if (folder / checkpoint.STATE_FILE).is_file():
         return _open_state(folder)
     if not (folder / "adapter_config.json").is_file():

@@ -6,6 +6,7 @@ Tensors pass through one at a time, so memory holds one output file's worth (MAX
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -33,6 +34,7 @@ COMPANIONS = (
     "preprocessor_config.json",
     "chat_template.jinja",
 )
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
@@ -85,9 +87,13 @@ def write_full(
     try:
         values = json.loads(config.to_json_string()) if layout == "boson" else layouts.to_transformers(config, tokenizer)
         made = {"config.json": values, "generation_config.json": layouts.generation_config(layout, config, tokenizer)}
+        made |= {"processor_config.json": layouts.processor_config(config, tokenizer)} if layout == "transformers" else {}
     except ValueError as error:
         raise CheckpointError(f"{base}: {error}") from None
     same = layouts.layout_of(base) == layout
+    if layout == "transformers" and tokenizer.pad_token is None:  # the processor pads
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     with whole_folder(folder) as temporary:
         _write_weights(temporary, ((layouts.rename(name, layout), tensor) for name, tensor in named), "model")
         _write_tokenizer(temporary, tokenizer, base)
@@ -96,6 +102,8 @@ def write_full(
                 shutil.copy(base / name, temporary)
             elif name in made:
                 (temporary / name).write_text(json.dumps(made[name], indent=2) + "\n")
+        if layout == "transformers" and not (temporary / CHAT_TEMPLATE.name).exists():
+            shutil.copyfile(CHAT_TEMPLATE, temporary / CHAT_TEMPLATE.name)
 
 
 def write_adapter(

@@ -35,8 +35,8 @@ import torch
 from checkpoint import find_base
 from common import ConfigError
 from config import Config
-from distributed import Dist, says_errors, setup_distributed
-from export.read import Full, open_model
+from distributed import Dist, log, says_errors, setup_distributed
+from export.read import Full, find_model, open_model
 from generate.engine import Engine, Job
 from generate.files import SOUND_SUFFIXES, add_result, read_results, write_both, write_only, write_results
 from generate.lines import Chunking, Line, line_of_request, read_lines, takes_of
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--ckpt", required=True, help="a full model or adapter (final/), checkpoints/step_N, or one on the Hub")
+    add("--ckpt", required=True, help="a full model, adapter, run (its best model) or checkpoints/step_N, here or on the Hub")
     add("--base_ckpt", default="", help="an adapter's base; default: the one it was trained on")
     add("--base_revision", default="", help="revision of a checkpoint on the Hub")
     add("--merge_lora", action="store_true", help="merge the adapter first: faster, rounded to the weights' dtype")
@@ -208,7 +208,10 @@ def _check_adapter(args: argparse.Namespace) -> None:
 def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record], scratch: Path) -> Engine:
     """The model, and the codec where waveforms are written or, in `records`, read. Collective."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    where = args.ckpt, args.base_ckpt, args.base_revision or None
+    folder, note = dist.main_first(lambda: find_model(find_base(args.ckpt, args.base_revision or None)))
+    if note:
+        log(dist, note)
+    where = str(folder), args.base_ckpt, args.base_revision or None
     is_quantized = args.quantize == "nf4"
     model, tokenizer = dist.main_first(lambda: load_model(*where, dtype, dist.device, args.merge_lora, is_quantized))
     K, size = model.config.audio_num_codebooks, model.config.audio_codebook_size

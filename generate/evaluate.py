@@ -263,7 +263,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.N
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--ckpt", required=True, help="the model, or a folder of its results")
+    parser.add_argument("--ckpt", required=True, help="the model or run, as for generate, or a folder of its results")
     parser.add_argument("--against", help="another, to compare it with")
     parser.add_argument("--lines", type=Path, required=True, help="texts or records as for generate --lines, or a meta.lst")
     parser.add_argument("--out", type=Path, required=True, help="folder of takes, evaluation.json and evaluation.html")

@@ -1,14 +1,15 @@
-"""A model to generate with: a full checkpoint, an adapter beside its base or merged, a training checkpoint."""
+"""A model to generate with: a full checkpoint, an adapter beside its base or merged, a training checkpoint; an adapter to train on."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from peft import inject_adapter_in_model, set_peft_model_state_dict
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 import checkpoint
@@ -16,7 +17,7 @@ import model_patch
 from common import CheckpointError
 from export import layouts
 from export.merge import merged
-from export.read import ADAPTER_PREFIX, Adapter, Full, open_model
+from export.read import ADAPTER_PREFIX, Adapter, Full, adapter_name, open_model
 from layers import nf4
 
 
@@ -91,3 +92,29 @@ def insert_adapter(adapter: Adapter, model: HiggsAudioModel) -> None:
     weights = {name.removeprefix(ADAPTER_PREFIX): adapter.read(name) for name in adapter.shapes}
     set_peft_model_state_dict(model, weights)
     model.eval()
+
+
+def start_from(model: nn.Module, lora: LoraConfig, name: str) -> dict:
+    """Give a sharded model's adapter the weights of another; returns its folder, base and digest, for the run's lineage.
+
+    raises: CheckpointError unless it is an adapter of the same rank and scale for the same layers
+    """
+    adapter = open_model(checkpoint.find_base(name, None))
+    if not isinstance(adapter, Adapter):
+        raise CheckpointError(f"--init_adapter {name}: a full model; start from it with --base_ckpt {name}")
+    if (adapter.lora.r, adapter.lora.lora_alpha) != (lora.r, lora.lora_alpha):
+        same = f"--lora_r {adapter.lora.r} --lora_alpha {adapter.lora.lora_alpha:g}"
+        raise CheckpointError(f"--init_adapter {name}: rank or alpha is another than this run's; give {same}")
+    mine = {adapter_name(n): parameter for n, parameter in model.named_parameters() if checkpoint.is_lora(n)}
+    if other := sorted(mine.keys() ^ adapter.shapes.keys()) or [n for n in mine if mine[n].shape != adapter.shapes[n]]:
+        layer = other[0].removeprefix(ADAPTER_PREFIX)
+        where = "not in it" if other[0] in mine else "not in this run"
+        raise CheckpointError(
+            f"--init_adapter {name}: made for other layers: {layer} is {where}; --lora_targets has to be the same"
+        )
+    digest = hashlib.sha256()
+    for key, parameter in mine.items():
+        weight = adapter.read(key)
+        digest.update(weight.float().numpy().tobytes())
+        model_patch.set_whole(parameter, weight)
+    return {"folder": str(adapter.folder.resolve()), "base": adapter.base, "sha256": digest.hexdigest()}

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
+import soundfile
 import torch
-from boson_multimodal.data_types import ChatMLSample, Message
+from boson_multimodal.data_types import AudioContent, ChatMLSample, Message
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from conftest import ONLY_STEPS, make_model, run_ranks
+from conftest import ONLY_STEPS, ROOT, make_model, run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_codec import write_wav
 
 import checkpoint
 import model_patch
 import train
 from common import CheckpointError
-from config import Config, parse_config, to_argv
+from config import AUDIO_TOKENIZER, BASE_CKPT, REVISIONS, Config, parse_config, to_argv
 from export import card, merge, parity, read, write
 from export.__main__ import main as export_main
 from export.final import write_final
-from prepare.audio import import_codec
+from generate import __main__ as generate
+from generate.serve import HiggsAudioServeEngine
 from tools import toys as demo
 
 
@@ -134,6 +143,21 @@ def test_merging_is_exact_and_reported(lora_run, toys, tmp_path, capsys):
     assert max((mine[n] - theirs[n]).abs().max().item() for n in mine) < 1e-6  # measured 0
 
 
+def test_a_lora_run_is_exported_as_adapter_or_merged(lora_run, tmp_path, capsys):
+    """Without a layout the adapter alone, with one a whole model; which of the two is said."""
+    model = read.find_model(lora_run)[0]
+    out = command(capsys, "export", lora_run, tmp_path / "adapter")
+    assert "is a LoRA adapter, which needs" in out and (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert same(weights(tmp_path / "adapter"), {n: read.open_model(model).read(n) for n in weights(tmp_path / "adapter")})
+    for layout in ("boson", "transformers"):
+        out = command(capsys, "export", lora_run, tmp_path / layout, "--layout", layout)
+        assert "the adapter is merged into" in out and "the adapter changes its layers by" in out
+    command(capsys, "merge", model, tmp_path / "merged")
+    assert same(weights(tmp_path / "boson"), weights(tmp_path / "merged"))
+    back = {read.layouts.rename(name, "boson"): tensor for name, tensor in weights(tmp_path / "transformers").items()}
+    assert same(back, weights(tmp_path / "merged"))
+
+
 def test_merging_rounds_once(lora_run, toys, tmp_path):
     """Into a bfloat16 base: the float32 sum, rounded; what rounding costs is reported."""
     base = tmp_path / "base"
@@ -218,24 +242,58 @@ def test_a_training_state_becomes_a_model(kind, request, tmp_path, capsys):
         }
 
 
+def note_best(run: Path, step: int, **settings) -> None:
+    """Let the newest checkpoint of a run say which step was the best."""
+    path = run / "checkpoints" / "step_4" / "state.json"
+    state = json.loads(path.read_text())
+    state |= {"best": {"metric": "loss", "value": 1.25, "step": step}, "settings": state["settings"] | settings}
+    path.write_text(json.dumps(state | {"sha256": checkpoint._checksum(state)}))
+
+
 def test_a_run_stands_for_its_model(full_run, tmp_path, capsys):
-    """final/, else the best checkpoint, else the newest; which one is said."""
+    """The best step's checkpoint, else final/, else the newest whole checkpoint; which one is said, and the others are named."""
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     out = command(capsys, "export", run, tmp_path / "final")
-    assert f"{run} is a run; its model is {run / 'final'}" in out
+    others = "others, which can be named instead: checkpoints/step_2, checkpoints/step_4"
+    assert f"{run} is a run; its model is {run / 'final'} (no step is known as the best); {others}" in out
     assert same(weights(tmp_path / "final"), weights(full_run / "final"))
-    shutil.rmtree(run / "final")
-    assert f"its model is {run / 'checkpoints' / 'step_4'}" in command(capsys, "export", run, tmp_path / "newest")
-    assert same(weights(tmp_path / "newest"), weights(full_run / "final"))
-    path = run / "checkpoints" / "step_4" / "state.json"
-    state = json.loads(path.read_text()) | {"best": {"metric": "loss", "value": 1.0, "step": 2}}
-    path.write_text(json.dumps(state | {"sha256": checkpoint._checksum(state)}))
-    assert f"its model is {run / 'checkpoints' / 'step_2'}" in command(capsys, "export", run, tmp_path / "best")
+    note_best(run, 2)
+    out = command(capsys, "export", run, tmp_path / "best")
+    assert f"its model is {run / 'checkpoints' / 'step_2'} (the best by loss, 1.25 at step 2)" in out
+    assert "others, which can be named instead: final, checkpoints/step_4" in out and out.splitlines()[0] in command(
+        capsys, "show", run
+    )
     command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
     assert same(weights(tmp_path / "best"), weights(tmp_path / "2"))
+    (run / "checkpoints" / "step_2" / "state.json").unlink()
+    assert f"{run / 'final'} (the best by loss, 1.25 at step 2 has no whole checkpoint)" in command(capsys, "show", run)
+
+
+def test_final_is_the_best_only_if_it_is_its_step(full_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    for step, kept, is_final in ((4, "last", True), (2, "best", True), (2, "last", False)):
+        note_best(run, step, final=kept)
+        (run / "final").touch()
+        assert read.find_model(run)[0] == (run / "final" if is_final else run / "checkpoints" / f"step_{step}")
+    note_best(run, 4)
+    os.utime(run / "final", (0, 0))  # the run was continued after final/ was written
+    assert read.find_model(run)[0] == run / "checkpoints" / "step_4"
+
+
+def test_a_run_that_was_cut_short(full_run, tmp_path, capsys):
+    """Without final/, the newest checkpoint that is whole; a damaged one is passed over."""
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run, ignore=shutil.ignore_patterns("final"))
+    assert f"its model is {run / 'checkpoints' / 'step_4'} (no step" in command(capsys, "export", run, tmp_path / "newest")
+    assert same(weights(tmp_path / "newest"), weights(full_run / "final"))
+    (shard,) = (run / "checkpoints" / "step_4").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"its model is {run / 'checkpoints' / 'step_2'} (no step" in command(capsys, "show", run)
     shutil.rmtree(run / "checkpoints")
-    assert "has neither final/ nor a checkpoint" in error(capsys, "export", run, tmp_path / "m")
+    assert "has neither final/ nor a whole checkpoint" in error(capsys, "export", run, tmp_path / "m")
+    assert "not finished; checkpoints: none" in command(capsys, "show", run)
 
 
 def test_a_card_that_fails_costs_nothing(lora_run, toys, tmp_path, capsys):
@@ -295,7 +353,8 @@ def test_the_card_says_how_to_make_it_again(lora_run):
     line = next(line for line in text.splitlines() if line.startswith("bash launch.sh train "))
     run = json.loads((lora_run / "config.json").read_text())
     again = parse_config(shlex.split(line)[3:])
-    assert all(run[name] == value for name, value in vars(again).items())
+    assert all(card.public(run[name]) == value for name, value in vars(again).items())
+    assert str(lora_run.parent) not in text and run["base_ckpt"] not in text, "what may become public names no folders"
     values = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
     val = [line for line in values if line["split"] == "val"][-1]
     assert f"| validation loss | {val['loss']:.4g} |" in text and "| records | 31 |" in text
@@ -305,34 +364,159 @@ def test_the_card_says_how_to_make_it_again(lora_run):
     assert "base_model" not in text, "a local folder is no model of the Hub"
 
 
-def test_the_card_of_an_earlier_step(lora_run, tmp_path):
+def test_the_card_of_an_earlier_step(lora_run, tmp_path, capsys):
     """Only what had happened by then counts; what was heard counts too."""
-    (tmp_path / "config.json").write_text((lora_run / "config.json").read_text())
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
     heard = [json.dumps({"split": "sample", "step": step, "epoch": 0, "stop_rate": step / 8}) for step in (1, 3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*heard, (lora_run / "metrics.jsonl").read_text()]))
-    text = card.of_run(json.loads((tmp_path / "config.json").read_text()), tmp_path / "metrics.jsonl", last_step=2)
+    (run / "metrics.jsonl").write_text("\n".join([*heard, (run / "metrics.jsonl").read_text()]))
+    command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
+    text = (tmp_path / "2" / "README.md").read_text()
     assert "| steps | 2 |" in text and "| validation step | 2 |" in text and "| samples: stop_rate | 0.125 |" in text
 
 
 # ---- the official engine
 
 
-@pytest.mark.parametrize("kind", ["full", "merged"])
-def test_the_serve_engine_loads_what_we_write(kind, full_run, lora_run, codec_dir):
-    """The official engine with the official codec class (random weights) returns the audio of the codes it generates."""
-    import_codec()
-    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+GREEDY = ["--temperature", "0", "--ras_win_len", "0", "--max_new_tokens", "24", "--force_audio", "--normalize", "no"]
 
-    folder = full_run / "final" if kind == "full" else lora_run / "final" / "merged"
-    engine = HiggsAudioServeEngine(
-        str(folder), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[256, 512]
+
+@pytest.mark.parametrize("kind", ["full_run", "lora_run"])
+def test_the_serve_engine_says_what_generate_says(kind, request, codec_dir, tmp_path, capsys):
+    """An exported run in the official engine, with a reference clip and the official codec class (random weights): the codes
+    of `generate`, and sound."""
+    command(capsys, "export", request.getfixturevalue(kind), tmp_path / "voice", "--layout", "boson")
+    write_wav(tmp_path / "reference.wav", 0.4)
+    clip = AudioContent(audio_url=str(tmp_path / "reference.wav"))
+    chat = ChatMLSample([Message("user", "what it says"), Message("assistant", clip), Message("user", "hello there")])
+    engine = HiggsAudioServeEngine(str(tmp_path / "voice"), str(codec_dir), device="cpu", kv_cache_lengths=[128, 256])
+    answer = engine.generate(chat, max_new_tokens=24, temperature=0.0, force_audio_gen=True, ras_win_len=None)
+    num_columns = answer.generated_audio_tokens.shape[1]
+    assert num_columns > 10 and answer.audio.shape == ((num_columns - 7 - 2) * 960,) and abs(answer.audio).max() > 0
+    asked = [
+        "--ckpt",
+        tmp_path / "voice",
+        "--text",
+        "hello there",
+        "--ref_audio",
+        tmp_path / "reference.wav",
+        "--ref_text",
+        "what it says",
+    ]
+    out = tmp_path / "answer.npy"
+    assert (
+        generate.main([*map(str, asked), *GREEDY, "--audio_tokenizer", str(codec_dir), "--device", "cpu", "--out", str(out)])
+        == 0
     )
-    chat = ChatMLSample([Message("user", "hello there")])
-    response = engine.generate(chat, max_new_tokens=24, temperature=0.0, force_audio_gen=True, ras_win_len=None)
-    num_columns = response.generated_audio_tokens.shape[1]
-    assert num_columns > 10
-    assert response.audio.shape == ((num_columns - 7 - 2) * 960,)
-    assert response.sampling_rate == 24000 and abs(response.audio).max() > 0
+    delayed = answer.generated_audio_tokens
+    codes = np.stack([delayed[k, k : num_columns - 7 + k] for k in range(8)]).clip(0, 63)[:, 1:-1]
+    assert np.array_equal(np.load(out), codes)
+
+
+# ---- what the card says
+
+
+def snippets(folder: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture()
+def desk(tmp_path, codec_files, monkeypatch) -> Path:
+    """The current folder, with a reference clip; the codec is in the Hub's cache, there is no network."""
+    cache = tmp_path / "hub"
+    for name, revision in REVISIONS.items():
+        if name in (AUDIO_TOKENIZER, "bosonai/hubert_base"):
+            source = codec_files if name == AUDIO_TOKENIZER else codec_files / name
+            (cache / f"models--{name.replace('/', '--')}" / "snapshots").mkdir(parents=True)
+            (cache / f"models--{name.replace('/', '--')}" / "snapshots" / revision).symlink_to(source)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bosonai").symlink_to(codec_files / "bosonai")
+    write_wav(tmp_path / "reference.wav", 0.4)
+    (tmp_path / "reference.txt").write_text("what it says")
+    return tmp_path
+
+
+def engine_snippet(folder: Path) -> str:
+    (code,) = snippets(folder, "python")
+    assert "max_new_tokens=1024" in code
+    return code.replace("max_new_tokens=1024", "max_new_tokens=24")
+
+
+def test_the_snippets_of_a_card_run(full_run, desk, capsys):
+    """As they stand, but with fewer tokens: the official engine, and this trainer's commands."""
+    command(capsys, "export", full_run, "voice")
+    exec(engine_snippet(desk / "voice"), {})
+    assert soundfile.info("answer.wav").frames >= 960
+    Path("answer.wav").unlink()
+    speak, export = snippets(desk / "voice", "bash")[0].splitlines()
+    assert generate.main([*shlex.split(speak)[3:], "--max_new_tokens", "24", "--force_audio", "--device", "cpu"]) == 0
+    assert soundfile.info("answer.wav").frames >= 960
+    command(capsys, *shlex.split(export)[2:])
+    assert (desk / "other" / "processor_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_official_engine_in_a_process_of_its_own(full_run, desk, capsys):
+    """What docs/card.md says of this trainer's environment: after `import generate.serve` the snippet runs."""
+    command(capsys, "export", full_run, "voice")
+    code = f"import generate.serve\n{engine_snippet(desk / 'voice')}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info("answer.wav").frames >= 960
+
+
+def test_the_card_of_an_adapter(lora_run, toys, desk, monkeypatch, capsys):
+    """Its snippet loads it with PEFT: the very logits of the merged model."""
+    command(capsys, "export", lora_run, "adapter")
+    (desk / "checkpoint").symlink_to(toys / "checkpoint")
+    (code,) = snippets(desk / "adapter", "python")
+    made: dict = {}
+    exec(code, made)
+    layer = made["model"].base_model.model.layers[0].self_attn.q_proj
+    assert torch.equal(
+        layer.lora_B["default"].weight, weights(desk / "adapter")["base_model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    )
+    assert "library_name: peft" in (desk / "adapter" / "README.md").read_text()
+
+
+def test_a_card_with_everything(lora_run, desk, capsys):
+    """Languages, samples up to the step, evaluations, the base's licence, and how it was made; no folder of this machine."""
+    run = desk / "run"
+    shutil.copytree(lora_run, run)
+    for step in (2, 4):
+        folder = run / "samples" / f"step_{step}"
+        folder.mkdir(parents=True)
+        write_wav(folder / "a.wav", 0.1 * step)
+        lines = [{"text": "one\nline", "wav": "a.wav", "reference_wav": "../../reference.wav"}, {"text": "nothing was said"}]
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "evaluation").mkdir()
+    figures = {"wer_seedtts": {"value": 0.05, "against": 0.1}, "rtf": {"value": None, "against": None}}
+    found = {"models": [str(run / "final"), BASE_CKPT], "lines": str(desk / "test.jsonl"), "num_lines": 7, "figures": figures}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(found | {"judged_by": {"asr_model": "openai/whisper-tiny"}}))
+    config = json.loads((run / "config.json").read_text()) | {
+        "base_ckpt": BASE_CKPT,
+        "train_manifest": f"{desk}/a.jsonl:2,{desk}/b.jsonl",
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    named = json.loads((run / "final" / "adapter_config.json").read_text()) | {"base_model_name_or_path": BASE_CKPT}
+    (run / "final" / "adapter_config.json").write_text(json.dumps(named))
+    command(capsys, "export", run / "final", "all", "--samples", "--language", "en", "de")
+    text = (desk / "all" / "README.md").read_text()
+    for part in ("language: [en, de]", f"base_model: {BASE_CKPT}", "license: other", "## Samples of step 4", "| one line |"):
+        assert part in text
+    assert "Boson Higgs Audio 2 Community License" in text and "| manifest | a.jsonl:2,b.jsonl |" in text
+    assert (
+        "| lines | 7 of test.jsonl |" in text and "| wer_seedtts | 0.05, against 0.1 |" in text and "against bosonai/" in text
+    )
+    assert [path.name for path in (desk / "all" / "samples").iterdir()] == ["0.wav"]
+    assert str(desk) not in text and str(lora_run.parent) not in text
+    command(capsys, "export", "all", "again")
+    again = (desk / "again" / "README.md").read_text()
+    assert again.count("## How it was made") == again.count("## How to use") == 1 and "Samples" not in again
+    assert text[text.index("## How it was made") :] == again[again.index("## How it was made") :]
 
 
 # ---- mistakes
@@ -342,10 +526,9 @@ def test_mistakes(lora_run, full_run, untrained, toys, tmp_path, capsys):
     base = toys / "checkpoint"
     assert "exists already" in error(capsys, "merge", untrained, base, lora_run)
     assert "is not an adapter" in error(capsys, "merge", base, base, tmp_path / "m")
-    assert "which has no layout; merge it: bash launch.sh merge " in error(
-        capsys, "export", untrained, tmp_path / "m", "--layout", "transformers"
-    )
-    assert "does not name its base" in error(capsys, "merge", untrained, tmp_path / "m")
+    for words in (("merge", untrained, tmp_path / "m"), ("export", untrained, tmp_path / "m", "--layout", "transformers")):
+        remedy = f"{untrained} does not name its base: bash launch.sh merge {untrained} BASE {tmp_path / 'm'}"
+        assert remedy in error(capsys, *words)
     assert "are not alike" in error(capsys, "average", base, untrained, tmp_path / "m")
     assert "no config.json" in error(capsys, "show", tmp_path)
     assert "neither a folder nor" in error(capsys, "merge", untrained, tmp_path / "no" / "such" / "base", tmp_path / "m")
@@ -372,3 +555,35 @@ def test_what_a_folder_holds(lora_run, toys, capsys):
     assert "a LoRA adapter, r=4" in command(capsys, "show", lora_run / "final")
     assert '"step": 4' in command(capsys, "show", lora_run / "checkpoints" / "step_4")
     assert "boson layout" in command(capsys, "show", toys / "checkpoint")
+
+
+# ---- starting from an adapter
+
+
+def test_lora_starts_from_an_earlier_adapter(lora_run, toys, tmp_path, capsys):
+    """At a learning rate that changes nothing, the run's adapter is the earlier one, bit for bit; checkpoints note it."""
+    again = {"lora_r": 4, "max_steps": 2, "lr": 1e-30, "save_steps": 1}
+    run(settings(toys, tmp_path / "o", init_adapter=lora_run, **again))
+    model = read.find_model(lora_run)[0]
+    first = read.open_model(model)
+    assert same(weights(tmp_path / "o" / "final"), {name: first.read(name) for name in first.shapes})
+    assert f"the adapter starts from {model.resolve()}, which was trained on {toys / 'checkpoint'}" in capsys.readouterr().err
+    kept = checkpoint.read_state(tmp_path / "o" / "checkpoints" / "step_2")["started_from"]
+    assert kept["folder"] == str(model.resolve()) and len(kept["sha256"]) == 64
+    assert "| init_adapter | lora |" in (tmp_path / "o" / "final" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "o" / "final")
+    run(settings(toys, tmp_path / "o", init_adapter=tmp_path / "moved", **again | {"max_steps": 3, "resume": "auto"}))
+    assert checkpoint.read_state(tmp_path / "o" / "checkpoints" / "step_3")["started_from"] == kept
+
+
+def test_an_adapter_that_a_run_cannot_start_from(lora_run, toys, tmp_path, capsys):
+    def error(**extra) -> str:
+        assert train.main(settings(toys, tmp_path / "o", **{"lora_r": 4, "init_adapter": lora_run} | extra)) == 2
+        return capsys.readouterr().err
+
+    assert "rank or alpha is another than this run's; give --lora_r 4 --lora_alpha 32" in error(lora_r=8)
+    assert "made for other layers: layers.0.audio_mlp." in error(lora_targets="self_attn")
+    assert "not in this run; --lora_targets has to be the same" in error(lora_targets="self_attn")
+    assert f"a full model; start from it with --base_ckpt {toys / 'checkpoint'}" in error(init_adapter=toys / "checkpoint")
+    assert "--init_adapter: a full fine-tune has no adapter" in error(lora_r=0)
+    assert "neither a folder nor a Hub repository" in error(init_adapter=tmp_path / "nothing")

@@ -74,7 +74,7 @@ def test_texts_are_normalised_as_the_official_example_does(tmp_path):
 # ---- every kind of checkpoint
 
 
-def test_every_kind_of_checkpoint(toys, tmp_path):
+def test_every_kind_of_checkpoint(toys, tmp_path, capsys):
     """An adapter changes what is said; merging it does not, nor taking it from the run's checkpoint, nor another layout."""
     run_here(settings(toys, tmp_path / "o", lora_r=8, mixed_precision="no", max_steps=3, save_steps=3))
     argv = ["--text", "hello", "--normalize", "no", *CODES, *GREEDY]
@@ -83,6 +83,10 @@ def test_every_kind_of_checkpoint(toys, tmp_path):
     merged = say(tmp_path, "--ckpt", tmp_path / "o" / "final", "--merge_lora", *argv)
     assert torch.equal(adapted, merged) and not torch.equal(adapted, base)
     assert torch.equal(adapted, say(tmp_path, "--ckpt", tmp_path / "o" / "checkpoints" / "step_3", *argv))
+    capsys.readouterr()
+    assert torch.equal(adapted, say(tmp_path, "--ckpt", tmp_path / "o", *argv))
+    line = f"{tmp_path / 'o'} is a run; its model is {tmp_path / 'o' / 'final'} (no step is known as the best); others, which can be"
+    assert f"{line} named instead: checkpoints/step_3\n" in capsys.readouterr().err
     merge.convert(read.open_model(toys / "checkpoint"), tmp_path / "other", "transformers")
     assert torch.equal(base, say(tmp_path, "--ckpt", tmp_path / "other", *argv))
     config = json.loads((tmp_path / "o" / "final" / "adapter_config.json").read_text())

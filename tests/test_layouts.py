@@ -10,12 +10,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import soundfile
 import torch
+from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
-from conftest import make_model
+from conftest import ROOT, make_model
 from make_golden import GOLDEN, PUBLISHED_ROPE, ask_native, golden_config, make_batch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_codec import write_wav
 from test_collate import TOWER
 from test_export import error, same, settings, weights
 
@@ -26,6 +29,8 @@ import train
 from common import CheckpointError
 from config import BASE_CKPT, BASE_REVISION
 from export import layouts, merge, read, write
+from prepare import prompts
+from prepare.manifest import parse_record
 from tools import toys as demo
 
 # The Hub states the published rotary scaling in the newer layout in other numbers than in the original one.
@@ -92,6 +97,58 @@ def test_the_newer_configuration(boson, newer):
     assert values["audio_delay_token_id"] == len(tokenizer) - 1
     generation = json.loads((newer / "generation_config.json").read_text())
     assert (generation["ras_win_len"], generation["eos_token_id"]) == (7, values["eos_token_id"])
+
+
+CLIP = {"type": "audio", "audio_url": "a.wav"}
+EXCHANGE = [{"role": "user", "content": "what it says"}, {"role": "assistant", "content": [{"type": "audio", "url": "a.wav"}]}]
+QUESTION = {"role": "user", "content": "  What shall I say?"}
+
+
+@pytest.mark.parametrize(
+    ("conversation", "voices", "scene"),
+    [
+        ([{"role": "system", "content": prompts.INSTRUCTION}], [], ""),
+        ([{"role": "system", "content": prompts.INSTRUCTION}, {"role": "scene", "content": "A room."}], [], "A room."),
+        (EXCHANGE, [prompts.Voice(CLIP, "what it says")], ""),
+        (
+            [
+                {"role": "system", "content": [{"type": "text", "text": prompts.INSTRUCTION}]},
+                {"role": "scene", "content": [{"type": "text", "text": "A room."}, {"type": "text", "text": "SPEAKER0:"}, CLIP,
+                                              {"type": "text", "text": "SPEAKER1: deep"}]},
+            ],
+            [prompts.Voice(CLIP), prompts.Voice(profile="deep")],
+            "A room.",
+        ),
+    ],
+)  # fmt: skip
+def test_the_chat_template_writes_our_prompts(conversation, voices, scene, newer, tmp_path):
+    """Token for token what `prepare_chatml_sample` makes of our phrasing; clips of the system turn have one token in the
+    newer layout, and the answer is made to begin with audio."""
+    tokenizer = checkpoint.load_tokenizer(newer)
+    template = (newer / "chat_template.jinja").read_text()
+    made = tokenizer.apply_chat_template([*conversation, QUESTION], chat_template=template, add_generation_prompt=True)
+    turns = [*prompts.context(QUESTION["content"], voices, scene), QUESTION]
+    (tmp_path / "a.wav").touch()
+    ours, *_ = prepare_chatml_sample(parse_record({"messages": turns}, tmp_path, "here", to_train=False).chatml, tokenizer)
+    audio_in, audio_out = tokenizer.convert_tokens_to_ids(["<|AUDIO|>", "<|AUDIO_OUT|>"])
+    answer = tokenizer.encode("<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>", add_special_tokens=False)
+    assert made == [audio_out if token == audio_in else token for token in ours] + answer
+
+
+def test_files_of_the_processor(boson, newer, tmp_path):
+    """Written where the base has none, kept where it has; the processor pads."""
+    values = json.loads((newer / "processor_config.json").read_text())
+    assert (values["audio_stream_eos_id"], values["audio_delay_token"]) == (65, "<|AUDIO|>")
+    assert not (boson / "processor_config.json").exists() and not (boson / "chat_template.jinja").exists()
+    shutil.copytree(newer, tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text("mine")
+    settings = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "own" / "special_tokens_map.json").unlink()
+    merge.convert(read.open_model(tmp_path / "own"), tmp_path / "again", "transformers")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "mine"
+    assert checkpoint.load_tokenizer(tmp_path / "again").pad_token == "<|end_of_text|>"
 
 
 def test_rotary_frequencies_agree(boson, newer):
@@ -240,3 +297,17 @@ def test_we_load_what_the_native_class_saves(newer, boson, tmp_path):
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
     merge.convert(read.open_model(tmp_path / "saved"), tmp_path / "back")
     assert same(weights(tmp_path / "back"), weights(boson))
+
+
+@pytest.mark.native
+@pytest.mark.skipif("NATIVE_PYTHON" not in os.environ, reason="NATIVE_PYTHON names no Python with transformers >= 5.18")
+def test_the_transformers_snippet_of_a_card_runs(newer, tmp_path):
+    """The processor that we write finds tokenizer, codec and chat template; the model answers, and there is sound."""
+    merge.convert(read.open_model(newer), tmp_path / "voice", "transformers")
+    write_wav(tmp_path / "reference.wav", 0.4)
+    done = subprocess.run(
+        [os.environ["NATIVE_PYTHON"], ROOT / "tests" / "native_card.py", "voice"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info(tmp_path / "answer.wav").frames >= 960

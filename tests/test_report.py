@@ -18,7 +18,7 @@ from test_train import run_here, settings
 from common import DataError
 from generate.files import read_results
 from generate.pictures import figure
-from tools import report
+from tools import report, verdicts
 
 VOID = {"meta", "img", "circle", "polyline", "line", "br"}
 
@@ -77,13 +77,18 @@ def test_the_page_holds_the_run(run_dir, toys):
     for value in (val["loss"], train["loss"], val["audio_loss"], train["tokens_per_sec"]):
         assert report.show(value) in shown
     assert f"{val['audio_accuracy']:.1%}" in shown
+    heads = [page.texts[page.texts.index(text)] for text in ("Listen", "What the figures say", "Curves", "Settings", "Data")]
+    assert heads == sorted(heads, key=page.texts.index), "samples come first, then what the figures say"
     titles = [chart.get("aria-label") for chart in page.all("svg")]
     assert {"Loss (nats)", "Audio loss by codebook, validation", "Samples that end by themselves", "Learning rate"} <= set(
         titles
     )
     assert "Word error rate of samples" not in titles, "a figure that was never measured has no chart"
-    assert "step 3" in shown and "step 1" in shown and any(text.endswith("/run <1>") for text in page.texts)
+    assert shown.index("step 0, the base") < shown.index("step 1 ") < shown.index("step 3 ")
+    assert any(text.endswith("/run <1>") for text in page.texts)
     assert "val.jsonl" in shown and "32" in shown and str(toys / "checkpoint") in shown
+    changed, _, rest = text.partition("<details>")
+    assert "<td>max_steps</td><td>3</td>" in changed and "<td>grad_clip</td><td>1.0</td>" in rest and "max_steps" not in rest
 
 
 def test_samples_are_inside_the_page(run_dir):
@@ -94,7 +99,7 @@ def test_samples_are_inside_the_page(run_dir):
     pictures = [base64.b64decode(tag["src"].removeprefix("data:image/png;base64,")) for tag in page.all("img")]
     assert len(pictures) == 4 * 2
     newest = read_results(run_dir / "samples" / "step_3")[0]
-    assert np.array_equal(Image.open(io.BytesIO(pictures[0])), figure(run_dir / "samples" / "step_3", newest))
+    assert np.array_equal(Image.open(io.BytesIO(pictures[3])), figure(run_dir / "samples" / "step_3", newest))
 
 
 def test_nothing_comes_from_elsewhere(run_dir):
@@ -103,7 +108,7 @@ def test_nothing_comes_from_elsewhere(run_dir):
     page = Page(text)
     assert not page.all("script") and not page.all("link") and "@import" not in text
     references = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
-    assert references and all(value.startswith("data:") for value in references)
+    assert references and all(value.startswith(("data:", "#")) for value in references)
     assert "<script>alert('&')</script>" in page.texts
 
 
@@ -118,7 +123,7 @@ def test_other_samples_and_a_choice_of_samplings(run_dir, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_text((run_dir / name).read_text() + ('{"split": "tra' if name == "metrics.jsonl" else ""))
     page = Page(report.page(report.read_run(tmp_path)))
-    assert "0 frames · was cut off" in page.texts and not page.all("img")
+    assert "nothing was generated" in page.texts and not page.all("img")
     assert len(report.page(report.read_run(run_dir), max_shown=1)) < len(report.page(report.read_run(run_dir)))
     assert "1 of 4 samplings are shown." in report.page(report.read_run(run_dir), max_shown=1)
 
@@ -162,3 +167,43 @@ def test_curves():
     assert report._round_numbers(0, 10) == [0, 2, 4, 6, 8, 10] and report._round_numbers(0.13, 0.21) == [0.14, 0.16, 0.18, 0.2]
     assert report._round_numbers(0.02, 3, is_log=True) == [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
     assert [report.show(v) for v in (3, 0.12345, 12345.6, 2.7e-5, 0.0)] == ["3", "0.123", "12,346", "2.7e-5", "0"]
+
+
+def test_a_validation_loss_in_words():
+    def said(*values: float) -> tuple[str, str]:
+        (found,) = verdicts.loss_trend([10 * (i + 1) for i in range(len(values))], values)
+        return found.kind, found.text
+
+    assert said(3.0, 2.0, 2.5) == ("bad", "rising since step 20 (2): overfitting; that step is the better model")
+    assert said(3.0, 2.0, 1.5) == ("good", "still falling: training longer may help")
+    assert said(3.0, 2.0, 1.999)[1].startswith("no longer falling") and said(3.0)[0] == "fair"
+    assert verdicts.loss_trend([], []) == []
+
+
+def test_figures_in_words():
+    """The last value counts, what was not measured is not judged, and samples that contradict the loss are named."""
+    val = [{"step": step, "loss": loss, "eos_accuracy": 0.3, "copy_share": 0.6} for step, loss in ((10, 2.0), (20, 1.0))]
+    sample = [
+        {"step": step, "stop_rate": rate, "duration_ratio": 1.1, "word_error_rate": None}
+        for step, rate in ((10, 1.0), (20, 0.5))
+    ]
+    found = {
+        verdict.title: verdict
+        for verdict in verdicts.find({"val": val, "sample": sample, "train": [{"step": 20, "bad_steps": 2}]})
+    }
+    kinds = {title: verdict.kind for title, verdict in found.items()}
+    assert kinds == {
+        "validation loss": "good",
+        "samples that end by themselves": "fair",
+        "ends of clips predicted": "bad",
+        "copy share": "bad",
+        "length of samples against their targets": "good",
+        "samples against the loss": "bad",
+        "steps skipped": "fair",
+    }
+    assert (
+        found["samples that end by themselves"].value == "50.0 %"
+        and "prepare check --trim" in found["samples that end by themselves"].text
+    )
+    assert "stop_rate 1.000 to 0.500" in found["samples against the loss"].text
+    assert verdicts.find({}) == []

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: figures, curves, samples to play, data, settings.
+"""One self-contained HTML page about a run, for listening: samples side by side, figures in words, curves, data, settings.
 
     bash launch.sh report runs/voice [--out report.html]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -28,10 +29,13 @@ import numpy as np
 from PIL import Image
 
 from common import DataError, write_whole
+from config import Config
 from distributed import says_errors
 from generate.files import read_results
 from generate.pictures import figure
 from prepare.manifest import Record, read_manifest, split_weights
+from tools import verdicts
+from tools.verdicts import points, show
 
 MAX_POINTS = 400  # of a curve; more are averaged
 MAX_RECORDS_READ = 20_000  # of a manifest, for the data's summary
@@ -52,14 +56,7 @@ class Run:
 
     def series(self, split: str, name: str, index: int | None = None) -> tuple[list[float], list[float]]:
         """(steps, values) of a figure, where it is a number; or of item `index` of a list."""
-        points = []
-        for line in self.lines.get(split, []):
-            value = line.get(name)
-            if index is not None and isinstance(value, list):
-                value = value[index]
-            if isinstance(value, (int, float)):
-                points.append((line["step"], value))
-        return [step for step, _ in points], [value for _, value in points]
+        return points(self.lines.get(split, []), name, index)
 
 
 def read_run(folder: Path) -> Run:
@@ -245,15 +242,16 @@ def _round_numbers(low: float, high: float, is_log: bool = False) -> list[float]
 
 
 def samples(run: Run, max_shown: int) -> str:
-    """A card for each prompt: its text, reference, target and the generated samples, newest first."""
-    shown = choose(run.samples, max_shown)
-    note = f"<p>{len(shown)} of {len(run.samples)} samplings are shown.</p>" if len(shown) < len(run.samples) else ""
-    cards: dict[tuple, list[tuple[str, Path, dict]]] = {}
-    for folder in reversed(shown):
+    """A card for each prompt: its text, and side by side the reference, the target, the base and each checkpoint, as time goes."""
+    steps = [folder for folder in run.samples if folder.name.startswith("step_")]
+    shown = choose(steps, max_shown)
+    cards: dict[Any, list[tuple[Path, dict]]] = {}
+    for folder in [*shown, *(folder for folder in run.samples if folder not in steps)]:  # these have prompts of their own
         for result in read_results(folder):
-            key = (folder.name.startswith("step_") or folder.name, result["name"])  # named folders have their own prompts
-            cards.setdefault(key, []).append((folder.name.replace("_", " "), folder, result))
-    return note + "".join(card(run, samplings) for samplings in cards.values())
+            prompt = result["name"] if folder in steps else (result["name"], result["text"])
+            cards.setdefault(prompt, []).append((folder, result))
+    note = f"<p class=lead>{len(shown)} of {len(steps)} samplings are shown.</p>" if len(shown) < len(steps) else ""
+    return note + "".join(card(run, takes) for takes in cards.values())
 
 
 def choose(items: Sequence[Any], count: int) -> list[Any]:
@@ -262,23 +260,25 @@ def choose(items: Sequence[Any], count: int) -> list[Any]:
     return [items[index] for index in sorted(set(chosen.tolist()))]
 
 
-def card(run: Run, samplings: Sequence[tuple[str, Path, dict]]) -> str:
-    """One prompt. samplings: (title, folder, line of results.jsonl), newest first"""
-    _, folder, newest = samplings[0]
+def card(run: Run, takes: Sequence[tuple[Path, dict]]) -> str:
+    """One prompt. takes: (folder, line of results.jsonl), oldest first"""
+    folder, newest = takes[-1]
     given = [(kind, newest[f"{kind}_wav"]) for kind in ("reference", "target") if f"{kind}_wav" in newest]
-    players = "".join(f"<div><h4>{kind}</h4>{player(run, folder / name)}</div>" for kind, name in given)
-    generated = "".join(f"<div><h4>{escape(title)}</h4>{answer(run, *rest)}</div>" for title, *rest in samplings)
+    players = [f"<div><h3>{kind}</h3>{player(run, folder / name)}</div>" for kind, name in given]
+    players += [f"<div><h3>{title(folder)}</h3>{answer(run, folder, result)}</div>" for folder, result in takes]
     source = f"<footer>{escape(newest.get('source', ''))}</footer>"
-    text = f"<p class=text>{escape(newest['text'])}</p>"
-    return f'<article>{text}<div class="given">{players}</div>{generated}{source}</article>'
+    return f"<article><p class=text>{escape(newest['text'])}</p><div class=takes>{''.join(players)}</div>{source}</article>"
+
+
+def title(folder: Path) -> str:
+    return "step 0, the base" if folder.name == "step_0" else escape(folder.name.replace("_", " "))
 
 
 def answer(run: Run, folder: Path, result: dict) -> str:
     """One sample: a player, its codes against their target, and the figures."""
-    facts = [f"{result['frames']} frames"]
-    if "target_frames" in result:
-        facts.append(f"target {result['target_frames']}")
-        facts.append(f"{result['code_match']:.1%} of codes match")
+    facts = [f"{result['frames']} frames" + (f" of {result['target_frames']}" if "target_frames" in result else "")]
+    if "code_match" in result:
+        facts.append(f"{result['code_match']:.0%} of codes match")
     facts.append("ended by itself" if result["stopped"] else "was cut off")
     if result.get("runaway"):
         facts.append(f"stuck: {result['runaway']}")
@@ -286,8 +286,10 @@ def answer(run: Run, folder: Path, result: dict) -> str:
         facts.append(f"recognised as “{result['heard']}”: {result['word_errors']} of {result['words']} words wrong")
     if "speaker_similarity" in result:
         facts.append(f"voice {result['speaker_similarity']:.2f}")
+    facts = facts if result["frames"] else ["nothing was generated"]
+    kind = "facts" if result["stopped"] and not result.get("runaway") else "bad facts"
     sound = player(run, folder / result["wav"]) if "wav" in result else ""
-    return f"{sound}{picture(run, folder, result)}<p class=facts>{escape(' · '.join(facts))}</p>"
+    return f'{sound}{picture(run, folder, result)}<p class="{kind}">{escape(" · ".join(facts))}</p>'
 
 
 def player(run: Run, path: Path) -> str:
@@ -324,37 +326,33 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures, data, settings
+# Figures in words, data, settings
 
 
-def headline(run: Run) -> str:
-    """The newest figures, as tiles."""
-    train, val, sample = (run.lines.get(split, [{}])[-1] for split in ("train", "val", "sample"))
-    seconds = sum(line.get("step_time_sec") or 0 for line in run.lines.get("train", []))
-    tiles = {
-        "steps": train.get("step"),
-        "training loss": train.get("loss"),
-        "validation loss": val.get("loss"),
-        "validation audio loss": val.get("audio_loss"),
-        "validation audio accuracy": _percent(val.get("audio_accuracy")),
-        "copy share": _percent(val.get("copy_share")),
-        "samples that end by themselves": _percent(sample.get("stop_rate")),
-        "word error rate": _percent(sample.get("word_error_rate")),
-        "speaker similarity": sample.get("speaker_similarity"),
-        "tokens per second": train.get("tokens_per_sec"),
-        "in training steps": _duration(seconds),
-        "peak memory": f"{train['peak_memory_bytes'] / 2**30:.1f} GiB" if train.get("peak_memory_bytes") else None,
-        "steps skipped": train.get("bad_steps") or None,
-    }
+def figures(run: Run) -> str:
+    """A line for each figure that says something: its name, its value, and what that means."""
     return "".join(
-        f"<div><b>{escape(value if isinstance(value, str) else show(value))}</b>{escape(name)}</div>"
-        for name, value in tiles.items()
-        if value is not None
+        f"<li class={found.kind}><b>{escape(found.title)}</b> <b>{escape(found.value)}</b> {escape(found.text)}</li>"
+        for found in verdicts.find(run.lines)
     )
 
 
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1%}"
+def facts(run: Run) -> str:
+    """The rest, in one line."""
+    train, val = (run.lines.get(split, [{}])[-1] for split in ("train", "val"))
+    seconds = sum(line.get("step_time_sec") or 0 for line in run.lines.get("train", []))
+    peak = train.get("peak_memory_bytes")
+    parts = {
+        "steps": train.get("step"),
+        "in training steps": _duration(seconds),
+        "tokens per second": train.get("tokens_per_sec"),
+        "peak memory": f"{peak / 2**30:.1f} GiB" if peak else None,
+        "training loss": train.get("loss"),
+        "validation audio loss": val.get("audio_loss"),
+        "validation audio accuracy": f"{val['audio_accuracy']:.1%}" if val.get("audio_accuracy") is not None else None,
+    }
+    shown = ((name, value if isinstance(value, str) else show(value)) for name, value in parts.items() if value is not None)
+    return "; ".join(f"{escape(name)} <b>{escape(value)}</b>" for name, value in shown)
 
 
 def _duration(seconds: float) -> str:
@@ -365,51 +363,46 @@ def _duration(seconds: float) -> str:
 
 def data_summary(run: Run) -> str:
     """The contents of the manifests, where they still exist."""
-    rows = []
+    lines = []
     for flag in ("train_manifest", "val_manifest"):
         spec = run.settings.get(flag)
         for path, weight in split_weights(spec) if spec else []:
-            rows.append((flag.split("_")[0], str(path), f"{weight:g}", *_manifest_counts(path)))
-    head = ("", "manifest", "weight", "records", "clips", "speakers", "kinds")
-    return table(rows, head) if rows else "<p>No manifest is named.</p>"
+            name = f"{path}{f', weight {weight:g}' * (weight != 1)}"
+            lines.append(f"<li><b>{flag.split('_')[0]}</b> {escape(name)}: {escape(_contents(path))}</li>")
+    return f"<ul class=box>{''.join(lines) or '<li>no manifest is named</li>'}</ul>"
 
 
-def _manifest_counts(path: Path) -> tuple[str, str, str, str]:
+def _contents(path: Path) -> str:
     try:
         manifest = read_manifest(path)
         count = min(len(manifest), MAX_RECORDS_READ)
         records: list[Record] = [manifest[index] for index in range(count)]
     except DataError as error:
-        return ("–", "–", "–", f"cannot be read now: {error}")
-    more = f" in the first {count:,}" if count < len(manifest) else ""
+        return f"cannot be read now: {error}"
     kinds = Counter(str((record.chatml.misc or {}).get("kind", "")) for record in records)
     named = ", ".join(f"{kind} {number:,}" for kind, number in kinds.most_common(8) if kind)
     speakers = {record.chatml.speaker for record in records} - {None}
-    clips = sum(len(record.audio) for record in records)
-    return (f"{len(manifest):,}", f"{clips:,}{more}", f"{len(speakers):,}{more}", named or "–")
+    first = f" (in the first {count:,})" if count < len(manifest) else ""
+    found = f"{sum(len(record.audio) for record in records):,} clips, {len(speakers):,} speakers{first}"
+    return f"{len(manifest):,} records, {found}" + f"; {named}" * bool(named)
 
 
-def settings_table(run: Run) -> str:
+def settings_tables(run: Run) -> str:
+    """What was changed, and folded away what was not and what it ran with."""
     values = {name: value for name, value in run.settings.items() if not isinstance(value, dict)}
     for name, value in run.settings.items():
-        if isinstance(value, dict):
-            values |= {f"{name}: {key}": item for key, item in value.items()}
-    return table([(name, "" if value is None else str(value)) for name, value in values.items()], ("setting", "value"))
+        values |= {f"{name}: {key}": item for key, item in value.items()} if isinstance(value, dict) else {}
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    rows = [(name, "" if value is None else str(value)) for name, value in values.items()]
+    changed = [row for row in rows if row[0] in defaults and values[row[0]] != defaults[row[0]]]
+    rest = table([row for row in rows if row not in changed], ("setting", "value"))
+    return f"{table(changed, ('changed', 'value'))}<details><summary>the rest, as it is by default</summary>{rest}</details>"
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
     header = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class=wide><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def show(value: float) -> str:
-    """A number in few digits."""
-    if value == int(value) and abs(value) < 1e9:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.2g}".replace("e-0", "e-") if abs(value) < 1e-3 else f"{value:.3g}"
 
 
 def escape(text: Any) -> str:
@@ -421,21 +414,26 @@ def escape(text: Any) -> str:
 
 STYLE = """
 :root { --ink: #1d2329; --soft: #5d6872; --line: #dfe3e8; --page: #f6f7f9; --card: #fff; color-scheme: light dark;
+  --good: #1a7f37; --fair: #a06a00; --bad: #b3261e;
   --c0: #2563c9; --c1: #d9631e; --c2: #2b8a4b; --c3: #a2339b; --c4: #b08a00; --c5: #118a9e; --c6: #c0304f; --c7: #6a6f78 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b0; --line: #343b43; --page: #15191d; --card: #1e2429;
+  --good: #5ac26f; --fair: #dcb93f; --bad: #ff8a80;
   --c0: #6ea3f5; --c1: #f29a60; --c2: #66c285; --c3: #d684d0; --c4: #dcb93f; --c5: #54c2d4; --c6: #f07f97; --c7: #a7adb6 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 80rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .8rem }
-h4 { margin: .9rem 0 .3rem; font-size: .85rem; color: var(--soft); font-weight: 600 }
+h3 { margin: .2rem 0 .3rem; font-size: .85rem; color: var(--soft); font-weight: 600 }
 p { margin: .4rem 0 } small, footer, .facts, .lead { color: var(--soft); font-size: .85rem }
-.tiles, .charts, .samples { display: grid; gap: .8rem }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); margin-top: 1.2rem }
+.takes, .charts { display: grid; gap: .8rem }
+.takes { grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.3rem), 1fr)); gap: .8rem .6rem; margin-top: .6rem } .takes > div { min-width: 0 }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
-.samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)) }
-.tiles > div, .chart, article, .wide { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem }
-.tiles > div { color: var(--soft); font-size: .85rem } .tiles b { display: block; font-size: 1.25rem; color: var(--ink) }
+.chart, article, .wide, .box { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem }
+article { margin-bottom: .8rem } .box { list-style: none; margin: 0 } .box li { padding: .25rem 0 .25rem 1.5rem }
+.box [class]::before { content: "●"; float: left; margin-left: -1.5rem; color: var(--bad) }
+.box .good::before { color: var(--good) } .box .fair::before { color: var(--fair) } .bad.facts { color: var(--bad) }
+nav, a { color: var(--soft) }
+details { margin-top: .8rem } summary { cursor: pointer; color: var(--soft); margin-bottom: .5rem }
 .chart { margin: 0 } figcaption { display: flex; flex-wrap: wrap; gap: 0 .6rem; align-items: baseline; font-size: .9rem }
 .now { margin-left: auto; color: var(--soft); font-size: .8rem }
 svg { display: block; width: 100%; height: auto; margin-top: .4rem } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
@@ -443,37 +441,38 @@ svg { display: block; width: 100%; height: auto; margin-top: .4rem } svg text { 
 polyline.raw { stroke-width: 1; opacity: .3 } .dot { fill: currentColor }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .8rem } .legend span::before { content: "— "; font-weight: 700 }
 article .text { font-size: 1.05rem; white-space: pre-wrap; margin: 0 } article footer { margin-top: .8rem; font-size: .75rem }
-.given { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: 0 .8rem }
 audio { display: block; width: 100%; height: 2.4rem }
 .codes { display: block; width: 100%; image-rendering: pixelated; margin: .5rem 0 .2rem; border-radius: .2rem }
 .wide { overflow-x: auto; padding: 0 } table { border-collapse: collapse; width: 100%; font-size: .85rem }
-th, td { text-align: left; vertical-align: top; padding: .35rem .8rem; border-bottom: 1px solid var(--line); min-width: 5rem }
-td:first-child { white-space: nowrap } td:nth-child(2), td:last-child { min-width: 13rem }
+th, td { text-align: left; vertical-align: top; padding: .35rem .8rem; border-bottom: 1px solid var(--line) }
+td:first-child { white-space: nowrap; width: 12rem }
 th { color: var(--soft); font-weight: 600; white-space: nowrap } tbody tr:last-child td { border-bottom: 0 }
+@media (max-width: 30rem) { body { padding: 1rem .5rem } article { padding: .6rem } td { padding: .3rem .5rem } }
 """ + "".join(f".c{n} {{ color: var(--c{n}) }}" for n in range(8))
 
 
-def page(run: Run, max_shown: int = 4) -> str:
+def page(run: Run, max_shown: int = 6) -> str:
     """The whole page."""
     settings = run.settings
     device = f"{settings.get('world_size', '?')} rank(s) on {settings.get('device', '?')}"
     method = f"LoRA of rank {settings['lora_r']}" if settings.get("lora_r") else "full fine-tune"
     commit = f", commit {str(settings['git_commit'])[:10]}" if settings.get("git_commit") else ""
     lead = f"{method} of {settings.get('base_ckpt', '?')}, {device}{commit}"
-    title = "/".join(run.folder.resolve().parts[-2:]).lstrip("/")
-    generated = ""
-    if run.samples:
-        legend = "Pictures show codes, a column for each frame: the target, the sample, and in red where they differ."
-        generated = f"<h2>Samples</h2><p class=lead>{legend}</p><div class=samples>{samples(run, max_shown)}</div>"
+    name = "/".join(run.folder.resolve().parts[-2:]).lstrip("/")
+    legend = "Pictures show codes, a column for each frame: the target, the sample, and in red where they differ."
+    heard = f"<h2 id=listen>Listen</h2><p class=lead>{legend}</p>{samples(run, max_shown)}" if run.samples else ""
+    parts = [*["listen"] * bool(heard), "figures", "curves", "settings", "data"]
+    nav = " · ".join(f'<a href="#{part}">{part}</a>' for part in parts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>
-<div class=tiles>{headline(run)}</div>
-<h2>Curves</h2><div class=charts>{charts(run)}</div>
-{generated}
-<h2>Data</h2>{data_summary(run)}
-<h2>Settings</h2>{settings_table(run)}
+<title>{escape(name)}</title><style>{STYLE}</style></head><body>
+<h1>{escape(name)}</h1><p class=lead>{escape(lead)}</p>
+<nav>{nav}</nav>
+{heard}
+<h2 id=figures>What the figures say</h2><ul class=box>{figures(run)}</ul><p class=lead>{facts(run)}</p>
+<h2 id=curves>Curves</h2><div class=charts>{charts(run)}</div>
+<h2 id=settings>Settings</h2>{settings_tables(run)}
+<h2 id=data>Data</h2>{data_summary(run)}
 </body></html>
 """
 
@@ -485,7 +484,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("output_dir", type=Path, help="the folder of a run")
     parser.add_argument("--out", type=Path, help="default: report.html in that folder")
-    parser.add_argument("--occasions", type=int, default=4, help="most samplings to show, the first and last included")
+    parser.add_argument("--occasions", type=int, default=6, help="most samplings to show, the first and last included")
     args = parser.parse_args(argv)
     content = page(read_run(args.output_dir), max(1, args.occasions)).encode()
     out = args.out or args.output_dir / "report.html"
