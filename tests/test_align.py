@@ -45,7 +45,9 @@ def test_a_long_script_with_misrecognised_missing_and_added_words(seed):
     read = [sentence for i, sentence in enumerate(script) if i % 5]
 
     def misheard(sentence: list[str]) -> list[str]:
-        inner = [word if rng.random() > 1 / 12 else rng.choice([word + "n", rng.choice(vocabulary), ""]) for word in sentence[1:-1]]
+        inner = [
+            word if rng.random() > 1 / 12 else rng.choice([word + "n", rng.choice(vocabulary), ""]) for word in sentence[1:-1]
+        ]
         return [sentence[0], *filter(None, inner), sentence[-1]]
 
     found = align([misheard(sentence) for sentence in read], sum(script, []))
@@ -84,7 +86,10 @@ def test_numbers_in_digits_on_either_side():
 
 
 def test_misrecognised_words_at_the_ends():
-    clips = ["nobody came to the house until the heavening", "he sat by a window and watched the rain fall on the oldstone brij"]
+    clips = [
+        "nobody came to the house until the heavening",
+        "he sat by a window and watched the rain fall on the oldstone brij",
+    ]
     assert ranges(STORY, *clips) == SENTENCES[1:3]
 
 
@@ -96,4 +101,7 @@ def test_what_is_not_in_the_script():
 
 def test_text_without_blanks():
     script = "今天天气很好，我们去公园散步。晚上回家吃饭。"
-    assert ranges(script, "今天天器很好我们去公园散步", "晚上回家吃饭") == ["今 天 天 气 很 好 我 们 去 公 园 散 步", "晚 上 回 家 吃 饭"]
+    assert ranges(script, "今天天器很好我们去公园散步", "晚上回家吃饭") == [
+        "今 天 天 气 很 好 我 们 去 公 园 散 步",
+        "晚 上 回 家 吃 饭",
+    ]
