@@ -17,8 +17,14 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.fuzz import ratio
 
 MAX_COST = 0.3  # of a clip's words: what may differ between recogniser and script
-ADDED_COST, CHANGED_COST = 1.05, 1.1  # a word that is missing costs 1: recognisers miss words more often than they add any
-NUMBER_COST = 0.2  # of each word of a number that is in digits on the other side
+ADDED_COST, CHANGED_COST, SPLIT_COST = (
+    1.05,
+    1.1,
+    0.1,
+)  # a word that is missing costs 1: recognisers miss words more often than they add any
+NUMBER_COST = (
+    0.35  # of each word of a number that is in digits on the other side; above MAX_COST, or it would stand for anything
+)
 MAX_GAP = 5  # words
 MARGIN = 8  # words around a clip's place
 WORD = re.compile(r"[\u2e80-\u312f\u3400-\u9fff]|[^\s\u2e80-\u312f\u3400-\u9fff]+")  # Chinese and Japanese: each character
@@ -70,18 +76,23 @@ def _costs(clip: Sequence[str], window: Sequence[str], is_free: bool) -> list[tu
         rows.append([(rows[-1][0][0] + ADDED_COST, rows[-1][0][1])])
         for j, other in enumerate(window, 1):
             is_number = word.isdecimal() != other.isdecimal()
-            steps = [(1, 1, 0.0 if is_number else CHANGED_COST * _difference(word, other))]
+            steps = [(1, 1, 0.0 if is_number else _changed_cost(word, other))]
             steps += [(1, 0, NUMBER_COST if is_number and other.isdecimal() else ADDED_COST)]
             steps += [(0, 1, NUMBER_COST if is_number and word.isdecimal() else 1.0)]
-            steps += [(1, 2, 2 * _difference(word, window[j - 2] + other))] if j > 1 else []
-            steps += [(2, 1, 2 * _difference(clip[i - 2] + word, other))] if i > 1 else []
+            steps += [(1, 2, _split_cost(word, window[j - 2] + other))] if j > 1 else []
+            steps += [(2, 1, _split_cost(clip[i - 2] + word, other))] if i > 1 else []
             before = ((*rows[i - di][j - dj], more) for di, dj, more in steps)
             rows[i].append(min((cost + more, start) for cost, start, more in before))
     return [(cost, -start) for cost, start in rows[-1]]
 
 
-def _difference(word: str, other: str) -> float:
-    return 1.0 - ratio(word, other) / 100
+def _changed_cost(word: str, other: str) -> float:
+    return CHANGED_COST * (1.0 - ratio(word, other) / 100)
+
+
+def _split_cost(word: str, other: str) -> float:
+    """Of one word where the other side has two."""
+    return 2 * _changed_cost(word, other) + SPLIT_COST
 
 
 def _close_gaps(clips: Sequence[Sequence[str]], script: Sequence[str], found: list[Range | None]) -> list[Range | None]:
@@ -93,7 +104,7 @@ def _close_gaps(clips: Sequence[Sequence[str]], script: Sequence[str], found: li
         wider = {i: (found[i][0], found[i + 1][0]), i + 1: (found[i][1], found[i + 1][1])}
         for k, place in wider.items():
             now, then = (_costs(clips[k], script[slice(*at)], is_free=False)[-1][0] for at in (found[k], place))
-            if then <= now + NUMBER_COST * gap:
+            if then <= now + (NUMBER_COST * gap if clips[k][-1 if k == i else 0].isdecimal() else 0.0):
                 found[k] = place
                 break
     return found

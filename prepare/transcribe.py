@@ -35,7 +35,7 @@ from prepare.folders import Listing, without_text
 from prepare.forms import recognise
 from prepare.manifest import AudioPart, read_manifest, shown
 from prepare.rows import COLUMNS, Origin, Row
-from prepare.tables import read_text
+from prepare.tables import UnclearError, read_text
 
 LOW = 0.6  # mean probability of a transcript's tokens below which it is listed
 SAVE_SEC = 20.0  # what a killed run loses of a table
@@ -51,7 +51,9 @@ class Transcript:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help="a .jsonl with a row for each clip, or a folder of clips")
     parser.add_argument(
-        "--model", default="openai/whisper-large-v3", help="Whisper or a CTC model of transformers; name or folder"
+        "--model",
+        default="openai/whisper-large-v3",
+        help="of transformers, name or folder: Whisper, or with a CTC head (bare words without punctuation: for --text)",
     )
     parser.add_argument("--language", default="", help="as in en; default: Whisper guesses it for each clip")
     parser.add_argument("--text", type=Path, metavar="SCRIPT", help="what was read, as plain text; for a table")
@@ -131,9 +133,9 @@ class Recogniser:
 
     def __init__(self, name: str, device: torch.device, language: str):
         pipeline = Transcriber(name, device, flag="--model").pipeline
-        if pipeline.type not in ("seq2seq_whisper", "ctc", "ctc_with_lm"):
+        if pipeline.type not in ("seq2seq_whisper", "ctc", "ctc_with_lm") or not pipeline.tokenizer:
             found = type(pipeline.model).__name__
-            raise ConfigError(f"--model {name}: expected Whisper or a model with a CTC head, found {found}")
+            raise ConfigError(f"--model {name}: expected Whisper, or a model with a CTC head and its tokenizer, found {found}")
         self.model, self.tokenizer, self.extractor = pipeline.model, pipeline.tokenizer, pipeline.feature_extractor
         self.is_whisper, self.language = pipeline.type == "seq2seq_whisper", language
         self.config = self.model.generation_config if self.is_whisper else None
@@ -196,7 +198,9 @@ class Folder:
             raise DataError(f"{path}: no recording in this folder")
         try:
             form = recognise(path)
-        except DataError:
+        except UnclearError:  # of tables that name these clips
+            raise
+        except DataError:  # most clips have no text
             form = "pairs"
         if form != "pairs":
             raise DataError(f"{path}: a dataset that has its transcripts already ({form or 'ChatML'})")
@@ -232,8 +236,8 @@ class Table:
         for source, row in zip(self.sources, self.rows):
             if not isinstance(row, dict) or "messages" in row:
                 raise DataError(f"{source}: expected a row with audio and text, as prepare cut writes it, found {shown(row)}")
-        names = {name.lower() for row in self.rows for name in row}
-        self.text = next((name for name in COLUMNS["text"] if name in names), "text")
+        names = {name.lower(): name for row in self.rows for name in row}
+        self.text = next((names[name] for name in COLUMNS["text"] if name in names), "text")
         self.num_clips = len(self.rows)
         self.wordless: set[int] = set()
 
@@ -269,9 +273,8 @@ class Table:
             beside = self.path.with_name(f"{self.path.stem}.left_out.jsonl")
             before = [row for _, row in read_manifest(beside).values()] if beside.exists() else []
             self._write(beside, before + [self.rows[i] for i in left_out])
-            lines.append(
-                f"{len(self.wordless)} clips without a word, {len(unfit - self.wordless)} not in the script -> {beside}"
-            )
+            unfit -= self.wordless
+            lines.append(f"left out {len(self.wordless)} clips without a word, {len(unfit)} not in the script -> {beside}")
         if script_path or left_out:
             self.save(left_out)
         kept = [row for i, row in enumerate(self.rows) if i not in left_out]
@@ -282,6 +285,8 @@ class Table:
     def follow(self, script: str, script_path: Path) -> tuple[set[int], list[str]]:
         """Give each clip the script's words; returns the clips that do not fit, and what of the script is in no clip."""
         words = words_of(script)
+        if not words:
+            raise DataError(f"--text {script_path}: there is no word in it")
         starts = [start for _, start in words] + [len(script)]
         spoken = [words_of(str(row.get("recognised") or row.get(self.text) or "")) for row in self.rows]
         found = align([[word for word, _ in clip] for clip in spoken], [word for word, _ in words])
@@ -290,11 +295,8 @@ class Table:
             if place:
                 row.setdefault("recognised", row.get(self.text))
                 row[self.text] = " ".join(script[starts[place[0]] : starts[place[1]]].split())
-        lines = (
-            [f"{len(words) - len(used)} of {len(words)} words of {script_path} are in no clip"]
-            if len(used) < len(words)
-            else []
-        )
+        lost = len(words) - len(used)
+        lines = [f"{lost} of {len(words)} words of {script_path} are in no clip"] if lost else []
         return {i for i, place in enumerate(found) if not place}, lines
 
     @staticmethod

@@ -50,8 +50,8 @@ def test_a_long_script_with_misrecognised_missing_and_added_words(seed):
         ]
         return [sentence[0], *filter(None, inner), sentence[-1]]
 
-    found = align([misheard(sentence) for sentence in read], sum(script, []))
-    words = sum(script, [])
+    words = [word for sentence in script for word in sentence]
+    found = align([misheard(sentence) for sentence in read], words)
     right = [place is not None and words[slice(*place)] == sentence for place, sentence in zip(found, read)]
     wrong = [i for i, place in enumerate(found) if place is not None and not right[i]]
     assert sum(right) >= 0.98 * len(read) and len(wrong) <= 0.02 * len(read), (sum(right), len(wrong), len(read))
@@ -96,6 +96,7 @@ def test_misrecognised_words_at_the_ends():
 def test_what_is_not_in_the_script():
     other = "Could you please turn off the television before you go to bed tonight"
     assert ranges(STORY, SENTENCES[0], other, "", SENTENCES[1], "uh") == [SENTENCES[0], None, None, SENTENCES[1], None]
+    assert ranges(f"{STORY} 1984.", other) == [None], "a number does not stand for anything"
     assert ranges("", other) == [None] and ranges(STORY) == []
 
 
