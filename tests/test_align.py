@@ -93,6 +93,14 @@ def test_misrecognised_words_at_the_ends():
     assert ranges(STORY, *clips) == SENTENCES[1:3]
 
 
+def test_misrecognised_words_at_the_ends_of_the_script():
+    clips = [
+        "a kwik brown fox jumps over the lazy dog and then it rests for a while",
+        "we packed our bags and walked to the stayshun",
+    ]
+    assert ranges(STORY, *clips) == [SENTENCES[0], SENTENCES[-1].removeprefix("the next morning ")]
+
+
 def test_what_is_not_in_the_script():
     other = "Could you please turn off the television before you go to bed tonight"
     assert ranges(STORY, SENTENCES[0], other, "", SENTENCES[1], "uh") == [SENTENCES[0], None, None, SENTENCES[1], None]
