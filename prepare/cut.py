@@ -14,46 +14,23 @@ import argparse
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import soundfile
-import soxr
-import torch
-from tqdm import tqdm
 
 from common import DataError, listing, write_whole
-from prepare.audio import BLOCK_SAMPLES, FFMPEG_SUFFIXES, MAX_CUT_OFF, MAX_TRANSCRIBED_SEC, open_audio
-from prepare.findings import SILENT
+from prepare.audio import MAX_TRANSCRIBED_SEC
 from prepare.folders import Listing
-from prepare.manifest import AudioPart
 from prepare.rows import WAVEFORM_SUFFIXES
+from prepare.speech import Recording, listen_to_all
 from prepare.trim import KEPT_SEC
 
-RATE_HZ, FRAME_SAMPLES = 16_000, 512  # what silero-vad takes
-FRAME_SEC = FRAME_SAMPLES / RATE_HZ
-LEAST_PAUSE_SEC = 0.15  # what is shorter may be the closure of a p, t or k
 LONG_PAUSE_SEC = 1.0  # from here on a pause is as good a place for a cut as any, and better not inside a clip
 UNEVEN_DB = 6.0  # twice the amplitude
 NUM_EXAMPLES = 3  # of what was dropped, the longest
 TOO_SHORT, NO_PAUSE = "shorter than --min_sec", "no pause to cut at within --max_sec"
-
-
-@dataclass
-class Recording:
-    """What is in a recording."""
-
-    source: Path  # as it was given
-    path: Path  # as the table names it
-    speech: list[tuple[float, float]]  # start and end in seconds
-    powers: np.ndarray  # mean square of each frame of FRAME_SEC
-
-    @property
-    def sec(self) -> float:
-        return len(self.powers) * FRAME_SEC
 
 
 @dataclass
@@ -81,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not 0.5 <= args.min_sec < args.max_sec <= MAX_TRANSCRIBED_SEC:
-        raise DataError(
-            f"--min_sec {args.min_sec:g} --max_sec {args.max_sec:g}: expected 0.5 <= min_sec < max_sec <= {MAX_TRANSCRIBED_SEC}"
-        )
+        raise DataError(f"--min_sec and --max_sec: expected 0.5 <= min_sec < max_sec <= {MAX_TRANSCRIBED_SEC}")
     if args.out.suffix != ".jsonl":
         raise DataError(f"--out {args.out}: choose a name that ends in .jsonl")
     if args.out.exists() and not args.force:
@@ -96,15 +71,12 @@ def run(args: argparse.Namespace) -> int:
         lines = describe(recordings, pieces, args)
         for recording in recordings:
             if recording.path != recording.source:
-                recording.path = kept(recording.path, args.out.with_name(f"{args.out.stem}_audio"))
+                folder = args.out.with_name(f"{args.out.stem}_audio")
+                folder.mkdir(exist_ok=True)
+                recording.path = recording.path.replace(folder / recording.path.name)
     write_table(recordings, pieces, args.out, args.speaker)
     print("\n".join(lines))
     return 0
-
-
-def kept(path: Path, folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    return path.replace(folder / path.name)
 
 
 def find_recordings(inputs: Sequence[Path]) -> list[Path]:
@@ -122,92 +94,6 @@ def find_recordings(inputs: Sequence[Path]) -> list[Path]:
             problem = f"expected a recording ({', '.join(WAVEFORM_SUFFIXES)})" if path.is_file() else "no such file or folder"
             raise DataError(f"{path}: {problem}")
     return list({path.resolve(): path for path in found}.values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Listening
-
-
-def listen_to_all(sources: Sequence[Path], scratch: Path) -> list[Recording]:
-    """raises: DataError; before anything is listened to where a file shows at once that it is no audio"""
-    paths = [decoded(path, scratch / f"{i}_{path.stem}.flac") for i, path in enumerate(sources)]
-    num_threads = torch.get_num_threads()
-    from silero_vad import load_silero_vad  # sets PyTorch to one thread, which is right for its small model
-
-    try:
-        vad = load_silero_vad()
-        with tqdm(total=round(sum(map(length_sec, paths))), desc="speech", unit="s") as progress, torch.inference_mode():
-            return [listen(source, path, vad, progress) for source, path in zip(sources, paths)]
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def decoded(source: Path, flac: Path) -> Path:
-    """The file itself, or a copy of one that ffmpeg would have to decode as a whole for each of its clips."""
-    if source.suffix.lower() not in FFMPEG_SUFFIXES:
-        length_sec(source)
-        return source
-    with opened(source) as file, soundfile.SoundFile(flac, "w", file.samplerate, file.channels) as copy:
-        for block in blocks_of(file, source):
-            copy.write(block)
-    return flac
-
-
-def opened(path: Path) -> soundfile.SoundFile:
-    """raises: DataError"""
-    try:
-        return open_audio(AudioPart(path, None, None, True, ""))
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
-        raise DataError(f"{path} is not readable audio: {error}") from None
-
-
-def length_sec(path: Path) -> float:
-    with opened(path) as file:
-        if not len(file):
-            raise DataError(f"{path}: there is no audio in it")
-        return len(file) / file.samplerate
-
-
-def listen(source: Path, path: Path, vad: Any, progress: tqdm) -> Recording:
-    """Find the speech; an hour needs no more memory than a minute but for two numbers per frame."""
-    from silero_vad import get_speech_timestamps_from_probs
-
-    chances: list[float] = []  # that a frame is speech
-    powers = []
-    vad.reset_states()
-    for frames in frames_of(path):
-        powers.append((frames**2).mean(axis=1))
-        chances += [vad(frame, RATE_HZ).item() for frame in torch.from_numpy(frames)]
-        progress.update(round(len(frames) * FRAME_SEC))
-    settings = {"min_silence_duration_ms": 1000 * LEAST_PAUSE_SEC, "speech_pad_ms": 0}
-    found = get_speech_timestamps_from_probs(chances, RATE_HZ, return_seconds=True, time_resolution=3, **settings)
-    return Recording(source, path, [(span["start"], span["end"]) for span in found], np.concatenate(powers))
-
-
-def frames_of(path: Path) -> Iterator[np.ndarray]:
-    """[n, FRAME_SAMPLES] float32 of each block, mono at RATE_HZ; what is left at the end is less than a frame."""
-    with opened(path) as file:
-        resampler, rest = soxr.ResampleStream(file.samplerate, RATE_HZ, 1, dtype="float32"), np.zeros(0, np.float32)
-        for block in blocks_of(file, path):
-            rest = np.append(rest, resampler.resample_chunk(block.mean(axis=1)))
-            count = len(rest) // FRAME_SAMPLES
-            yield rest[: count * FRAME_SAMPLES].reshape(count, FRAME_SAMPLES)
-            rest = rest[count * FRAME_SAMPLES :]
-
-
-def blocks_of(file: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
-    """[n, channels] float32 of each block. raises: DataError"""
-    done, length = 0, len(file)
-    try:
-        while len(block := file.read(BLOCK_SAMPLES // file.channels, "float32", True)):
-            done += len(block)
-            if not np.isfinite(block).all():
-                raise DataError(f"{path} holds samples that are no finite numbers")
-            yield block
-    except soundfile.LibsndfileError as error:
-        raise DataError(f"{path} is not readable audio from {done / file.samplerate:.0f} s on: {error}") from None
-    if done < (1 - MAX_CUT_OFF) * length:
-        raise DataError(f"{path} is cut off: {done / file.samplerate:.0f} of {length / file.samplerate:.0f} s are there")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +148,7 @@ def write_table(recordings: Sequence[Recording], pieces: Sequence[list[Piece]], 
 def describe(recordings: Sequence[Recording], pieces: Sequence[list[Piece]], args: argparse.Namespace) -> list[str]:
     """What was found, what is kept, what is not and why. raises: DataError if nothing is kept"""
     minutes = sum(recording.sec for recording in recordings) / 60
-    without = [f"{recording.source}: {nothing_in(recording)}" for recording in recordings if not recording.speech]
+    without = [f"{recording.source}: {recording.without_speech}" for recording in recordings if not recording.speech]
     if len(without) == len(recordings):
         raise DataError(listing(f"no speech in {minutes:.1f} minutes:", without))
     clips = [piece.sec for found in pieces for piece in found if not piece.dropped]
@@ -279,21 +165,13 @@ def describe(recordings: Sequence[Recording], pieces: Sequence[list[Piece]], arg
     return [
         f"{len(clips)} clips, {sum(clips) / 60:.1f} of {minutes:.1f} minutes -> {args.out}",
         *(f"  {line}" for line in lines),
-        f"next: bash launch.sh prepare transcribe {args.out} --language en",
+        f"next: bash launch.sh prepare transcribe {args.out} --language en (or which it is)",
     ]
-
-
-def nothing_in(recording: Recording) -> str:
-    is_silent = recording.powers.max(initial=0) < SILENT**2
-    return "silence" if is_silent else "sound, but no speech: music or noise, or a voice far below them"
 
 
 def describe_loudness(recordings: Sequence[Recording], pieces: Sequence[list[Piece]]) -> list[str]:
     """Levels of the clips; what to do where they are far apart, between files or within them."""
-    levels = []
-    for recording, found in zip(recordings, pieces):
-        spans = [recording.powers[int(p.start / FRAME_SEC) : int(p.end / FRAME_SEC) + 1] for p in found if not p.dropped]
-        levels.append([float(10 * np.log10(powers.mean() + 1e-12)) for powers in spans])
+    levels = [[r.level_db(p.start, p.end) for p in found if not p.dropped] for r, found in zip(recordings, pieces)]
     low, high = np.quantile(np.concatenate(levels), [0.05, 0.95])
     files = sorted((float(np.median(of_file)), str(r.source)) for r, of_file in zip(recordings, levels) if of_file)
     apart = files[-1][0] - files[0][0]

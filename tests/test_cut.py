@@ -19,9 +19,10 @@ from conftest import ROOT
 from scipy.signal import lfilter
 
 from prepare.__main__ import main as prepare
-from prepare.cut import LONG_PAUSE_SEC, NO_PAUSE, TOO_SHORT, Recording, cut
+from prepare.cut import LONG_PAUSE_SEC, NO_PAUSE, TOO_SHORT, cut
 from prepare.forms import open_manifest
 from prepare.manifest import check
+from prepare.speech import Recording
 
 pytest.importorskip("silero_vad", reason="needs requirements-voice.txt")
 RATE = 16_000
@@ -213,6 +214,10 @@ def test_mistakes(recording, tmp_path, capsys, monkeypatch):
         assert prepare(["cut", str(tmp_path / name), "--out", str(out)]) == 2, name
         error = capsys.readouterr().err
         assert "error: " + message.format(tmp_path / name) in error and "Traceback" not in error, name
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "silero_vad", None)
+        assert prepare(["cut", str(recording), "--out", str(out)]) == 2
+    assert "missing (import of silero_vad halted" in (error := capsys.readouterr().err) and "requirements-voice.txt" in error
     monkeypatch.setenv("PATH", str(tmp_path))
     assert prepare(["cut", str(tmp_path / "talk.m4a"), "--out", str(out)]) == 2
     assert ".m4a needs ffmpeg, which is not installed" in capsys.readouterr().err

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import _context
 
 import train
 from config import to_argv
+from generate.judges import Recogniser
 from prepare import transcribe
 from prepare.__main__ import main as prepare
 from prepare.forms import open_manifest
@@ -169,7 +171,7 @@ def test_whisper(table, talking_whisper, whisper_dir, capsys):
     assert {len(row["text"]) for row in rows if "language" in row} != {0} and {"en", "zh"} >= {
         row.get("language", "en") for row in rows
     }
-    model = transcribe.Recogniser(str(talking_whisper), transcribe.torch.device("cpu"), "")
+    model = Recogniser(str(talking_whisper), torch.device("cpu"), "")
     clips = [noise(sec, seed) for seed, sec in enumerate((2.0, 5.5, 1.0))]
     together, alone = model(clips), [model([clip])[0] for clip in clips]
     assert [found.text for found in together] == [found.text for found in alone]
@@ -182,9 +184,7 @@ def test_whisper(table, talking_whisper, whisper_dir, capsys):
 
 def test_confidence_of_whisper_is_the_mean_probability_of_its_tokens(talking_whisper):
     """By the scores of `generate`, before tokens were suppressed."""
-    import torch
-
-    recogniser = transcribe.Recogniser(str(talking_whisper), torch.device("cpu"), "en")
+    recogniser = Recogniser(str(talking_whisper), torch.device("cpu"), "en")
     clip = noise(3.0)
     features = recogniser.extractor(clip, sampling_rate=RATE, return_tensors="pt")["input_features"]
     asked = {"language": "en", "task": "transcribe", "return_dict_in_generate": True, "output_logits": True}
