@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"--out {args.out}: choose a name that ends in .jsonl")
     if args.out.exists() and not args.force:
         raise DataError(f"--out {args.out}: it exists; choose another name, or replace it with --force")
-    sources = find_recordings(args.input)
+    folder = args.out.with_name(f"{args.out.stem}_audio")  # of what is decoded
+    sources = find_recordings(args.input, folder.resolve())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{args.out.stem}.", dir=args.out.parent) as scratch:
         recordings = listen_to_all(sources, Path(scratch))
@@ -71,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
         lines = describe(recordings, pieces, args)
         for recording in recordings:
             if recording.path != recording.source:
-                folder = args.out.with_name(f"{args.out.stem}_audio")
                 folder.mkdir(exist_ok=True)
                 recording.path = recording.path.replace(folder / recording.path.name)
     write_table(recordings, pieces, args.out, args.speaker)
@@ -79,15 +79,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_recordings(inputs: Sequence[Path]) -> list[Path]:
-    """The files that are named, and those of the folders. raises: DataError"""
+def find_recordings(inputs: Sequence[Path], decoded: Path) -> list[Path]:
+    """The files that are named, and those of the folders but for what was decoded before. raises: DataError"""
     found = []
     for path in inputs:
         if path.is_dir():
             clips = [path / clip for clip in Listing(path).clips if clip.lower().endswith(WAVEFORM_SUFFIXES)]
             if not clips:
                 raise DataError(f"{path}: no recording in this folder; expected files {', '.join(WAVEFORM_SUFFIXES)}")
-            found += clips
+            found += [clip for clip in clips if decoded not in clip.resolve().parents]
         elif path.is_file() and path.suffix.lower() in WAVEFORM_SUFFIXES:
             found.append(path)
         else:

@@ -165,7 +165,10 @@ def test_a_folder_other_rates_channels_and_formats(tmp_path, capsys):
     for row in rows:
         assert row["start"] == pytest.approx(0.1, abs=0.1) and row["end"] == pytest.approx(4.5, abs=0.15)
         assert soundfile.info(folder / row["audio"]).duration == pytest.approx(4.6, abs=0.1)
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+    assert not list(folder.glob(".*"))
+    before = (folder / "cuts.jsonl").read_bytes()
+    assert prepare(["cut", str(folder), "--out", str(folder / "cuts.jsonl"), "--force"]) == 0
+    assert (folder / "cuts.jsonl").read_bytes() == before, "what was decoded is no recording of its own"
 
 
 def test_levels_that_are_far_apart(tmp_path, capsys):
