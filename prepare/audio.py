@@ -54,6 +54,7 @@ MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some header
 # What a file may claim: checked before anything is decoded or read as a whole.
 RATES_HZ, MAX_CHANNELS = (4_000, 384_000), 32
 MAX_CLIP_SEC, MAX_CLIP_SAMPLES = 900, 45_000_000  # of one channel: 15 minutes at 48 kHz
+MAX_TRANSCRIBED_SEC = 30  # what Whisper takes at once; longer recordings are cut first
 MAX_FILE_BYTES, MAX_CODES_BYTES = 2**34, 2**27  # a day of 16-bit stereo at 48 kHz, and of codes in 64 bits
 BLOCK_SAMPLES = 2**20  # of all channels, decoded at once
 
@@ -386,7 +387,7 @@ def span(part: AudioPart, rate_hz: float, length: int) -> tuple[int, int]:
     return start, length if part.duration_sec is None else min(length, start + round(part.duration_sec * rate_hz))
 
 
-def _read_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
+def read_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
     """`function` of each item, in order; threads compute at most 2 * num_threads items ahead."""
     waiting: deque = deque()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -553,7 +554,7 @@ class AudioStore:
         try:
             _note_codec(self.cache.folder, self.codec, self.codec_info)
             with CacheWriter(self.cache.folder) as writer:
-                for prepared in _read_ahead(prepare, clips, num_threads):
+                for prepared in read_ahead(prepare, clips, num_threads):
                     yield self._add(prepared, codec, writer)
         except OSError as error:
             raise DataError(f"{self.cache_dir}: codes cannot be written: {error}; what was written before is kept") from None
