@@ -4,6 +4,7 @@
 #   bash launch.sh                    the offline demo: train a tiny model on toy voices, then generate speech
 #   bash launch.sh [train] --FLAG...  train.py on every GPU of this node, or on NPROC ranks
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
+#   bash launch.sh voice recording.m4a --name anna     from a long recording to a voice, in one command
 #   bash launch.sh NAME [ARGS...]     prepare, generate, evaluate, export, merge, average, show, plan, report, replay or demo
 #   bash launch.sh bench NAME [ARGS...]  benchmarks/NAME.py
 #   bash launch.sh test [ARGS...]     pytest tests/, or pytest ARGS...
