@@ -154,6 +154,7 @@ done
 setup .installed "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt"
 case "$COMMAND" in evaluate | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;; esac
 case "$COMMAND" in test) setup .installed-datasets "$ROOT/requirements-datasets.txt" ;; esac # else prepare convert installs it
+case "$COMMAND $*" in "prepare cut"* | voice* | test*) setup .installed-voice "$ROOT/requirements-voice.txt" ;; esac
 case "$COMMAND $*" in *--quantize* | plan* | test*) setup .installed-nf4 "$ROOT/requirements-nf4.txt" ;; esac
 PY="$VENV/bin/python"
 # Files are started by path, and Python is kept from looking for modules in the current folder: code there is the user's data.

@@ -49,27 +49,27 @@ class SpeakerSimilarity:
     @torch.no_grad()
     def embed(self, clip: np.ndarray, rate_hz: int) -> Tensor:
         """The speaker embedding [D] of mono samples."""
-        return self.model(torch.from_numpy(_resample(clip, rate_hz))[None].to(self.device))[0]
+        return self.model(torch.from_numpy(resample(clip, rate_hz))[None].to(self.device))[0]
 
 
 class Transcriber:
     """A clip's transcript, by a speech recognition model (Whisper, or one with a CTC head).
 
-    language: that Whisper is told, as in "english"; "" lets it guess
+    language: that Whisper is told, as in "english"; "" lets it guess. flag: by which the model was named, for messages
     """
 
-    def __init__(self, name: str, device: torch.device, language: str = ""):
+    def __init__(self, name: str, device: torch.device, language: str = "", flag: str = "--asr_model"):
         from transformers import pipeline
 
         make = functools.partial(pipeline, "automatic-speech-recognition", device=device)
-        self.pipeline = _load("--asr_model", name, make, trust_remote_code=False)
+        self.pipeline = _load(flag, name, make, trust_remote_code=False)
         self.options: dict[str, Any] = {}
         if self.pipeline.type == "seq2seq_whisper":
             asked = {"language": language, "task": "transcribe"} if language else {}
             self.options = {"return_timestamps": True, "generate_kwargs": asked}  # without time stamps it takes 30 s at most
 
     def __call__(self, clip: np.ndarray, rate_hz: int) -> str:
-        clip = {"raw": _resample(clip, rate_hz), "sampling_rate": JUDGES_RATE_HZ}
+        clip = {"raw": resample(clip, rate_hz), "sampling_rate": JUDGES_RATE_HZ}
         return self.pipeline(clip, **self.options)["text"]
 
 
@@ -80,7 +80,7 @@ def _load(flag: str, name: str, load: Any, **settings: Any) -> Any:
         raise ConfigError(f"{flag} {name}: cannot be loaded: {why_not(name) or reason(error)}") from None
 
 
-def _resample(clip: np.ndarray, rate_hz: int) -> np.ndarray:
+def resample(clip: np.ndarray, rate_hz: int) -> np.ndarray:
     """A clip at the judges' rate, padded with silence where it is too short for their convolutions."""
     clip = librosa.resample(clip.astype(np.float32), orig_sr=rate_hz, target_sr=JUDGES_RATE_HZ)
     return np.pad(clip, (0, max(0, JUDGES_RATE_HZ // 2 - len(clip))))

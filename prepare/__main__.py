@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from distributed import says_errors
 
 COMMANDS = {
+    "cut": "long recordings -> a table of clips, cut at pauses",
+    "transcribe": "write the missing transcripts, by a speech recognition model or from a script",
     "convert": "any known form of dataset -> ChatML",
     "check": "read everything; list what is there and what is wrong",
     "pair": "references for zero-shot cloning; train / val / test without leaks",

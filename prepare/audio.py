@@ -390,7 +390,7 @@ def span(part: AudioPart, rate_hz: float, length: int) -> tuple[int, int]:
     return start, length if part.duration_sec is None else min(length, start + round(part.duration_sec * rate_hz))
 
 
-def _read_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
+def read_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
     """`function` of each item, in order; threads compute at most 2 * num_threads items ahead."""
     waiting: deque = deque()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -557,7 +557,7 @@ class AudioStore:
         try:
             _note_codec(self.cache.folder, self.codec, self.codec_info)
             with CacheWriter(self.cache.folder) as writer:
-                for prepared in _read_ahead(prepare, clips, num_threads):
+                for prepared in read_ahead(prepare, clips, num_threads):
                     yield self._add(prepared, codec, writer)
         except OSError as error:
             raise DataError(f"{self.cache_dir}: codes cannot be written: {error}; what was written before is kept") from None

@@ -18,7 +18,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from common import DataError
-from prepare.rows import AUDIO_FOLDERS, AUDIO_SUFFIXES, DEFAULT_READING, SPLIT, STORAGE, Reading, check_inside, columns_of
+from prepare.rows import (
+    AUDIO_FOLDERS,
+    AUDIO_SUFFIXES,
+    DEFAULT_READING,
+    SPLIT,
+    STORAGE,
+    WAVEFORM_SUFFIXES,
+    Reading,
+    check_inside,
+    columns_of,
+)
 from prepare.tables import LABELS, Found, Rows, UnclearError, numbered_lines, read_table, read_text
 from prepare.timed import Segment, read_timed, timed_rows
 
@@ -259,9 +269,7 @@ def _rows_of_lists(listing: Listing, tables: dict[str, Found], speaker: Callable
 
 def read_beside(listing: Listing, reading: Reading) -> Found | None:
     """Clips whose texts are files of the same name; None if fewer than half of the clips have one."""
-    texts: dict[tuple, str] = {}
-    for suffix in reversed(TEXT_SUFFIXES):
-        texts |= {_key(path): path for path in listing.with_suffix(suffix) if path.lower().endswith(suffix)}
+    texts = _texts(listing)
     num_texts = sum(_key(clip) in texts for clip in listing.clips)
     if not num_texts or 2 * num_texts < len(listing.clips):
         return None
@@ -269,6 +277,20 @@ def read_beside(listing: Listing, reading: Reading) -> Found | None:
     suffixes = Counter(path[len(path.rpartition("/")[0]) :].partition(".")[2] for path in texts.values())
     notes = {"audio": "each clip", "text": f"the .{suffixes.most_common(1)[0][0]} of its name", "speaker": note}
     return Found("pairs", lambda: _rows_beside(listing, texts, speaker), notes)
+
+
+def _texts(listing: Listing) -> dict[tuple, str]:
+    """The files of texts, by the `_key` of their clips."""
+    texts: dict[tuple, str] = {}
+    for suffix in reversed(TEXT_SUFFIXES):
+        texts |= {_key(path): path for path in listing.with_suffix(suffix)}
+    return texts
+
+
+def without_text(listing: Listing) -> list[str]:
+    """The waveforms that have no text of their name."""
+    texts = _texts(listing)
+    return [clip for clip in listing.clips if clip.lower().endswith(WAVEFORM_SUFFIXES) and _key(clip) not in texts]
 
 
 def _key(path: str) -> tuple[str, ...]:

@@ -19,10 +19,11 @@ from urllib.parse import unquote, urlparse
 from common import ConfigError, DataError, split_list
 from prepare import prompts
 from prepare.audio import FFMPEG_SUFFIXES
-from prepare.manifest import leaves_folder, shown
+from prepare.manifest import CODE_SUFFIXES, leaves_folder, shown
 from prepare.prompts import Phrasing, Voice
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".sph", *FFMPEG_SUFFIXES, ".npy", ".safetensors")
+WAVEFORM_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".sph", *FFMPEG_SUFFIXES)
+AUDIO_SUFFIXES = (*WAVEFORM_SUFFIXES, *CODE_SUFFIXES)
 # Folders of clips that tables name without a folder, and folders that never name a speaker.
 AUDIO_FOLDERS = ("clips", "wavs", "wav", "audio", "audios", "flac", "mp3")
 KINDS_OF_FILES = (

@@ -1,0 +1,315 @@
+"""Write the missing transcripts of a table of clips, as `prepare cut` makes it, or of a folder of clips.
+
+    bash launch.sh prepare transcribe cuts.jsonl --language en
+    bash launch.sh prepare transcribe clips/ --model openai/whisper-large-v3-turbo
+    bash launch.sh prepare transcribe cuts.jsonl --text script.txt
+
+A table gets them in its own lines, a folder as NAME.txt beside each clip. Transcripts that are there stay. After an
+interruption the same command goes on with what is missing.
+
+--text: what was read, in the order of the table. Each clip gets the script's own words in the place of the recognised ones.
+Clips that do not fit the script, and those without any word, are moved from TABLE.jsonl to TABLE.left_out.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import ConfigError, DataError, listing, write_whole
+from generate.judges import JUDGES_RATE_HZ, Transcriber, resample
+from prepare.align import align, words_of
+from prepare.audio import duration_sec, read_ahead, read_waveform
+from prepare.folders import Listing, without_text
+from prepare.forms import recognise
+from prepare.manifest import AudioPart, read_manifest, shown
+from prepare.rows import COLUMNS, Origin, Row
+from prepare.tables import read_text
+
+MAX_SEC = 30  # what Whisper takes at once
+LOW = 0.6  # mean probability of a transcript's tokens below which it is listed
+SAVE_SEC = 20.0  # what a killed run loses of a table
+
+
+@dataclass
+class Transcript:
+    text: str
+    language: str = ""
+    confidence: float | None = None  # mean probability of its tokens; None: not known
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, help="a .jsonl with a row for each clip, or a folder of clips")
+    parser.add_argument(
+        "--model", default="openai/whisper-large-v3", help="Whisper or a CTC model of transformers; name or folder"
+    )
+    parser.add_argument("--language", default="", help="as in en; default: Whisper guesses it for each clip")
+    parser.add_argument("--text", type=Path, metavar="SCRIPT", help="what was read, as plain text; for a table")
+    parser.add_argument("--force", action="store_true", help="transcribe clips that have a transcript too, and replace it")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips that Whisper transcribes at once")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        raise ConfigError("--batch_size: expected 1 or more")
+    if args.text and args.input.is_dir():
+        raise ConfigError(f"--text needs a table: bash launch.sh prepare cut {args.input} --out cuts.jsonl")
+    script = read_text(args.text) if args.text else ""
+    clips = Folder(args.input) if args.input.is_dir() else Table(args.input)
+    todo = clips.todo(args.force)
+    refuse_long(todo, args.input)
+    problems = transcribe(clips, todo, args) if todo else []
+    print(f"{len(todo) - len(problems)} transcripts written, {clips.num_clips - len(todo)} were there: {args.input}")
+    lines = clips.finish(script, args.text)
+    print("\n".join(f"  {line}" for line in lines))
+    if problems:
+        raise DataError(listing(f"{len(problems)} clips could not be read:", problems))
+    print(f"next: bash launch.sh prepare check {args.input}")
+    return 0
+
+
+def refuse_long(todo: Sequence[tuple[Any, AudioPart, str]], given: Path) -> None:
+    """raises: DataError for recordings that have to be cut first"""
+    seconds = [(part, part.duration_sec or duration_sec(part)) for _, part, _ in todo]
+    long = [f"{part.path} ({sec / 60:.1f} minutes)" for part, sec in seconds if sec > MAX_SEC]
+    if long:
+        what = given if given.is_dir() else "RECORDING"
+        remedy = f"longer than {MAX_SEC} s; cut them first: bash launch.sh prepare cut {what} --out cuts.jsonl"
+        raise DataError(listing(f"{len(long)} clips are {remedy}", long))
+
+
+def transcribe(clips: Table | Folder, todo: Sequence[tuple[Any, AudioPart, str]], args: argparse.Namespace) -> list[str]:
+    """Fill what is missing; returns what is wrong with clips that cannot be read."""
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    recogniser = Recogniser(args.model, device, args.language)
+    problems, saved = [], time.monotonic()
+    waiting = read_ahead(read_clip, todo, 4)
+    try:
+        with tqdm(total=len(todo), desc="transcripts", unit="clip") as progress:
+            while batch := list(islice(waiting, args.batch_size)):
+                problems += [str(samples) for _, samples in batch if isinstance(samples, DataError)]
+                batch = [(key, samples) for key, samples in batch if not isinstance(samples, DataError)]
+                for (key, _), found in zip(batch, recogniser([samples for _, samples in batch])):
+                    clips.put(key, found)
+                progress.update(len(batch))
+                if time.monotonic() - saved > SAVE_SEC:
+                    clips.save()
+                    saved = time.monotonic()
+    finally:
+        clips.save()
+    return problems
+
+
+def read_clip(clip: tuple[Any, AudioPart, str]) -> tuple[Any, np.ndarray | DataError]:
+    key, part, source = clip
+    try:
+        return key, resample(*read_waveform(part, source))
+    except DataError as error:
+        return key, error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recognising
+
+
+class Recogniser:
+    """Transcripts of clips by a speech recognition model of transformers: Whisper, or one with a CTC head.
+
+    raises: ConfigError
+    """
+
+    def __init__(self, name: str, device: torch.device, language: str):
+        pipeline = Transcriber(name, device, flag="--model").pipeline
+        if pipeline.type not in ("seq2seq_whisper", "ctc", "ctc_with_lm"):
+            found = type(pipeline.model).__name__
+            raise ConfigError(f"--model {name}: expected Whisper or a model with a CTC head, found {found}")
+        self.model, self.tokenizer, self.extractor = pipeline.model, pipeline.tokenizer, pipeline.feature_extractor
+        self.is_whisper, self.language = pipeline.type == "seq2seq_whisper", language
+        self.config = self.model.generation_config if self.is_whisper else None
+        known = getattr(self.config, "lang_to_id", None) or {}
+        self.languages = {number: token.strip("<|>") for token, number in known.items()}
+        if known and language and language not in self.languages.values():
+            raise ConfigError(f"--language {language}: expected one of {', '.join(sorted(self.languages.values()))}")
+        asked = {"task": "transcribe"} | ({"language": language} if language else {})
+        self.options = asked if known else {}  # a Whisper for English alone takes neither
+        if self.is_whisper and device.type == "cuda":
+            self.model.half()
+
+    @torch.inference_mode()
+    def __call__(self, clips: Sequence[np.ndarray]) -> list[Transcript]:
+        """clips: mono float32 samples at JUDGES_RATE_HZ"""
+        if self.is_whisper:
+            return self._by_whisper(clips) if clips else []
+        return [self._by_ctc(clip) for clip in clips]  # where a model knows no mask, padding would change what it finds
+
+    def _by_whisper(self, clips: Sequence[np.ndarray]) -> list[Transcript]:
+        settings = {"sampling_rate": JUDGES_RATE_HZ, "return_tensors": "pt", "return_attention_mask": True}
+        inputs = self.extractor(list(clips), **settings).to(self.model.device)
+        inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
+        tokens = self.model.generate(**inputs, **self.options)  # [B, S], the prompt before them
+        logits = self.model(input_features=inputs["input_features"], decoder_input_ids=tokens[:, :-1]).logits
+        logs = torch.nn.functional.pad(logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0], (1, 0))
+        is_text = tokens < min(self.config.eos_token_id, self.config.decoder_start_token_id)
+        languages = [[self.languages[token] for token in row if token in self.languages] for row in tokens.tolist()]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [
+            Transcript(text.strip(), (language or [self.language])[0], _mean_chance(log[kept]))
+            for text, language, log, kept in zip(texts, languages, logs, is_text)
+        ]
+
+    def _by_ctc(self, clip: np.ndarray) -> Transcript:
+        inputs = self.extractor(clip, sampling_rate=JUDGES_RATE_HZ, return_tensors="pt").to(self.model.device)
+        logs, tokens = self.model(**inputs).logits[0].float().log_softmax(-1).max(-1)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Transcript(text.strip(), self.language, _mean_chance(logs[tokens != self.tokenizer.pad_token_id]))
+
+
+def _mean_chance(logs: torch.Tensor) -> float | None:
+    """The geometric mean of probabilities. logs: [S]"""
+    return logs.mean().exp().item() if len(logs) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and folders
+
+
+class Folder:
+    """Clips that get NAME.txt beside them."""
+
+    def __init__(self, path: Path):
+        self.path, self.listing = path, Listing(path)
+        self.clips = [clip for clip in self.listing.clips if not AudioPart(Path(clip), None, None, True, "").holds_codes]
+        self.num_clips = len(self.clips)
+        self.new: dict[str, Transcript] = {}
+        if not self.clips:
+            raise DataError(f"{path}: no recording in this folder")
+        try:
+            form = recognise(path)
+        except DataError:
+            form = "pairs"
+        if form != "pairs":
+            raise DataError(f"{path}: a dataset that has its transcripts already ({form or 'ChatML'})")
+
+    def todo(self, force: bool) -> list[tuple[str, AudioPart, str]]:
+        names = self.clips if force else without_text(self.listing)
+        return [(name, AudioPart(self.path / name, None, None, True, "clip"), name) for name in names]
+
+    def put(self, name: str, found: Transcript) -> None:
+        self.new[name] = found
+        if found.text:
+            write_whole((self.path / name).with_suffix(".txt"), lambda file: file.write(f"{found.text}\n".encode()))
+
+    def save(self) -> None:
+        pass
+
+    def finish(self, script: str, script_path: Path | None) -> list[str]:
+        wordless = [name for name, found in self.new.items() if not found.text]
+        lines = [listing(f"{len(wordless)} clips have no word; move them elsewhere:", wordless)] if wordless else []
+        return lines + summary(list(self.new.items()), "the .txt of that name")
+
+
+class Table:
+    """A .jsonl with a row for each clip; it is replaced as a whole whenever it is saved."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.suffix != ".jsonl":
+            raise DataError(f"{path}: expected a folder of clips, or a .jsonl with a row for each, as prepare cut writes it")
+        self.sources, self.rows = zip(*read_manifest(path).values()) if path.is_file() else ((), ())
+        if not self.rows:
+            raise DataError(f"{path}: {'there is no row in it' if path.is_file() else 'no such file or folder'}")
+        for source, row in zip(self.sources, self.rows):
+            if not isinstance(row, dict) or "messages" in row:
+                raise DataError(f"{source}: expected a row with audio and text, as prepare cut writes it, found {shown(row)}")
+        names = {name.lower() for row in self.rows for name in row}
+        self.text = next((name for name in COLUMNS["text"] if name in names), "text")
+        self.num_clips = len(self.rows)
+        self.wordless: set[int] = set()
+
+    def todo(self, force: bool) -> list[tuple[int, AudioPart, str]]:
+        found = []
+        for i, (source, row) in enumerate(zip(self.sources, self.rows)):
+            if force or not str(row.get(self.text) or "").strip():
+                origin = Origin(source, self.path.parent)
+                clip = Row(row, origin)
+                url, span = clip.clip("audio")["audio_url"], clip.span()
+                part = AudioPart(self.path.parent / url, span.get("offset"), span.get("duration"), True, "audio")
+                found.append((i, part, source))
+        return found
+
+    def put(self, i: int, found: Transcript) -> None:
+        row = self.rows[i]
+        row.pop("recognised", None)
+        row[self.text] = found.text
+        row |= {"language": found.language} if found.language else {}
+        row |= {"confidence": round(found.confidence, 3)} if found.confidence is not None else {}
+        (self.wordless.discard if found.text else self.wordless.add)(i)
+
+    def save(self, without: Sequence[int] = ()) -> None:
+        self._write(self.path, [row for i, row in enumerate(self.rows) if i not in without])
+
+    def finish(self, script: str, script_path: Path | None) -> list[str]:
+        """Give the clips the script's words, move those that cannot be used out of the table. raises: DataError"""
+        unfit, lines = self.follow(script, script_path) if script_path else (set(), [])
+        left_out = sorted(self.wordless | unfit)
+        if len(left_out) == len(self.rows):
+            raise DataError(f"{self.path}: no clip {f'fits {script_path}' if unfit else 'has a word'}; it is left as it is")
+        if left_out:
+            beside = self.path.with_name(f"{self.path.stem}.left_out.jsonl")
+            before = [row for _, row in read_manifest(beside).values()] if beside.exists() else []
+            self._write(beside, before + [self.rows[i] for i in left_out])
+            lines.append(
+                f"{len(self.wordless)} clips without a word, {len(unfit - self.wordless)} not in the script -> {beside}"
+            )
+        if script_path or left_out:
+            self.save(left_out)
+        kept = [row for i, row in enumerate(self.rows) if i not in left_out]
+        named = [(f"{row.get('audio')} from {row.get('start', 0)} s", row) for row in kept]
+        known = [(n, Transcript(str(r.get(self.text)), r.get("language", ""), r.get("confidence"))) for n, r in named]
+        return lines + summary(known, f"its `{self.text}` in {self.path}, or take the line out")
+
+    def follow(self, script: str, script_path: Path) -> tuple[set[int], list[str]]:
+        """Give each clip the script's words; returns the clips that do not fit, and what of the script is in no clip."""
+        words = words_of(script)
+        starts = [start for _, start in words] + [len(script)]
+        spoken = [words_of(str(row.get("recognised") or row.get(self.text) or "")) for row in self.rows]
+        found = align([[word for word, _ in clip] for clip in spoken], [word for word, _ in words])
+        used = {i for place in found if place for i in range(*place)}
+        for row, place in zip(self.rows, found):
+            if place:
+                row.setdefault("recognised", row.get(self.text))
+                row[self.text] = " ".join(script[starts[place[0]] : starts[place[1]]].split())
+        lines = (
+            [f"{len(words) - len(used)} of {len(words)} words of {script_path} are in no clip"]
+            if len(used) < len(words)
+            else []
+        )
+        return {i for i, place in enumerate(found) if not place}, lines
+
+    @staticmethod
+    def _write(path: Path, rows: Sequence[dict]) -> None:
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_whole(path.resolve(), lambda file: file.write(content.encode("utf-8", "backslashreplace")))
+
+
+def summary(found: Sequence[tuple[str, Transcript]], where: str) -> list[str]:
+    """Languages; the clips to listen to."""
+    languages = Counter(transcript.language for _, transcript in found if transcript.language)
+    lines = [f"language {', '.join(f'{name} {count}' for name, count in languages.most_common())}"] if languages else []
+    doubtful = sorted((t.confidence, name, t.text) for name, t in found if t.confidence is not None and t.confidence < LOW)
+    if doubtful:
+        title = f"{len(doubtful)} of low confidence: listen, and correct {where}"
+        lines.append(listing(title, [f"{name} ({share:.2f}): {shown(text)}" for share, name, text in doubtful]))
+    return lines
