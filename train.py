@@ -3,7 +3,7 @@
     python train.py --train_manifest train.jsonl --output_dir runs/voice                                # CPU or one GPU
     torchrun --nproc_per_node=8 train.py --train_manifest train.jsonl --output_dir runs/voice           # eight GPUs
 
-`bash launch.sh` does the same with less typing, on several nodes too. README.md says what a run leaves behind.
+`bash launch.sh` does the same with less typing, on several nodes too. docs/training.md says what a run leaves behind.
 """
 
 from __future__ import annotations

@@ -638,7 +638,7 @@ STOLEN = ("json", "socket", "struct", "config", "common", "train", "data", "mult
 
 @pytest.mark.parametrize(
     "how",
-    ["python train.py", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torchrun", "prepare", "tools"))],
+    ["tools", *(pytest.param(how, marks=pytest.mark.slow) for how in ("python train.py", "torchrun", "prepare"))],
 )
 def test_code_in_the_current_folder_is_never_run(how, toys, tmp_path):
     """Without launch.sh (test_readme.py), and whatever it is called: by the command, its ranks, the server of its workers."""

@@ -1,6 +1,6 @@
-"""Every command of README.md, run as it stands there, and launch.sh.
+"""Every command of README.md and docs/, run as it stands there, and launch.sh.
 
-The commands run in README's order on a *desk*: a folder that holds tiny things under the names that README uses. All that is
+The commands run in the order of `PAGES` on a *desk*: a folder that holds tiny things under the names that the pages use. All that is
 changed is in `SUBSTITUTED` and `APPENDED`. Most run in this process, in one rank: what launch.sh would start is asked of
 launch.sh, what torchrun would start of torchrun's own parser. `bash launch.sh` on two ranks and on two nodes are real launches.
 A test alone lacks what the commands before it made; run the file as a whole.
@@ -39,6 +39,8 @@ SUBSTITUTED = {
     "step_175": "step_1",
     "step_180": "step_2",
     "node0": "127.0.0.1",
+    "--asr_model MODEL": "--asr_model recogniser",
+    "--base_ckpt MODEL": "--base_ckpt checkpoint",
 }
 # What makes a command small: flags after those of README
 APPENDED = {
@@ -50,6 +52,7 @@ APPENDED = {
     "prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
     "prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
     "step": "--help",  # its smallest size runs in test_benchmarks.py
+    "transcripts": "--help",
 }
 RUN_BY_CI = ("tools.demo", "pytest", "setup")
 PACKAGES = ("prepare", "generate", "export")  # each with a __main__.py
@@ -73,7 +76,11 @@ def commands(text: str) -> list[str]:
     return [line for line in dict.fromkeys(found) if IS_COMMAND.match(line)]
 
 
-COMMANDS = commands((ROOT / "README.md").read_text())
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("training", "using", "clusters", "troubleshooting", "datasets", "how-it-works")),
+)
+COMMANDS = commands("\n\n".join((ROOT / page).read_text() for page in PAGES))
 OF_SEVERAL_NODES = [command for command in COMMANDS if "NNODES=" in command]
 
 
@@ -179,7 +186,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory, toys, loud_dir, codec_files) -> Path:
+def desk(tmp_path_factory, toys, loud_dir, codec_files, judges) -> Path:
     """What README's reader has: recordings/ of one speaker, manifests, a base checkpoint, a codec, and a run that went wrong."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "recordings" / "anna").mkdir(parents=True)
@@ -197,6 +204,7 @@ def desk(tmp_path_factory, toys, loud_dir, codec_files) -> Path:
         "clips": toys / "clips",
         "checkpoint": loud_dir,
         "codec": codec_files,
+        "recogniser": judges[0],
         "bosonai": codec_files / "bosonai",
     }.items():
         (folder / name).symlink_to(target)
@@ -223,7 +231,19 @@ def prepare(command: str) -> str:
 # ---- the tests
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in OF_SEVERAL_NODES])
+def is_slow(command: str) -> bool:
+    """A second plan shows nothing new, and takes 20 s."""
+    return command.startswith("bash launch.sh plan") and command != "bash launch.sh plan --batch_size 4 --ranks 1,8"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if is_slow(command) else ())
+        for command in COMMANDS
+        if command not in OF_SEVERAL_NODES
+    ],
+)
 def test_command(command, asked_of_python, at_desk, monkeypatch, capsys):
     """Exit status 0, and what it says it makes is there."""
     name, argv = program(prepare(command), asked_of_python)
@@ -340,7 +360,7 @@ def test_code_in_the_current_folder_does_not_run(at_desk, tmp_path, monkeypatch)
     venv = make_environment(tmp_path / "venv", f'exec "{sys.executable}" "$@"')
     train = f"--train_manifest {at_desk}/train.jsonl --output_dir {tmp_path}/o --base_ckpt {at_desk}/checkpoint --max_steps 1"
     train += " --audio_tokenizer none --device cpu --batch_size 1 --num_workers 1"
-    for words in (train, f"prepare check {at_desk}/val.jsonl", f"show {at_desk}/checkpoint", "plan --help"):
+    for words in (train, f"prepare check {at_desk}/val.jsonl"):
         done = launch_sh(words.split(), {"VENV": str(venv), "NPROC": "1"})
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
@@ -386,3 +406,27 @@ def test_extraction():
     text = "Say `python a.py\nx`, `torchrun` or\n```\nA=1 bash launch.sh \\\n    y  # why\ntree.py  what it is\n```\n| `bash launch.sh` | `--x` |"
     assert commands(text) == ["python a.py x", "A=1 bash launch.sh y # why", "bash launch.sh"]
     assert len(COMMANDS) > 40 and "bash launch.sh" in COMMANDS
+
+
+def test_every_page_is_read_and_links_to_what_exists():
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    assert {*pages} == {*PAGES, "docs/faults.md"}  # whose commands are faults
+    titles = {page: re.findall(r"^#+ (.*)", (ROOT / page).read_text(), re.MULTILINE) for page in pages}
+    headings = {page: [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in titles[page]] for page in pages}
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / page).read_text()):
+            path, _, heading = target.partition("#")
+            linked = (ROOT / page).parent / path if path else ROOT / page
+            assert linked.exists(), f"{page}: {target}"
+            assert not heading or heading in headings[linked.resolve().relative_to(ROOT).as_posix()], f"{page}: {target}"
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    named = re.findall(r"`(?:(test_\w+\.py))?(?:::(\w+))?`", (ROOT / "docs" / "faults.md").read_text())
+    file, missing = None, []
+    for path, test in named:
+        file = path or file
+        if path or test:
+            source = (ROOT / "tests" / file).read_text()
+            missing += [f"{file}::{test}"] * bool(test and f"def {test}(" not in source)
+    assert len(named) > 60 and not missing

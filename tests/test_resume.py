@@ -108,6 +108,52 @@ def test_resume_is_exact_to_the_bit(lora_r, toys, tmp_path):
     assert worst < 1e-5
 
 
+CONFIGURATIONS = {
+    "full, float32": {"lora_r": 0},
+    "full, bf16": {"lora_r": 0, "mixed_precision": "bf16"},
+    "full, bf16, layers recomputed": {"lora_r": 0, "mixed_precision": "bf16", "activation_checkpointing": "full"},
+    "full, some layers recomputed": {"lora_r": 0, "activation_checkpointing": "selective"},
+    "full, moving average": {"lora_r": 0, "ema": 0.9},
+    "full, in host memory": {"lora_r": 0, "cpu_offload": True},
+    "full, parts frozen": {"lora_r": 0, "freeze": r"embed_tokens,layers\.0\..*"},
+    "full, whole model on each rank": {"lora_r": 0, "replicate": 2},
+    "LoRA, float32": {},
+    "LoRA, bf16": {"mixed_precision": "bf16"},
+    "LoRA, bf16, without dropout": {"mixed_precision": "bf16", "lora_dropout": 0.0},
+    "LoRA on 4 bits": {"mixed_precision": "bf16", "quantize": "nf4"},
+    "LoRA, moving average": {"ema": 0.9},
+    "LoRA, layers recomputed": {"activation_checkpointing": "full"},
+    "by number of positions": {"max_tokens": 300, "grad_accum": 1},
+    "two loader workers": {"num_workers": 2},
+    "two data sets in a mixture": {"train_manifest": "TRAIN:2,VAL:0.5"},
+    "voice term": {"consistency_loss_weight": 0.1},
+    "weighted codebooks and losses": {"codebook_weights": "4,2,1,1,1,1,1,1", "text_loss_weight": 0.5},
+}
+
+
+def compare_resumed(dist, toys: Path, folder: Path) -> list[tuple[str, str]]:
+    """Of each configuration, what differs between five steps and three, stop, resume from the second."""
+    found = []
+    for number, (name, extra) in enumerate(CONFIGURATIONS.items()):
+        whole, parts = folder / f"{number}-whole", folder / f"{number}-parts"
+        extra = {"save_steps": 2, "max_steps": 5, "val_steps": 2} | extra
+        dist = train.setup_distributed("cpu", extra.get("replicate", 1))
+        if manifest := extra.get("train_manifest"):
+            extra["train_manifest"] = manifest.replace("TRAIN", f"{toys}/train.jsonl").replace("VAL", f"{toys}/val.jsonl")
+        expected = run(dist, settings(toys, whole, **extra))
+        run_and_stop(dist, settings(toys, parts, **extra), 3)
+        resumed = run(dist, settings(toys, parts, resume="auto", **extra))
+        found += [(name, parameter) for parameter in expected if not torch.equal(resumed[parameter], expected[parameter])]
+        found += [(name, "metrics.jsonl")] * (dist.is_main and logged(parts) != logged(whole))
+    return found
+
+
+@pytest.mark.slow
+def test_every_configuration_resumes_to_the_bit(toys, tmp_path):
+    assert len(CONFIGURATIONS) >= 17
+    assert run_ranks(compare_resumed, 2, toys, tmp_path, timeout_sec=900) == [[], []]
+
+
 def test_offloading_changes_nothing(toys, tmp_path):
     """--cpu_offload, stopped and resumed, against a plain run: every bit."""
     whole, parts = (settings(toys, tmp_path / name, 0, max_steps=4, save_steps=2) for name in ("whole", "parts"))
