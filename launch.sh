@@ -35,7 +35,7 @@ LOCK=${LOCK:-}                  # a file of versions to install, as requirements
 MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed is continued from its newest checkpoint
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
-TOOLS="prepare generate evaluate export merge average show plan report replay demo"
+TOOLS="voice prepare generate evaluate export merge average show plan report replay demo"
 
 say() { echo "$1" >&2; }
 fail() { say "error: $1" && exit 2; }
