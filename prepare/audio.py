@@ -55,6 +55,7 @@ MAX_CUT_OFF = 0.1  # share of a file that may be missing at its end: some header
 # What a file may claim: checked before anything is decoded or read as a whole.
 RATES_HZ, MAX_CHANNELS = (4_000, 384_000), 32
 MAX_CLIP_SEC, MAX_CLIP_SAMPLES = 900, 45_000_000  # of one channel: 15 minutes at 48 kHz
+MAX_TRANSCRIBED_SEC = 30  # what Whisper takes at once; longer recordings are cut first
 MAX_FILE_BYTES, MAX_CODES_BYTES = 2**34, 2**27  # a day of 16-bit stereo at 48 kHz, and of codes in 64 bits
 BLOCK_SAMPLES = 2**20  # of all channels, decoded at once
 

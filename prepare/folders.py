@@ -25,6 +25,7 @@ from prepare.rows import (
     SPLIT,
     STORAGE,
     WAVEFORM_SUFFIXES,
+    MissingTextError,
     Reading,
     check_inside,
     columns_of,
@@ -314,7 +315,8 @@ def _rows_beside(listing: Listing, texts: dict[tuple, str], speaker: Callable[[s
             row |= {name: value[inside[name]] for name in ("text", "speaker") if name in inside}
         elif text:
             row["text_file"] = text
-        yield source, row
+        missing = MissingTextError(f"no text beside it; bash launch.sh prepare transcribe {listing.root} writes {stem_of(clip)}.txt")
+        yield source, row if text else missing
 
 
 def read_timed_beside(listing: Listing, reading: Reading) -> Found | None:

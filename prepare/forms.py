@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from common import DataError
-from prepare.audio import FFMPEG_SUFFIXES, duration_sec
+from prepare.audio import FFMPEG_SUFFIXES, MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.channels import one_channel_each
 from prepare.chats import chat_key, from_chat, is_chatml
-from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists, read_timed_beside
+from prepare.folders import Finder, Listing, read_beside, read_kaldi, read_lists, read_timed_beside, without_text
 from prepare.manifest import (
+    CODE_SUFFIXES,
     MAX_RECORD_BYTES,
     AudioPart,
     Manifest,
@@ -42,12 +43,14 @@ from prepare.packed import PACKED, from_hub, read_packed
 from prepare.rows import (
     AUDIO_SUFFIXES,
     DEFAULT_READING,
+    WAVEFORM_SUFFIXES,
     MissingTextError,
     Origin,
     Reading,
     Row,
     columns_of,
     find_audio,
+    has_empty_text,
     names_of,
 )
 from prepare.tables import SAMPLED, Found, Rows, UnclearError, kind_of, numbered_lines, read_table, read_text
@@ -65,7 +68,7 @@ OTHERS = {  # kinds of files that are not read, and what to do with them
     **dict.fromkeys((".zip", ".gz", ".tgz", ".rar", ".7z"), "an archive; unpack it first"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as CSV"),
     **dict.fromkeys((".docx", ".doc", ".pdf", ".odt"), "a document; save the texts as CSV, beside the names of their clips"),
-    **dict.fromkeys(AUDIO_SUFFIXES, "a recording; name the table or the folder that has its text too"),
+    **dict.fromkeys(CODE_SUFFIXES, "codes of a clip; name the table or the folder that has its text too"),
 }
 
 
@@ -208,7 +211,7 @@ def _make_records(found: Found, folder: Path, conversion: Conversion, reading: R
         origin = Origin(source, folder, reading)
         try:
             if isinstance(value, DataError):
-                raise DataError(f"{source}: {value}")
+                raise type(value)(f"{source}: {value}")
             record = moved(from_chat(value, origin), origin) if found.is_chat else Row(value, origin).record()
             identity = record.pop("id", None)
             if identity is not None and seen.setdefault(identity, source) != source:
@@ -322,6 +325,9 @@ def _recognise(path: Path, reading: Reading) -> Found:
         return read_packed([path], reading)
     if path.name.endswith((".jsonl.gz",)):
         return Found("Lhotse", lambda: read_cuts(path))
+    if path.suffix.lower() in WAVEFORM_SUFFIXES:
+        remedy = f"or bash launch.sh prepare cut {path} --out cuts.jsonl"
+        raise DataError(f"{path}: a recording; name the table or the folder that has its text too, {remedy}")
     if path.suffix.lower() in OTHERS:
         raise _unknown(path, OTHERS[path.suffix.lower()])
     if path.suffix.lower() in (*SUBTITLES, ".textgrid"):
@@ -344,6 +350,8 @@ def _recognise(path: Path, reading: Reading) -> Found:
     if chats or not values:  # broken records are left to the reader
         return Found(None if all(map(is_chatml, chats)) else "messages", lambda: _read_values(path), is_chat=True)
     if objects and "audio" in columns_of(objects[0], reading.columns):
+        if not any({"text", "text_file"} & columns_of(row, reading.columns).keys() for row in objects) and has_empty_text(objects[0]):
+            raise DataError(f"{path}: {len(objects)} clips, no transcripts: bash launch.sh prepare transcribe {path}")
         return Found("table", lambda: _read_values(path))
     raise _unknown(path, f"keys {sorted(map(str, objects[0]))}, {_needed()}" if objects else shown(values[:1]))
 
@@ -368,7 +376,25 @@ def _recognise_folder(folder: Path, reading: Reading) -> Found:
     found = read_timed_beside(listing, reading) or read_beside(listing, reading) or read_lists(listing, reading)
     if found:
         return found
-    raise _unknown(folder, _what_is_there(listing))
+    raise _without_transcripts(listing) or _unknown(folder, _what_is_there(listing))
+
+
+def _without_transcripts(listing: Listing) -> DataError | None:
+    """What to type for a folder of recordings alone, or with texts beside few of them."""
+    recordings = [path for path in listing.clips if path.lower().endswith(WAVEFORM_SUFFIXES)]
+    clips = without_text(listing)
+    texts = listing.with_suffix(*(suffix for suffix in (*TABLES, *OTHERS, ".json") if suffix not in CODE_SUFFIXES))
+    if not clips or (texts and len(clips) == len(recordings)):
+        return None
+    kinds = Counter(Path(path).suffix.lower() for path in recordings)
+    found = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
+    lacking = "no transcripts" if clips == recordings else f"{len(clips)} without a transcript"
+    first = [duration_sec(AudioPart(listing.root / path, None, None, True, "")) for path in clips[:NUM_EXAMPLES]]
+    if min(first) > MAX_TRANSCRIBED_SEC:
+        remedy = f"long recordings: bash launch.sh prepare cut {listing.root} --out cuts.jsonl"
+    else:
+        remedy = f"bash launch.sh prepare transcribe {listing.root}"
+    return DataError(f"{listing.root}: {found} found, {lacking}: {remedy}")
 
 
 def _what_is_there(listing: Listing) -> str:

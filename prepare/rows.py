@@ -191,7 +191,10 @@ class Row:
         """The ChatML record, with the row's `id` beside it. raises: DataError, MissingTextError"""
         written, clip, speaker = self.text("text"), self.clip("audio"), self.speaker()
         if not written:
-            raise MissingTextError(f"{self.origin.source}: no text; expected a column of {names_of('text')}")
+            remedy = f"expected a column of {names_of('text')}"
+            if has_empty_text(self.row):
+                remedy = "write it (a .jsonl: bash launch.sh prepare transcribe FILE), or leave it out with --missing_text skip"
+            raise MissingTextError(f"{self.origin.source}: no text; {remedy}")
         reading, misc = self.origin.reading, self.rest()
         text = prompts.normalise(written) if reading.normalize else written
         if text != written:
@@ -315,6 +318,10 @@ def _meanings(present: tuple[Any, ...], given: tuple[tuple[str, str], ...]) -> d
         if column.lower() in keys:
             found[name] = keys[column.lower()]
     return found
+
+
+def has_empty_text(row: dict) -> bool:
+    return any(is_absent(value) for key, value in row.items() if str(key).strip().lower() in COLUMNS["text"])
 
 
 def is_absent(value: Any) -> bool:

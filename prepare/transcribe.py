@@ -30,14 +30,13 @@ from tqdm import tqdm
 from common import ConfigError, DataError, listing, write_whole
 from generate.judges import JUDGES_RATE_HZ, Transcriber, resample
 from prepare.align import align, words_of
-from prepare.audio import duration_sec, read_ahead, read_waveform
+from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec, read_ahead, read_waveform
 from prepare.folders import Listing, without_text
 from prepare.forms import recognise
 from prepare.manifest import AudioPart, read_manifest, shown
 from prepare.rows import COLUMNS, Origin, Row
 from prepare.tables import read_text
 
-MAX_SEC = 30  # what Whisper takes at once
 LOW = 0.6  # mean probability of a transcript's tokens below which it is listed
 SAVE_SEC = 20.0  # what a killed run loses of a table
 
@@ -83,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
 def refuse_long(todo: Sequence[tuple[Any, AudioPart, str]], given: Path) -> None:
     """raises: DataError for recordings that have to be cut first"""
     seconds = [(part, part.duration_sec or duration_sec(part)) for _, part, _ in todo]
-    long = [f"{part.path} ({sec / 60:.1f} minutes)" for part, sec in seconds if sec > MAX_SEC]
+    long = [f"{part.path} ({sec / 60:.1f} minutes)" for part, sec in seconds if sec > MAX_TRANSCRIBED_SEC]
     if long:
         what = given if given.is_dir() else "RECORDING"
-        remedy = f"longer than {MAX_SEC} s; cut them first: bash launch.sh prepare cut {what} --out cuts.jsonl"
+        remedy = f"longer than {MAX_TRANSCRIBED_SEC} s; cut them first: bash launch.sh prepare cut {what} --out cuts.jsonl"
         raise DataError(listing(f"{len(long)} clips are {remedy}", long))
 
 

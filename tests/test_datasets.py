@@ -508,7 +508,7 @@ REFUSED = {
         r"most spans end after their files: 0 to 150 s of a.wav, which has 0.4 s. Times are in seconds",
     ),
     "a spreadsheet": ("a.wav", {"texts.xlsx": "PK"}, "texts.xlsx", "found a spreadsheet; save it as CSV"),
-    "a single recording": ("a.wav", {}, "a.wav", "found a recording; name the table or the folder that has its text too"),
+    "a single recording": ("a.wav", {}, "a.wav", "a recording; name the table .*, or bash launch.sh prepare cut .*a.wav --out cuts.jsonl"),
     "keys of no meaning": (
         "a.wav",
         {"x.jsonl": '{"sound": "a.wav", "said": "Hello."}\n'},
@@ -521,7 +521,7 @@ REFUSED = {
         "",
         "one.txt, other.txt all name clips; give the one that counts",
     ),
-    "clips alone": ("a.wav b.wav", {}, "", r"2 \.wav, and no text for most of them"),
+    "clips alone": ("a.wav b.wav", {}, "", r": 2 \.wav found, no transcripts: bash launch\.sh prepare transcribe "),
     "an archive": ("", {"data.zip": "PK"}, "", "found data.zip, an archive; unpack it first"),
 }
 

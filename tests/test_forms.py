@@ -407,7 +407,7 @@ def test_plain_chatml_is_left_alone(folder):
         ("swift.jsonl", '{"messages": [], "audios": [3]}', r"record 0 .*audios\[0\]: expected a path to audio, found 3"),
         ("swift.jsonl", '{"messages": [], "audios": ["https://x.y/a.wav"]}', "download it"),
         ("swift.jsonl", '{"messages": [], "images": ["x.png"], "audios": []}', "images and videos"),
-        ("rows.jsonl", '{"audio": "a.wav", "text": ""}', r"record 0 .*no text; expected a column of text, transcript"),
+        ("rows.jsonl", '{"audio": "a.wav", "text": ""}', r"rows\.jsonl: 1 clips, no transcripts: bash launch\.sh prepare transcribe .*rows\.jsonl"),
         ("rows.jsonl", '{"audio": "a.wav", "text": [1]}', r"text: expected text, found \[1\]"),
         ("rows.jsonl", '{"audio": "a.wav", "text": "x", "offset": "soon"}', "offset: expected seconds"),
         ("rows.jsonl", '{"audio": "a.wav", "transcript_file": "none.txt"}', "none.txt cannot be read"),
