@@ -152,7 +152,7 @@ done
 [ "$NPROC" -gt 0 ] || fail "NPROC=$NPROC: expected at least 1"
 
 setup .installed "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt"
-case "$COMMAND" in evaluate | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;; esac
+case "$COMMAND" in evaluate | voice | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;; esac
 case "$COMMAND" in test) setup .installed-datasets "$ROOT/requirements-datasets.txt" ;; esac # else prepare convert installs it
 case "$COMMAND $*" in "prepare cut"* | voice* | test*) setup .installed-voice "$ROOT/requirements-voice.txt" ;; esac
 case "$COMMAND $*" in *--quantize* | plan* | test*) setup .installed-nf4 "$ROOT/requirements-nf4.txt" ;; esac
