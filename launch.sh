@@ -90,7 +90,7 @@ watched() { # title, command...: what pip is at, on a terminal in one line; why 
         while read -r line; do
             all+=$line$'\n'
             case "$line" in
-            Installing*) line="unpacking $(wc -w <<<"${line#*:}") packages, which takes minutes" ;;
+            Installing*) line="unpacking $(wc -w <<<"${line#*:}") package(s)" ;;
             *Retrying*) line="the package index does not answer; trying again" ;;
             Downloading*\ GB\) | Downloading*[0-9][0-9].?\ MB\)) ;; # large ones, also in a file
             *) [[ -t 2 && $line =~ ^(Collecting|Downloading) ]] || continue ;;
@@ -130,7 +130,7 @@ setup() { # stamp, requirements...
     [ -z "$is_first" ] || make_venv
     watched "${is_first:+[2 of 3] PyTorch, transformers and the rest of }${*##*/}" "${install[@]}" ${LOCK:+-c "$LOCK"} "${@/#/--requirement=}"
     [ -z "$is_first" ] || watched "[3 of 3] boson-multimodal, the model's own code" "${install[@]}" --no-deps boson-multimodal==0.1.1
-    echo "$wanted" >"$stamp" && say "done in $SECONDS s; now: $COMMAND"
+    echo "$wanted" >"$stamp" && say "done, $SECONDS s after the start; now: $COMMAND"
     exec 9>&-
 }
 
@@ -152,7 +152,7 @@ done
 [ "$NPROC" -gt 0 ] || fail "NPROC=$NPROC: expected at least 1"
 
 setup .installed "$ROOT/requirements.txt" "$ROOT/requirements-codec.txt"
-case "$COMMAND" in evaluate | voice | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;; esac
+case "$COMMAND" in evaluate | test) setup .installed-evaluate "$ROOT/requirements-evaluate.txt" ;; esac
 case "$COMMAND" in test) setup .installed-datasets "$ROOT/requirements-datasets.txt" ;; esac # else prepare convert installs it
 case "$COMMAND $*" in "prepare cut"* | voice* | test*) setup .installed-voice "$ROOT/requirements-voice.txt" ;; esac
 case "$COMMAND $*" in *--quantize* | plan* | test*) setup .installed-nf4 "$ROOT/requirements-nf4.txt" ;; esac

@@ -54,10 +54,12 @@ def set_up(venv: Path, python: Path | str, **environment: str) -> subprocess.Com
 def test_steps_and_large_downloads_are_shown(tmp_path):
     done = set_up(tmp_path / "venv", make_python(tmp_path / "python"))
     first, *steps, last = done.stderr.splitlines()
-    assert first.startswith(f"setting up {tmp_path}/venv for 'setup': ") and re.fullmatch(r"done in \d+ s; now: setup", last)
+    assert first.startswith(f"setting up {tmp_path}/venv for 'setup': ") and re.fullmatch(
+        r"done, \d+ s after the start; now: setup", last
+    )
     large = [
         "  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (532.4 MB)",
-        "  unpacking 3 packages, which takes minutes",
+        "  unpacking 3 package(s)",
     ]
     titles = [line for line in steps if line.startswith("[")]
     assert [line[:8] for line in titles] == ["[1 of 3]", "[2 of 3]", "[3 of 3]"] and steps[2:4] == large and not done.stdout

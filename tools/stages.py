@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,35 +24,39 @@ STATE = "voice.json"
 
 @dataclass
 class Stage:
-    """A command of launch.sh. A function among its arguments gives those that earlier stages decide."""
+    """A command of launch.sh. A function among its arguments gives those that earlier stages decide; so may `about`."""
 
     name: str
-    about: str
+    about: str | Callable[[], str]
     argv: Sequence
     makes: Sequence[str] = ()  # names in OUT, first the one that is written last
     reads: Sequence[Path | str] = ()  # a change of these files, or words, is a change of the stage
     goes_on: bool = False  # takes up what a stopped run has left
+
+    def is_whole(self, out: Path) -> bool:
+        return all((out / name).exists() for name in self.makes[:1])
 
 
 def follow(stages: Sequence[Stage], out: Path, state: dict) -> int:
     """Run the stages that are not done; returns the exit status of the first that fails, else 0."""
     done, key = state["stages"], ""
     for number, stage in enumerate(stages, 1):
-        title, has_made = f"[{number} of {len(stages)}] {stage.name}", lambda: all((out / m).exists() for m in stage.makes[:1])  # noqa: B023
+        title = f"[{number} of {len(stages)}] {stage.name}"
         argv = [str(item) for part in stage.argv for item in (part() if callable(part) else [part])]
         key = hashlib.sha256(json.dumps([key, argv, *map(fingerprint, stage.reads)]).encode()).hexdigest()
         if done.get(stage.name, {}).get("key", key) != key:
             print(f"{title}: inputs or arguments have changed", flush=True)
             set_aside(stages[number - 1 :], out, done)
-        if done.get(stage.name, {}).get("ended") and has_made():
+        if done.get(stage.name, {}).get("ended") and stage.is_whole(out):
             print(f"{title}: done before", flush=True)
             continue
         for name in stage.makes if not stage.goes_on else ():  # half made
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
         done[stage.name] = {"key": key, "ended": False}
         save(out, state)
-        print(f"\n{title}: {stage.about}\n    {shown(argv)}", flush=True)
-        if status := run(argv) or (0 if has_made() else PREEMPTED):
+        about = stage.about() if callable(stage.about) else stage.about
+        print(f"\n{title}: {about}\n    {shown(argv)}", flush=True)
+        if status := run(argv) or (0 if stage.is_whole(out) else PREEMPTED):
             print(f"stopped at {title}; to go on from there:\n    {shown(['voice', *sys.argv[1:]])}", file=sys.stderr)
             return status
         done[stage.name]["ended"] = True

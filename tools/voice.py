@@ -17,7 +17,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import soundfile
@@ -26,7 +27,6 @@ import torch
 from common import ConfigError, read_json
 from config import AUDIO_TOKENIZER, BASE_CKPT, parse_config, to_argv
 from distributed import says_errors
-from generate.evaluate import LANGUAGES, Figure, render_text, table
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.folders import Listing
 from prepare.manifest import AudioPart
@@ -35,6 +35,7 @@ from tools.gpu import on_gpu
 from tools.stages import STATE, Stage, follow, shown
 
 CONSENT = "the voice must be your own, or one whose owner has agreed to this"
+COMPARED = ("en", "zh")  # languages whose transcripts `evaluate` compares
 SAMPLES_PER_STEP, CLONE_SEC = 8, 8.0  # of training; of a good reference clip
 
 
@@ -47,7 +48,7 @@ def stages_of(args: argparse.Namespace, out: Path, kind: str, flags: Sequence[st
     data = to_argv({"train_manifest": train, "codes_dir": out / "codes"})
     stages = []
 
-    def add(name: str, about: str, argv: list, makes: Sequence[str] = (), **how) -> None:
+    def add(name: str, about: str | Callable[[], str], argv: list, makes: Sequence[str] = (), **how) -> None:
         stages.append(Stage(name, about, argv, makes, **how))
 
     if kind == "recordings":
@@ -69,18 +70,13 @@ def stages_of(args: argparse.Namespace, out: Path, kind: str, flags: Sequence[st
         of_plan = {"batch_size": args.batch_size, "ranks": args.ranks, "json": out / "plan.json"}
         add("plan", f"settings for {args.gpu}", ["plan", *data, *base, *codec, *to_argv(of_plan)], ["plan.json"])
     places = to_argv({"val_manifest": val, "output_dir": run, "resume": "auto"})
-    fit = ["train", *data, *places, *base, *codec, lambda: settings(args, out), *flags]
-    add(
-        "train",
-        f"samples from step 0 on; meanwhile, for {page}:\n    {shown(['report', run])}",
-        fit,
-        ["run/final", "run"],
-        goes_on=True,
-    )
+    fit = ["train", *data, *places, *base, *codec, lambda: to_argv(Schedule.of(args, out).flags), *flags]
+    listen = f"to listen while it trains, {page}:\n    {shown(['report', run])}"
+    add("train", lambda: f"{Schedule.of(args, out).about}; {listen}", fit, ["run/final", "run"], goes_on=True)
     add("report", f"curves and samples: {page}", ["report", run], ["run/report.html"])
     add("export", "the model of the best step", ["export", run, out / "model"], ["model"])
     of_judges = {"asr_model": args.asr_model, "sv_model": args.sv_model, "language": args.language}
-    of_judges |= {} if args.language in LANGUAGES else {"asr_model": "none", "language": "en"}  # what evaluate can compare
+    of_judges |= {} if args.language in COMPARED else {"asr_model": "none", "language": "en"}  # what evaluate can compare
     models = to_argv({"ckpt": run / "final", "against": args.base_ckpt, "lines": val, "out": out / "evaluation"})
     compare = ["evaluate", *models, *codec, *to_argv(of_judges)]
     add("evaluate", "the model against the base, on what was held out", compare, ["evaluation"])
@@ -96,25 +92,29 @@ def val_share(lines: Path) -> str:
     return f"{min(0.5, max(0.05, 4.5 / num_lines(lines))):.3f}"
 
 
-def settings(args: argparse.Namespace, out: Path) -> list[str]:
-    """Flags of training by the plan, the number of clips and --minutes: starting points, not the result of a search."""
-    count, row = num_lines(out / "paired/train.jsonl"), choose(read_json(out / "plan.json"), args) if args.gpu else {}
-    accum = max(1, SAMPLES_PER_STEP // (args.batch_size * args.ranks))
-    steps = math.ceil(count / (args.batch_size * args.ranks * accum))  # of an epoch
-    hours = row.get("hours", math.nan) * count / 1000  # of an epoch
-    epochs = max(1, int(args.minutes / 60 / hours)) if args.minutes else min(30, max(3, math.ceil(200 / steps)))
-    every = math.ceil(steps * epochs / 8)
-    print(f"{count} clips, {epochs} epochs of {steps} steps" + f", about {hours * epochs:.1f} hours" * bool(row), flush=True)
-    flags = {
-        "batch_size": args.batch_size,
-        "grad_accum": accum,
-        "epochs": epochs,
-        "warmup_steps": math.ceil(steps * epochs / 20),
-    }
-    flags |= dict.fromkeys(("val_steps", "save_steps", "sample_steps"), every) | {"lora_r": 16, "final": "best"}
-    if row:
-        flags |= {"quantize": "nf4" if row["base"] == "nf4" else "none", "activation_checkpointing": row["checkpointing"]}
-    return to_argv(flags)
+@dataclass
+class Schedule:
+    """Settings of training by the plan, the number of clips and --minutes: starting points, not the result of a search."""
+
+    flags: dict
+    about: str
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, out: Path) -> Schedule:
+        count, row = num_lines(out / "paired/train.jsonl"), choose(read_json(out / "plan.json"), args) if args.gpu else {}
+        accum = max(1, SAMPLES_PER_STEP // (args.batch_size * args.ranks))
+        steps = math.ceil(count / (args.batch_size * args.ranks * accum))  # of an epoch
+        hours = row.get("hours", math.nan) * count / 1000  # of an epoch
+        epochs = max(1, int(args.minutes / 60 / hours)) if args.minutes else min(30, max(3, math.ceil(200 / steps)))
+        every = math.ceil(steps * epochs / 8)
+        flags = {"batch_size": args.batch_size, "grad_accum": accum, "epochs": epochs}
+        flags |= {"warmup_steps": math.ceil(steps * epochs / 20), "lora_r": 16, "final": "best"}
+        flags |= dict.fromkeys(("val_steps", "save_steps", "sample_steps"), every)
+        if row:
+            flags |= {"quantize": "nf4" if row["base"] == "nf4" else "none", "activation_checkpointing": row["checkpointing"]}
+        return cls(
+            flags, f"{count} clips, {epochs} epochs of {steps} steps" + f", about {hours * epochs:.1f} hours" * bool(row)
+        )
 
 
 def choose(rows: Sequence[dict], args: argparse.Namespace) -> dict:
@@ -122,7 +122,7 @@ def choose(rows: Sequence[dict], args: argparse.Namespace) -> dict:
     ways = [row for row in rows if row["training"] == "lora" and row["checkpointing"] != "selective"]
     if not (fitting := [row for row in ways if row["needed_gib"] <= args.memory_gib]):
         least = min(row["needed_gib"] for row in ways)
-        raise ConfigError(f"{args.gpu}: {least:.1f} GiB are needed; bash launch.sh plan says which cards do")
+        raise ConfigError(f"{args.gpu}: {least:.1f} GiB are needed; try --batch_size 1, or see what bash launch.sh plan says")
     best = min(fitting, key=lambda row: (row["base"] != "bf16", row["checkpointing"] != "none"))
     sizes = [int(size) for size in best["hours_per_1000_clips"] if int(size) <= args.memory_gib * 1.08]
     return best | {"hours": best["hours_per_1000_clips"][str(max(sizes))] if sizes else math.nan}
@@ -167,9 +167,6 @@ def show_end(args: argparse.Namespace, out: Path) -> None:
     lines = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     best = min((line for line in lines if line["split"] == "val"), key=lambda line: line["loss"])
     print(f"\n{args.name}: {out / 'model'}, of step {best['step']}, with the lowest validation loss, {best['loss']:.3f}")
-    if (out / "evaluation/evaluation.json").exists():
-        found = read_json(out / "evaluation/evaluation.json")
-        print(render_text(table({name: Figure(**value) for name, value in found["figures"].items()}, found["models"])))
     print(f"listen: {out / 'run/report.html'}, {out / 'evaluation/evaluation.html'}\nuse it:")
     speak = ["--ref_audio", keep_reference(out)] + ["--audio_tokenizer", args.audio_tokenizer] * (
         args.audio_tokenizer != AUDIO_TOKENIZER
@@ -204,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
     args, flags = parser.parse_known_args(argv)
     cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])  # typos, before hours of work
     out, args.gpu = args.out or Path("voices", args.name), ""
-    args.batch_size, args.ranks = cfg.batch_size if "--batch_size" in flags else 4, int(os.environ.get("NPROC", 1))
+    args.batch_size, args.ranks = cfg.batch_size, int(os.environ.get("NPROC", 1))
     if on_gpu(cfg.device):
         args.ranks = int(os.environ.get("NPROC", torch.cuda.device_count()))
         args.memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
