@@ -200,6 +200,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="default: voices/NAME")
     args, flags = parser.parse_known_args(argv)
     cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])  # typos, before hours of work
+    if Path(args.name).name != args.name:
+        raise ConfigError(f"--name {args.name}: a word, such as anna")
     out, args.gpu = args.out or Path("voices", args.name), ""
     args.batch_size, args.ranks = cfg.batch_size, int(os.environ.get("NPROC", 1))
     if on_gpu(cfg.device):
