@@ -50,16 +50,15 @@ case " train test bench setup $TOOLS " in
 *) fail "launch.sh knows no '$COMMAND'; it knows train, test, bench, setup, ${TOOLS// /, }, and flags of train.py" ;;
 esac
 if [ "$COMMAND" = bench ]; then
-    BENCHMARK=${1:-}
-    [ -f "$ROOT/benchmarks/$BENCHMARK.py" ] ||
-        fail "no benchmark '$BENCHMARK'; there are: $(cd "$ROOT/benchmarks" && echo *.py | sed 's/\.py//g')"
-    shift
+    [ -f "$ROOT/benchmarks/${1:-}.py" ] ||
+        fail "no benchmark '${1:-}'; there are: $(cd "$ROOT/benchmarks" && echo *.py | sed 's/\.py//g')"
+    BENCHMARK=$1 && shift
 fi
 
 # ---- environment ------------------------------------------------------------------------------------------------------
 check_python() { # ends with one line where no environment can be made of it
     command -v "$PYTHON" >/dev/null ||
-        fail "no $PYTHON here; install Python 3.10 to 3.12 (Debian, Ubuntu: sudo apt install python3-venv), or name one: PYTHON="
+        fail "no $PYTHON here; install Python 3.10 to 3.12 (Debian, Ubuntu: sudo apt install python3-venv) or name it: PYTHON="
     "$PYTHON" -c '
 import sys
 found = "%d.%d" % sys.version_info[:2]
@@ -105,9 +104,9 @@ watched() { # title, command...: what pip is at, on a terminal in one line; why 
 why() { # the reason in what pip or venv printed; venv says nothing of a full disk
     case "$1$([ "$(df -Pm "$(dirname "$VENV")" | awk 'END { print $4 }')" -gt 100 ] || echo No space left)" in
     *"No space left"* | *"Disk quota"*)
-        echo "no space left for $VENV or in TMPDIR=${TMPDIR:-/tmp}: make room (10 GB do), or name other folders with VENV= and TMPDIR=" ;;
+        echo "no space left for $VENV or in ${TMPDIR:-/tmp}: make room (10 GB do), or name others: VENV=, TMPDIR=" ;;
     *NewConnection* | *"Failed to establish"* | *"name resolution"* | *ProxyError* | *"timed out"*)
-        echo "no network: the package index does not answer; connect, or name a proxy (https_proxy=) or a mirror (PIP_INDEX_URL=)" ;;
+        echo "no network: the package index does not answer; connect, or name a proxy (https_proxy=), a mirror (PIP_INDEX_URL=)" ;;
     *) echo "the set-up of $VENV failed: $(grep -v -e '^failed with' -e '^$' <<<"$1" | tail -n 3)" ;;
     esac
 }
@@ -128,23 +127,17 @@ setup() { # stamp, requirements...
         say "note: no locks on this file system; set up on one node first"
     ! is_done || return 0
     [ -z "$is_first" ] || make_venv
-    watched "${is_first:+[2 of 3] PyTorch, transformers and the rest of }${*##*/}" "${install[@]}" ${LOCK:+-c "$LOCK"} "${@/#/--requirement=}"
-    [ -z "$is_first" ] || watched "[3 of 3] boson-multimodal, the model's own code" "${install[@]}" --no-deps boson-multimodal==0.1.1
+    watched "${is_first:+[2 of 3] PyTorch and the rest of }${*##*/}" "${install[@]}" ${LOCK:+-c "$LOCK"} "${@/#/--requirement=}"
+    [ -z "$is_first" ] || watched "[3 of 3] boson-multimodal" "${install[@]}" --no-deps boson-multimodal==0.1.1
     echo "$wanted" >"$stamp" && say "done, $SECONDS s after the start; now: $COMMAND"
     exec 9>&-
 }
 
-num_gpus() {
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
-    else
-        echo 0
-    fi
-}
-
-GPUS=$(num_gpus)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true)
+else
+    GPUS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+fi
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
 for variable in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS; do
     [[ ${!variable} =~ ^(0|[1-9][0-9]{0,4})$ ]] || fail "$variable=${!variable}: expected a number"
@@ -170,6 +163,7 @@ on_every_gpu() { # file, arguments...
     if [ "$NPROC" -gt 1 ]; then on_ranks --standalone "$@"; else exec "$PY" "$@"; fi
 }
 
+[ "$COMMAND" != demo ] || say "the demo: trains a tiny model on toy voices for some minutes, then lets it speak; needs no GPU"
 case "$COMMAND ${1:-}" in
 setup*) exit 0 ;;
 test*) cd "$ROOT" && exec "$PY" -m pytest "${@:-tests/}" ;;

@@ -82,7 +82,7 @@ def test_what_keeps_pip_from_installing_is_one_line(says, tmp_path):
     done = set_up(venv, make_python(tmp_path / "python", says, 1))
     expected = {
         NO_NETWORK: "error: no network: the package index does not answer; .*PIP_INDEX_URL=.*",
-        NO_SPACE: f"error: no space left for {venv} or in TMPDIR=.*: make room .*VENV= and TMPDIR=",
+        NO_SPACE: f"error: no space left for {venv} or in /.*: make room .*VENV=, TMPDIR=",
     }.get(says, f"error: the set-up of {venv} failed: ERROR: something else")
     assert done.returncode == 2 and re.fullmatch(expected, done.stderr.splitlines()[-1])
     assert not (venv / ".installed").exists()
@@ -156,7 +156,7 @@ def test_python_is_checked_before_anything_is_made(change, tmp_path):
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         expected = f"error: Python {version} has no ensurepip (Debian, Ubuntu: sudo apt install python{version}-venv)"
     if not change:
-        expected = f"error: no {python} here; install Python 3.10 to 3.12 (Debian, Ubuntu: sudo apt install python3-venv), or name one: PYTHON="
+        expected = f"error: no {python} here; install Python 3.10 to 3.12 (Debian, Ubuntu: sudo apt install python3-venv) or name it: PYTHON="
     assert done.returncode == 2 and message == expected and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path != python] == []
 
