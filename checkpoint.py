@@ -32,10 +32,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common import CheckpointError, read_json, reason, sha256_of, write_whole
-from config import base_revision
+from config import BASE_NAMES, base_revision
 from distributed import gather, own_rows, says_errors
 from export import layouts
 from layers import nf4
+from prepare import hub
 
 FORMAT = 2  # of training checkpoints; 1 had no "format", no lineage, no checksum of state.json and no base/
 STATE_FILE = "state.json"
@@ -58,15 +59,15 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
         raise CheckpointError(f"checkpoint {name_or_path}: neither a folder nor a Hub repository (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    revision = base_revision(name_or_path, revision)
-    try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:  # the Hub client has many: offline, no access, no such repository or revision
-        raise CheckpointError(
-            f"checkpoint {name_or_path} (revision {revision}): not a folder here, and the Hub gave no copy: {reason(error)}"
-        ) from None
+    found = base_revision(name_or_path, revision)
+    names = [name_or_path, *(name for name in BASE_NAMES if name_or_path in BASE_NAMES and name != name_or_path)]
+    problems = []
+    for name in names:
+        try:
+            return hub.fetch(name, found, ["*.json", "*.safetensors", "*.jinja"])
+        except hub.HubError as error:
+            problems.append(str(error))
+    raise CheckpointError(f"checkpoint {name_or_path} (revision {found}): not a folder here; {problems[0]}")
 
 
 def read_base_config(folder: Path) -> HiggsAudioConfig:

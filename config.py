@@ -19,6 +19,7 @@ from recipes.files import as_line, read_lines
 from recipes.flags import Flags
 
 BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
+BASE_NAMES = (BASE_CKPT, "bosonai/higgs-tts-2-3b-base")  # its two names on the Hub
 # The Hub's newer revisions hold the same weights in the transformers layout; this one is the original layout.
 BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
@@ -46,7 +47,7 @@ BEST_BY |= {"drift": -1} | OF_SAMPLES
 
 def base_revision(name: str, revision: str | None = None) -> str | None:
     """The revision of a Hub checkpoint to fetch: the original layout of the published one, else the one given."""
-    return revision or (BASE_REVISION if name == BASE_CKPT else None)
+    return revision or (BASE_REVISION if name in BASE_NAMES else None)
 
 
 def _setting(default: Any, help: str, *aliases: str, const: Any = None, choices: Sequence[str] | None = None) -> Any:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common import EARLY_END, PREEMPTED, SIGNALS, ConfigError, Interrupted, UserError, listing
+from tools.gpu import on_gpu
 from tools.log import DETAILS, show
 
 T = TypeVar("T")
@@ -179,18 +180,18 @@ def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: flo
     """Join the other ranks; without torchrun this process is the only one.
 
     timeout_min: how long ranks wait for each other, for one that downloads, too
-    raises: ConfigError if the ranks cannot be divided into `replicate` equal groups
+    raises: ConfigError if the ranks cannot be divided into `replicate` equal groups, or a GPU is there but not seen
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, num_local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and num_local > (num_gpus := torch.cuda.device_count()):
+    use_gpu = on_gpu(device)
+    if use_gpu and num_local > (num_gpus := torch.cuda.device_count()):
         raise ConfigError(f"{num_local} ranks on a node with {num_gpus} GPU(s); start as many as there are GPUs")
-    if on_gpu:
+    if use_gpu:
         torch.cuda.set_device(local_rank)
-    here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    here = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if not torch_dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
         timeout = datetime.timedelta(minutes=timeout_min)
         torch_dist.init_process_group(backend, store=_meeting_place(timeout), rank=rank, world_size=world_size, timeout=timeout)
     return Dist(rank, local_rank, world_size, here, make_mesh(here.type, world_size, replicate))

@@ -4,13 +4,14 @@
 #   bash launch.sh                    the offline demo: train a tiny model on toy voices, then generate speech
 #   bash launch.sh [train] --FLAG...  train.py on every GPU of this node, or on NPROC ranks
 #   TRAIN_MANIFEST=train.jsonl OUTPUT_DIR=runs/voice bash launch.sh      the same from variables, see below
+#   bash launch.sh voice recording.m4a --name anna     from a long recording to a voice, in one command
 #   bash launch.sh NAME [ARGS...]     prepare, generate, evaluate, export, merge, average, show, plan, report, replay or demo
 #   bash launch.sh bench NAME [ARGS...]  benchmarks/NAME.py
 #   bash launch.sh test [ARGS...]     pytest tests/, or pytest ARGS...
 #   bash launch.sh setup              only set up
 #
-# `prepare encode`, `generate --lines` and `evaluate` also use every GPU of this node.
-# Several nodes: the same line on each, with NNODES, NODE_RANK and MASTER_ADDR set, and an output folder that all of them see.
+# `prepare encode`, `generate --lines` and `evaluate` also use every GPU. Several nodes: the same line on each, with NNODES,
+# NODE_RANK and MASTER_ADDR set, and an output folder that all of them see.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -34,12 +35,10 @@ LOCK=${LOCK:-}                  # a file of versions to install, as requirements
 MAX_RESTARTS=${MAX_RESTARTS:-0} # how often a run that failed is continued from its newest checkpoint
 
 # ---- what to run ------------------------------------------------------------------------------------------------------
-TOOLS="prepare generate evaluate export merge average show plan report replay demo"
+TOOLS="voice prepare generate evaluate export merge average show plan report replay demo"
 
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
+say() { echo "$1" >&2; }
+fail() { say "error: $1" && exit 2; }
 
 case "${1:-}" in
 "") COMMAND=$([ -n "${TRAIN_MANIFEST:-}" ] && echo train || echo demo) ;;
@@ -51,29 +50,86 @@ case " train test bench setup $TOOLS " in
 *) fail "launch.sh knows no '$COMMAND'; it knows train, test, bench, setup, ${TOOLS// /, }, and flags of train.py" ;;
 esac
 if [ "$COMMAND" = bench ]; then
-    BENCHMARK=${1:-}
-    [ -f "$ROOT/benchmarks/$BENCHMARK.py" ] ||
-        fail "no benchmark '$BENCHMARK'; there are: $(cd "$ROOT/benchmarks" && echo *.py | sed 's/\.py//g')"
-    shift
+    [ -f "$ROOT/benchmarks/${1:-}.py" ] ||
+        fail "no benchmark '${1:-}'; there are: $(cd "$ROOT/benchmarks" && echo *.py | sed 's/\.py//g')"
+    BENCHMARK=$1 && shift
 fi
 
 # ---- environment ------------------------------------------------------------------------------------------------------
+check_python() { # ends with one line where no environment can be made of it
+    command -v "$PYTHON" >/dev/null ||
+        fail "no $PYTHON here; install Python 3.10 to 3.12 (Debian, Ubuntu: sudo apt install python3-venv) or name it: PYTHON="
+    "$PYTHON" -c '
+import sys
+found = "%d.%d" % sys.version_info[:2]
+if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+    sys.exit("error: %s is Python %s, but 3.10 to 3.12 work; name one: PYTHON=python3.11 bash launch.sh" % (sys.argv[1], found))
+try:
+    import ensurepip, venv
+except ImportError as error:
+    sys.exit("error: Python %s has no %s (Debian, Ubuntu: sudo apt install python%s-venv)" % (found, error.name, found))
+' "$PYTHON" || exit 2
+}
+
+make_venv() { # anew where it is half made; a folder of something else is not touched
+    ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 0
+    if [ -f "$VENV/pyvenv.cfg" ]; then
+        say "$VENV is half made, or its Python is gone: it is made anew"
+    elif [ -e "$VENV" ] && ! rmdir "$VENV" 2>/dev/null; then
+        fail "VENV=$VENV is no virtual environment (it holds no pyvenv.cfg) and stays as it is; name another folder with VENV="
+    fi
+    watched "[1 of 3] a virtual environment of $("$PYTHON" --version 2>&1)" "$PYTHON" -m venv --clear "$VENV"
+}
+
+watched() { # title, command...: what pip is at, on a terminal in one line; why it failed
+    local line all="" format
+    format=$([ -t 2 ] && echo '\r\033[K  %.90s' || echo '  %s\n')
+    say "$1" && shift
+    { "$@" 2>&1 || echo "failed with $?"; } | {
+        while read -r line; do
+            all+=$line$'\n'
+            case "$line" in
+            Installing*) line="unpacking $(wc -w <<<"${line#*:}") package(s)" ;;
+            *Retrying*) line="the package index does not answer; trying again" ;;
+            Downloading*\ GB\) | Downloading*[0-9][0-9].?\ MB\)) ;; # large ones, also in a file
+            *) [[ -t 2 && $line =~ ^(Collecting|Downloading) ]] || continue ;;
+            esac
+            printf "$format" "${line% (from*}" >&2
+        done
+        [ ! -t 2 ] || printf '\r\033[K' >&2
+        [[ ! $all =~ failed\ with\ [0-9]+.$ ]] || fail "$(why "$all")"
+    } || exit 2
+}
+
+why() { # the reason in what pip or venv printed; venv says nothing of a full disk
+    case "$1$([ "$(df -Pm "$(dirname "$VENV")" | awk 'END { print $4 }')" -gt 100 ] || echo No space left)" in
+    *"No space left"* | *"Disk quota"*)
+        echo "no space left for $VENV or in ${TMPDIR:-/tmp}: make room (10 GB do), or name others: VENV=, TMPDIR=" ;;
+    *NewConnection* | *"Failed to establish"* | *"name resolution"* | *ProxyError* | *"timed out"*)
+        echo "no network: the package index does not answer; connect, or name a proxy (https_proxy=), a mirror (PIP_INDEX_URL=)" ;;
+    *) echo "the set-up of $VENV failed: $(grep -v -e '^failed with' -e '^$' <<<"$1" | tail -n 3)" ;;
+    esac
+}
+
 setup() { # stamp, requirements...
     # The stamp names what was installed: while it fits, nothing is done and no network is used.
-    local stamp=$VENV/$1 wanted
-    shift
+    local stamp=$VENV/$1 is_first wanted
+    local install=("$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
+    is_first=$([ "$1" != .installed ] || echo yes) && shift
     wanted=$(cat "$@" | cksum)
-    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+    is_done() { [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; }
+    ! is_done || return 0
+    say "setting up $VENV for '$COMMAND'${is_first:+: a few GB to download, once; nothing else on this machine changes}"
+    [ -z "$is_first" ] || check_python
     mkdir -p "$(dirname "$VENV")"
     exec 9>"$VENV.lock" # nodes may share this folder
-    ! command -v flock >/dev/null || flock 9 || echo "note: no locks on this file system; set up on one node first" >&2
-    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
-    echo "setting up $VENV" >&2
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-    local install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" ${LOCK:+-c "$LOCK"} "${@/#/--requirement=}"
-    [ "$stamp" != "$VENV/.installed" ] || "${install[@]}" --no-deps boson-multimodal==0.1.1
-    echo "$wanted" >"$stamp"
+    ! command -v flock >/dev/null || flock -n 9 || { say "waiting for another set-up of it" && flock 9; } ||
+        say "note: no locks on this file system; set up on one node first"
+    ! is_done || return 0
+    [ -z "$is_first" ] || make_venv
+    watched "${is_first:+[2 of 3] PyTorch and the rest of }${*##*/}" "${install[@]}" ${LOCK:+-c "$LOCK"} "${@/#/--requirement=}"
+    [ -z "$is_first" ] || watched "[3 of 3] boson-multimodal" "${install[@]}" --no-deps boson-multimodal==0.1.1
+    echo "$wanted" >"$stamp" && say "done, $SECONDS s after the start; now: $COMMAND"
     exec 9>&-
 }
 
@@ -84,17 +140,11 @@ quantized_by_file() { # --quantize if a file that --config names says so
     done 2>/dev/null | sed -n 's/^ *"\{0,1\}quantize"\{0,1\}: *"\{0,1\}nf4.*/--quantize/p'
 }
 
-num_gpus() {
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
-    else
-        echo 0
-    fi
-}
-
-GPUS=$(num_gpus)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true)
+else
+    GPUS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+fi
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
 for variable in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS; do
     [[ ${!variable} =~ ^(0|[1-9][0-9]{0,4})$ ]] || fail "$variable=${!variable}: expected a number"
@@ -120,6 +170,7 @@ on_every_gpu() { # file, arguments...
     if [ "$NPROC" -gt 1 ]; then on_ranks --standalone "$@"; else exec "$PY" "$@"; fi
 }
 
+[ "$COMMAND" != demo ] || say "the demo: trains a tiny model on toy voices for some minutes, then lets it speak; needs no GPU"
 case "$COMMAND ${1:-}" in
 setup*) exit 0 ;;
 test*) cd "$ROOT" && exec "$PY" -m pytest "${@:-tests/}" ;;
@@ -145,14 +196,9 @@ done
 ARGS+=("$@")
 
 export NCCL_IB_DISABLE=${NCCL_IB_DISABLE:-0} NCCL_P2P_DISABLE=${NCCL_P2P_DISABLE:-0}
-if [ -z "${PYTORCH_ALLOC_CONF:-}" ]; then
-    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-fi
+[ -n "${PYTORCH_ALLOC_CONF:-}" ] || export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
-if [ "$NNODES" = 1 ]; then
-    RENDEZVOUS=(--standalone)
-else
-    RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="higgs-$MASTER_PORT"
-        --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
-fi
+RENDEZVOUS=(--standalone)
+[ "$NNODES" = 1 ] || RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="higgs-$MASTER_PORT"
+    --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
 on_ranks --nnodes="$NNODES" --max_restarts="$MAX_RESTARTS" "${RENDEZVOUS[@]}" "$ROOT/train.py" "${ARGS[@]}"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common import ConfigError, reason
 from generate.ecapa import load_ecapa
+from prepare.hub import why_not
 
 JUDGES_RATE_HZ = 16000  # what published speech recognition and speaker verification models take
 
@@ -142,7 +143,7 @@ def _load(flag: str, name: str, load: Any, **settings: Any) -> Any:
     try:
         return load(name, **settings)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or the parser's own
-        raise ConfigError(f"{flag} {name}: cannot be loaded: {reason(error)}") from None
+        raise ConfigError(f"{flag} {name}: cannot be loaded: {why_not(name) or reason(error)}") from None
 
 
 def resample(clip: np.ndarray, rate_hz: int) -> np.ndarray:

@@ -33,12 +33,13 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import soundfile
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 
 from common import DataError, read_json, reason, sha256_of, write_whole
 from config import REVISIONS
+from prepare import hub
 from prepare.codes_cache import CacheWriter, CodesCache, digest
 from prepare.manifest import AudioPart, Record
 
@@ -129,9 +130,9 @@ def codec_folder(name_or_path: str) -> Path | None:
 def download_codec(name_or_path: str) -> Path:
     """The codec's folder on this machine, downloaded from the Hub where necessary. raises: DataError"""
     try:
-        return codec_folder(name_or_path) or Path(snapshot_download(name_or_path, revision=REVISIONS.get(name_or_path)))
-    except (OSError, ValueError) as error:
-        raise DataError(f"--audio_tokenizer {name_or_path}: no such folder, and not on the Hub: {error}") from None
+        return codec_folder(name_or_path) or hub.fetch(name_or_path, REVISIONS.get(name_or_path))
+    except hub.HubError as error:
+        raise DataError(f"--audio_tokenizer: no folder {name_or_path}; {error}") from None
 
 
 def codec_frame_rate_hz(name_or_path: str) -> float:
@@ -164,7 +165,10 @@ def import_codec():
     class PlainHubert:
         @staticmethod
         def from_pretrained(name: str, trust_remote_code: bool = False, **kwargs):
-            return HubertModel.from_pretrained(name, revision=REVISIONS.get(name, "main"), **kwargs)
+            try:
+                return HubertModel.from_pretrained(name, revision=REVISIONS.get(name, "main"), **kwargs)
+            except OSError as error:
+                raise DataError(hub.why_not(name) or reason(error)) from None
 
     try:
         import torchaudio

@@ -26,6 +26,7 @@ from prepare import forms
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Mixture, Record, check, report_problems
+from tools.gpu import on_gpu
 
 Clip = tuple[AudioPart, str]
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
@@ -146,8 +147,4 @@ def split(seconds: np.ndarray, world_size: int) -> np.ndarray:
 
 def choose_device(choice: str, local_rank: int) -> torch.device:
     """A rank's GPU, which it may share with other ranks; or the CPU."""
-    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DataError("--device cuda: this PyTorch sees no GPU")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu(choice) else torch.device("cpu")

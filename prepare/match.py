@@ -28,6 +28,7 @@ from loss import IGNORE_INDEX, LabelSpec, dense_targets, score_logits
 from prepare.audio import AudioStore, codec_frame_rate_hz, read_waveform
 from prepare.manifest import Manifest, Record
 from prepare.overlap import transcripts
+from tools.gpu import on_gpu
 
 NUM_OTHERS = 15  # texts of other clips that each clip is tried with
 LEAST_SHARE = 0.45  # of the usual margin, by which the own text has to be better than others are on average
@@ -38,7 +39,7 @@ MAX_WORD_ERRORS = 0.5  # share of the text's words
 
 def suspects(records: Manifest, args: argparse.Namespace) -> list[tuple[Record, str]]:
     """(record, what was found) of each clip whose text is probably another's, the worst first. args: of `prepare check`"""
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu(args.device) else "cpu")
     if args.asr_model:
         return misheard_texts(records, Transcriber(args.asr_model, device))
     model, tokenizer = load_model(args.base_ckpt, "", args.base_revision or None, None, device)
@@ -103,7 +104,9 @@ def means_by_row(nats: Tensor, is_target: Tensor, batch: Batch) -> list[float]:
     """nats, is_target: [N, K]; returns [B]"""
     lengths = torch.diff(batch.audio_out_ids_start, append=batch.audio_out_ids_start.new_tensor([len(nats)]))
     rows = batch.audio_out_ids_start_group_loc.repeat_interleave(lengths)
-    sums = [torch.zeros(len(batch.input_ids), device=nats.device).index_add(0, rows, x.float().sum(1)) for x in (nats, is_target)]
+    sums = [
+        torch.zeros(len(batch.input_ids), device=nats.device).index_add(0, rows, x.float().sum(1)) for x in (nats, is_target)
+    ]
     return (sums[0] / sums[1]).tolist()
 
 

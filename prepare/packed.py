@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from common import DataError, reason, write_whole
+from prepare import hub
 from prepare.rows import AUDIO_SUFFIXES, SPLIT, Reading, columns_of
 from prepare.tables import Found, Rows
 
@@ -56,13 +55,12 @@ def from_hub(name: str) -> Path:
     owner, title, *inside = name.split("/")
     folder = "/".join(inside)
     try:
-        root = snapshot_download(f"{owner}/{title}", repo_type="dataset", allow_patterns=f"{folder}/*" if folder else None)
-    except (OSError, ValueError) as error:
-        problem = f"not on the Hub, or the Hub cannot be reached: {str(error).strip().splitlines()[0]}"
-        raise DataError(f"{name}: no such file or folder, and {problem}") from None
-    if not (Path(root) / folder).is_dir():
+        root = hub.fetch(f"{owner}/{title}", patterns=[f"{folder}/*"] if folder else None, repo_type="dataset")
+    except hub.HubError as error:
+        raise DataError(f"no file or folder {name} here; {error}") from None
+    if not (root / folder).is_dir():
         raise DataError(f"{name}: {owner}/{title} has no folder {folder}")
-    return Path(root) / folder
+    return root / folder
 
 
 def optional(package: str) -> Any:

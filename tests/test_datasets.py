@@ -859,7 +859,7 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch, capsys):
     assert prepare(["check", "owner/name"]) == 0
     (tmp_path / "recordings").mkdir()
     for missing, message in {
-        "owner/other": "owner/other: no such file or folder, and not on the Hub, or the Hub cannot be reached: ",
+        "owner/other": "no file or folder owner/other here; owner/other: HF_HUB_OFFLINE is set",
         "owner/name/dev": "owner/name has no folder dev",
         "recordings/anna": "recordings/anna: no such manifest file or folder",
         "data/train.jsonl": "data/train.jsonl: no such manifest file or folder",

@@ -34,7 +34,7 @@ import checkpoint
 import data
 from collate import Batch, create_collator
 from common import ConfigError, write_whole
-from config import BASE_CKPT, CHECKPOINTING_MODES, Config, parse_config
+from config import BASE_NAMES, CHECKPOINTING_MODES, Config, parse_config
 from distributed import says_errors
 from layers import nf4
 from metrics import GPUS, Gpu, find_gpu
@@ -305,7 +305,7 @@ def _duration(seconds: float) -> str:
 def read_config(cfg: Config) -> HiggsAudioConfig:
     """The checkpoint's config with the special ids of the toy tokenizer; the published one's without the Hub."""
     published = synthetic.make_config("real")
-    if cfg.base_ckpt == BASE_CKPT:
+    if cfg.base_ckpt in BASE_NAMES:
         return published
     config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
     for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):

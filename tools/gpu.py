@@ -1,0 +1,66 @@
+"""Whether to compute on a GPU: never on the CPU by accident, where the machine has a GPU that PyTorch does not see."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from common import ConfigError, reason
+
+VERSION = r"{} Version: *(\d+(?:\.\d+)*)"  # in nvidia-smi's header; newer ones say "CUDA UMD Version"
+ON_CPU = "To compute on the CPU all the same, which takes hours: --device cpu, or CUDA_VISIBLE_DEVICES= in front of the command"
+
+
+def on_gpu(device: str) -> bool:
+    """Whether --device, auto or cpu or cuda, is a GPU.
+
+    raises: ConfigError for cuda without a GPU, and for auto where nvidia-smi shows one that PyTorch does not see
+    """
+    if device == "cpu" or torch.cuda.is_available():
+        return device != "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or "UNSEEN_GPU_IS_FINE" in os.environ
+    found = [] if hidden else re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", _nvidia_smi("--list-gpus"), re.MULTILINE)
+    if found:
+        raise ConfigError(f"nvidia-smi shows {len(found)} GPU(s), {found[0]}, but {_why_unseen()}. {ON_CPU}")
+    if device == "cuda":
+        raise ConfigError("--device cuda: this PyTorch sees no GPU")
+    return False
+
+
+def _why_unseen() -> str:
+    """What keeps PyTorch from the GPU, and the remedy."""
+    pytorch, build, shown = f"this PyTorch, {torch.__version__},", torch.version.cuda, _nvidia_smi()
+    install = f"with {sys.prefix}/bin/pip, by the command that pytorch.org/get-started names for"
+    if build is None:
+        return f"{pytorch} is built for the CPU only: install a build for CUDA, {install} it"
+    newest, driver = (re.search(VERSION.format(name), shown) for name in ("CUDA(?: UMD)?", "Driver"))
+    if newest and _number(newest[1]) < _number(build):
+        its = f"its driver{f' {driver[1]}' if driver else ''}"
+        return (
+            f"{its} runs CUDA up to {newest[1]} and {pytorch} is built for CUDA {build}: update the driver, or install PyTorch "
+            f"for CUDA {newest[1]} or older, {install} that version"
+        )
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{pytorch} does not see it: {reason(error)}. `nvidia-smi` and `python -m torch.utils.collect_env` say more"
+    return f"{pytorch} does not see it; `python -m torch.utils.collect_env` says more"
+
+
+def _number(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def _nvidia_smi(*options: str) -> str:
+    """What it prints; "" where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    try:
+        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
