@@ -48,6 +48,7 @@ APPENDED = {
     "--max_steps 2 --save_steps 1 --num_samples 1",
     "generate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio",
     "generate.evaluate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio --asr_model none --sv_model none",
+    "tools.voice": "--help",  # test_voice_command.py goes the whole way
     "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
     "prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
     "prepare check": "--audio_tokenizer codec",
