@@ -514,7 +514,8 @@ class Run:
     def progress(self, state: TrainState) -> tuple[float, float]:
         """(share of the run that is done, share of the learning rate's decay): by the data, or by steps with --max_steps."""
         done, end = self.done(state), self.cfg.max_steps or self.cfg.epochs
-        warm = state.warm if self.cfg.warmup_steps and not self.cfg.max_steps else self.warm_up(state)[1]
+        is_counted = self.cfg.warmup_steps is not None and not self.cfg.max_steps  # in steps, but the run is in epochs
+        warm = state.warm if is_counted else self.warm_up(state)[1]
         return done / end, (done - warm) / (end - warm) if end > warm else 1.0
 
 
@@ -683,14 +684,14 @@ def loop(run: Run, state: TrainState) -> bool:
         if not is_writing:
             commit(run)
         is_best = state.best.get("step") == state.step
-        due = cfg.save_steps != 0 and (run.is_due(cfg.save_steps, state) or done or is_best)
+        due = cfg.save_steps != 0 and not done and (run.is_due(cfg.save_steps, state) or is_best)
         if state.saved != state.step and (due or stop or failure):
-            save(run, state)
-        elif done:
+            save(run, state, must=bool(stop or failure))
+        elif done and state.saved == state.step:
             run.saver.amend(state.kept())  # by what the last evaluation and samples were
         dist.progress.at("saving")
         if stop or failure or done:
-            commit(run)
+            commit(run, must=bool(stop or failure))
             bar.close()
 
         # Stop.
@@ -746,28 +747,31 @@ def loop(run: Run, state: TrainState) -> bool:
         bar.update()
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Begin a checkpoint. Collective."""
-    commit(run)
-    with forgiving(run):
+def save(run: Run, state: TrainState, must: bool = False) -> None:
+    """Begin a checkpoint. Collective.
+
+    must: the run ends here, so that without this checkpoint its work would be lost
+    """
+    commit(run, must)
+    with forgiving(run, must):
         run.saver.start(state.kept())
         state.saved = state.step
 
 
-def commit(run: Run) -> None:
+def commit(run: Run, must: bool = False) -> None:
     """Finish the checkpoint that was begun, if any. Collective."""
-    with forgiving(run):
+    with forgiving(run, must):
         if (saved := run.saver.commit()) and run.cfg.save_steps != 0:
             log(run.task.dist, f"saved {saved}")
 
 
 @contextlib.contextmanager
-def forgiving(run: Run):
+def forgiving(run: Run, must: bool):
     """A checkpoint that nobody asked for is saved only if the disk has room for it."""
     try:
         yield
     except CheckpointError as error:
-        if run.cfg.save_steps:
+        if run.cfg.save_steps or must:
             raise
         run.saver.newest = next(reversed(checkpoint.list_states(run.saver.folder)), None)
         log(run.task.dist, f"warning: {error}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -155,6 +157,25 @@ def test_fewer_checkpoints_where_the_disk_is_small(toys, tmp_path, capsys, monke
     assert "no checkpoint can be written" in main_error(
         plain(toys, tmp_path / "q", lora_r=4, sample_steps=0, save_steps=1), capsys
     )
+
+
+def test_a_disk_that_fills_up(toys, tmp_path, capsys, monkeypatch):
+    """Without room for the last checkpoint the model is finished and the one before stays whole; a signal then is an error."""
+    usage, free = shutil.disk_usage, [10**12, 10**12, 0, 0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free.pop(0) if free else 0))
+    argv = plain(toys, tmp_path / "o", lora_r=4, sample_steps=0)
+    assert train.main(argv) == 0
+    assert capsys.readouterr().err.count("no checkpoint can be written") == 1 and (tmp_path / "o" / "final").is_dir()
+    (kept,) = checkpoint.list_states(tmp_path / "o" / "checkpoints")
+    assert checkpoint.find_damage(kept) is None and checkpoint.read_state(kept)["step"] == 2
+    original = train.train_step
+
+    def step(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert "no checkpoint can be written" in main_error(plain(toys, tmp_path / "p", lora_r=4, sample_steps=0), capsys)
 
 
 def test_samples_that_cannot_be_made_end_no_run(toys, tmp_path, capsys):

@@ -113,10 +113,13 @@ class Log(logging.Handler):
             self.keep("".join(traceback.format_exception(error)))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == DETAILS.name:
-            _ = show(record.getMessage()) if self.verbose else self.keep(record.getMessage())  # what is shown is kept
+        text = record.getMessage()
+        if record.name == DETAILS.name and self.verbose:
+            show(text)  # and so keep it
+        elif record.name == DETAILS.name:
+            self.keep(text)
         elif record.levelno >= logging.WARNING:
-            self.keep(f"{record.name}: {record.getMessage()}")
+            self.keep(f"{record.name}: {text}")
 
     def keep(self, text: str) -> None:
         prefix = time.strftime("%Y-%m-%d %H:%M:%S ") + f"rank {self.rank}: " * (self.rank > 0)
