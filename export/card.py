@@ -154,10 +154,11 @@ def _evaluations(run_dir: Path) -> Iterator[str]:
 
 
 def _license(base: str) -> str:
-    text = f"This model is under the licence of its base, `{public(base)}`.\n" if base else ""
-    if base in PUBLISHED:
-        text = f"The base is under the [Boson Higgs Audio 2 Community License]({LICENSE}), and so is this model: read what it asks\n"
-        text += "of those who share or serve it.\n"
+    text = f"This model is under the licence of its base, `{public(base)}`" if base else ""
+    text += f", the [Boson Higgs Audio 2 Community License]({LICENSE}): read what it asks of those who share it" * (
+        base in PUBLISHED
+    )
+    text += ".\n" * bool(base)
     return f"## Licence\n\n{text}Use a person's voice only with that person's consent, and say that the speech is generated."
 
 
@@ -190,9 +191,8 @@ def _results(train: list[dict], val: list[dict], sample: list[dict]) -> dict:
 def _front_matter(base: str, library: str = "", languages: Sequence[str] = ()) -> str:
     values = ["pipeline_tag: text-to-speech", "tags: [higgs-audio-v2]"]
     values += [f"base_model: {base}"] if _is_on_hub(base) else []
-    values += ["license: other", "license_name: boson-higgs-audio-2-community", f"license_link: {LICENSE}"] * (
-        base in PUBLISHED
-    )
+    license = ["license: other", "license_name: boson-higgs-audio-2-community", f"license_link: {LICENSE}"]
+    values += license * (base in PUBLISHED)
     values += [f"library_name: {library}"] if library else []
     values += [f"language: [{', '.join(languages)}]"] if languages else []
     return "\n".join(["---", *values, "---"])
