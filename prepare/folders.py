@@ -315,8 +315,8 @@ def _rows_beside(listing: Listing, texts: dict[tuple, str], speaker: Callable[[s
             row |= {name: value[inside[name]] for name in ("text", "speaker") if name in inside}
         elif text:
             row["text_file"] = text
-        missing = MissingTextError(f"no text beside it; bash launch.sh prepare transcribe {listing.root} writes {stem_of(clip)}.txt")
-        yield source, row if text else missing
+        command = f"bash launch.sh prepare transcribe {listing.root}"
+        yield source, row if text else MissingTextError(f"no {stem_of(clip)}.txt beside it; {command} writes it")
 
 
 def read_timed_beside(listing: Listing, reading: Reading) -> Found | None:

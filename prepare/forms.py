@@ -351,7 +351,8 @@ def _recognise(path: Path, reading: Reading) -> Found:
     if chats or not values:  # broken records are left to the reader
         return Found(None if all(map(is_chatml, chats)) else "messages", lambda: _read_values(path), is_chat=True)
     if objects and "audio" in columns_of(objects[0], reading.columns):
-        if not any({"text", "text_file"} & columns_of(row, reading.columns).keys() for row in objects) and has_empty_text(objects[0]):
+        have_text = any({"text", "text_file"} & columns_of(row, reading.columns).keys() for row in objects)
+        if not have_text and has_empty_text(objects[0]):
             raise DataError(f"{path}: {len(objects)} clips, no transcripts: bash launch.sh prepare transcribe {path}")
         return Found("table", lambda: _read_values(path))
     raise _unknown(path, f"keys {sorted(map(str, objects[0]))}, {_needed()}" if objects else shown(values[:1]))
@@ -392,10 +393,10 @@ def _without_transcripts(listing: Listing) -> DataError | None:
     lacking = "no transcripts" if clips == recordings else f"{len(clips)} without a transcript"
     first = [duration_sec(AudioPart(listing.root / path, None, None, True, "")) for path in clips[:NUM_EXAMPLES]]
     if min(first) > MAX_TRANSCRIBED_SEC:
-        remedy = f"long recordings: bash launch.sh prepare cut {listing.root} --out cuts.jsonl"
+        remedy = f"; cut long recordings: bash launch.sh prepare cut {listing.root} --out cuts.jsonl"
     else:
-        remedy = f"bash launch.sh prepare transcribe {listing.root}"
-    return DataError(f"{listing.root}: {found} found, {lacking}: {remedy}")
+        remedy = f": bash launch.sh prepare transcribe {listing.root}"
+    return DataError(f"{listing.root}: {found} found, {lacking}{remedy}")
 
 
 def _what_is_there(listing: Listing) -> str:

@@ -82,6 +82,20 @@ MISTAKES: dict[str, tuple[str, Callable[[], None]]] = {
     "an empty folder": ("bash launch.sh prepare check recordings", lambda: os.mkdir("recordings")),
     "clips without transcripts": ("bash launch.sh prepare check recordings", lambda: clips("recordings", texts=False)),
     "one long recording": ("bash launch.sh prepare check recordings", lambda: wave("recordings/talk.wav", 90)),
+    "a recording as a data set": ("bash launch.sh prepare pair talk.wav paired", lambda: wave("talk.wav")),
+    "a recording without speech": ("bash launch.sh prepare cut talk.wav --out cuts.jsonl", lambda: wave("talk.wav", 5)),
+    "cuts that are there already": (
+        "bash launch.sh prepare cut talk.wav --out cuts.jsonl",
+        lambda: (wave("talk.wav"), write("cuts.jsonl", "{}\n")),
+    ),
+    "cuts without transcripts": (
+        TRAIN.format("cuts.jsonl"),
+        lambda: (wave("talk.wav", 9), write("cuts.jsonl", '{"audio": "talk.wav", "start": 1, "end": 4.5, "text": ""}\n')),
+    ),
+    "long recordings among clips to transcribe": (
+        "bash launch.sh prepare transcribe recordings",
+        lambda: (clips("recordings", texts=False), wave("recordings/talk.wav", 90)),
+    ),
     "an empty transcript": (TRAIN.format("spoilt"), spoil("spoilt/anna/002.txt", "")),
     "a transcript that is not UTF-8": (
         "bash launch.sh prepare check spoilt",

@@ -325,7 +325,7 @@ def test_missing_transcripts_say_what_to_type(folder, table, tmp_path, toys, cap
     (folder / "a.txt").write_text("Hello.")
     for name, text in {
         "some": "3 .wav found, 2 without a transcript: bash launch.sh prepare transcribe",
-        "most": "no text beside it; ",
+        "most": "no c.txt beside it; bash launch.sh prepare transcribe",
     }.items():
         assert prepare(["check", str(folder)]) == (2 if name == "some" else 1)
         shown = capsys.readouterr()
@@ -335,7 +335,9 @@ def test_missing_transcripts_say_what_to_type(folder, table, tmp_path, toys, cap
         (tmp_path / "long").mkdir(exist_ok=True)
         soundfile.write(tmp_path / "long" / f"{name}.flac", np.zeros(61 * RATE), RATE)
     assert prepare(["check", str(tmp_path / "long")]) == 2
-    long = f"2 .flac found, no transcripts: long recordings: bash launch.sh prepare cut {tmp_path / 'long'} --out cuts.jsonl"
+    long = (
+        f"2 .flac found, no transcripts; cut long recordings: bash launch.sh prepare cut {tmp_path / 'long'} --out cuts.jsonl"
+    )
     assert long in capsys.readouterr().err
     recording = tmp_path / "long" / "one.flac"
     assert prepare(["check", str(recording)]) == 2
