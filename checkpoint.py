@@ -469,6 +469,8 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 def read_state(folder: Path) -> dict:
     """What a training checkpoint says about itself; CheckpointError if that is missing, damaged or of a later version."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     try:
         state = read_json(folder / STATE_FILE)
     except (OSError, ValueError, RecursionError) as error:

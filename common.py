@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -70,6 +71,11 @@ def listing(title: str, items: Sequence[str]) -> str:
 def reason(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).strip() or repr(error)).split("\n")[0]
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """A question that names the most similar choice, "" if none is similar."""
+    return "".join(f"; did you mean {choice}?" for choice in difflib.get_close_matches(word, [*choices], 1))
 
 
 def split_list(text: str) -> list[str]:

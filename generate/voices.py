@@ -72,6 +72,8 @@ def _find(name: str, folder: Path, voices: Path) -> Voice:
     named = [voices / f"{name}{suffix}" for suffix in (*SOUND_SUFFIXES, *CODE_SUFFIXES)]
     path = next((path for path in named if is_file(path)), None)
     if is_file(folder / name) or (not path and (Path(name).suffix or os.sep in name)):
+        if folder == Path() and not is_file(Path(name)):
+            raise DataError(f"--ref_audio {name}: no such file")
         # The command line may name any file, a manifest none outside its folder.
         return Voice({"type": "audio", "audio_url": os.path.abspath(name) if folder == Path() else name})
     if not path:

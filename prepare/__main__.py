@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from common import suggestion
 from distributed import says_errors
 
 COMMANDS = {
@@ -24,6 +25,8 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         width = max(map(len, COMMANDS))
+        if argv and not argv[0].startswith("-"):
+            print(f"error: prepare knows no {argv[0]!r}{suggestion(argv[0], COMMANDS)}", file=sys.stderr)
         print("usage: bash launch.sh prepare COMMAND ...\n", file=sys.stderr)
         for name, purpose in COMMANDS.items():
             print(f"  {name:{width}}  {purpose}", file=sys.stderr)

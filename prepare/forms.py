@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common import DataError
+from common import DataError, suggestion
 from prepare.audio import FFMPEG_SUFFIXES, MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.channels import one_channel_each
 from prepare.chats import chat_key, from_chat, is_chatml
@@ -318,7 +318,8 @@ def _recognise(path: Path, reading: Reading) -> Found:
     if path.is_dir():
         return _recognise_folder(path, reading)
     if not path.is_file():
-        raise DataError(f"{path}: no such manifest file or folder")
+        beside = [other.name for other in path.parent.glob("*")]
+        raise DataError(f"{path}: no such manifest file or folder{suggestion(path.name, beside)}")
     if path.name == "wav.scp":
         return Found("Kaldi", lambda: read_kaldi(path.parent, reading))
     if path.suffix.lower() in PACKED:

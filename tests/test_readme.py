@@ -50,6 +50,7 @@ APPENDED = {
     "generate.evaluate": "--audio_tokenizer codec --device cpu --max_new_tokens 20 --force_audio --asr_model none --sv_model none",
     "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
     "prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
+    "prepare check": "--audio_tokenizer codec",
     "prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
     "step": "--help",  # its smallest size runs in test_benchmarks.py
     "transcripts": "--help",
@@ -78,7 +79,7 @@ def commands(text: str) -> list[str]:
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("training", "using", "clusters", "troubleshooting", "datasets", "how-it-works")),
+    *(f"docs/{name}.md" for name in ("training", "using", "clusters", "troubleshooting", "datasets", "how-it-works", "cuda")),
 )
 COMMANDS = commands("\n\n".join((ROOT / page).read_text() for page in PAGES))
 OF_SEVERAL_NODES = [command for command in COMMANDS if "NNODES=" in command]
@@ -260,7 +261,11 @@ def test_command(command, asked_of_python, at_desk, monkeypatch, capsys):
     made = products(name, argv)
     module, *subcommand = name.split()
     status = main_of(module, [*subcommand, *argv, *APPENDED.get(name, "").split()], monkeypatch)
-    assert status == 0, capsys.readouterr().err
+    error = capsys.readouterr().err
+    if "--base_ckpt MODEL" in command:  # the desk's model is random
+        assert status == 2 and "the model has not learnt to speak" in error
+        return
+    assert status == 0, error
     for path in made:
         assert path.exists() and (path.is_dir() or path.stat().st_size > 100), path
 
@@ -410,7 +415,7 @@ def test_extraction():
 
 def test_every_page_is_read_and_links_to_what_exists():
     pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
-    assert {*pages} == {*PAGES, "docs/faults.md"}  # whose commands are faults
+    assert {*pages} == {*PAGES, "docs/faults.md", "docs/mistakes.md"}  # whose commands go wrong
     titles = {page: re.findall(r"^#+ (.*)", (ROOT / page).read_text(), re.MULTILINE) for page in pages}
     headings = {page: [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in titles[page]] for page in pages}
     for page in pages:
@@ -421,12 +426,13 @@ def test_every_page_is_read_and_links_to_what_exists():
             assert not heading or heading in headings[linked.resolve().relative_to(ROOT).as_posix()], f"{page}: {target}"
 
 
-def test_the_table_of_faults_names_tests_that_exist():
-    named = re.findall(r"`(?:(test_\w+\.py))?(?:::(\w+))?`", (ROOT / "docs" / "faults.md").read_text())
+@pytest.mark.parametrize(("page", "least"), [("faults", 60), ("cuda", 10), ("how-it-works", 10)])
+def test_tables_name_tests_that_exist(page, least):
+    named = re.findall(r"`(?:(?:tests/)?(test_\w+\.py))?(?:::(\w+))?`", (ROOT / "docs" / f"{page}.md").read_text())
     file, missing = None, []
     for path, test in named:
         file = path or file
         if path or test:
             source = (ROOT / "tests" / file).read_text()
             missing += [f"{file}::{test}"] * bool(test and f"def {test}(" not in source)
-    assert len(named) > 60 and not missing
+    assert len(named) >= least and not missing

@@ -64,6 +64,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """raises: DataError if this is not the folder of a run"""
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: not the output folder of a run: it has no config.json")
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
