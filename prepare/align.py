@@ -17,8 +17,10 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.fuzz import ratio
 
 MAX_COST = 0.3  # of a clip's words: what may differ between recogniser and script
-ADDED_COST, CHANGED_COST = 1.05, 1.1  # a word that is missing costs 1: recognisers miss words more often than they add any
-NUMBER_COST = 0.2  # of each word of a number that is in digits on the other side
+ADDED_COST, CHANGED_COST = 1.05, 1.1  # of a word, at most; a missing one costs 1: recognisers miss more than they add
+SPLIT_COST = 0.1  # of one word where the other side has two: nobody, no body
+SLACK = 0.1  # by which a range may get worse when it takes in a word that no clip has
+NUMBER_COST = 0.35  # of each word of a number that has digits on the other side; above MAX_COST: it stands for no sentence
 MAX_GAP = 5  # words
 MARGIN = 8  # words around a clip's place
 WORD = re.compile(r"[\u2e80-\u312f\u3400-\u9fff]|[^\s\u2e80-\u312f\u3400-\u9fff]+")  # Chinese and Japanese: each character
@@ -62,7 +64,7 @@ def fit(clip: Sequence[str], script: Sequence[str], place: int) -> tuple[float, 
 def _costs(clip: Sequence[str], window: Sequence[str], is_free: bool) -> list[tuple[float, int]]:
     """(cost, first word) of the best alignment of the whole clip to words of the window, for each end of these.
 
-    One word may stand for one or two of the other side, a number in digits for any. is_free: the words may begin anywhere
+    A word may be two on the other side, a number in digits any number of words. is_free: the words may begin anywhere
     in the window, otherwise at its first
     """
     rows = [[(0.0, -j) if is_free else (float(j), 0) for j in range(len(window) + 1)]]  # negative, so that late starts win ties
@@ -70,22 +72,19 @@ def _costs(clip: Sequence[str], window: Sequence[str], is_free: bool) -> list[tu
         rows.append([(rows[-1][0][0] + ADDED_COST, rows[-1][0][1])])
         for j, other in enumerate(window, 1):
             is_number = word.isdecimal() != other.isdecimal()
-            steps = [(1, 1, 0.0 if is_number else CHANGED_COST * _difference(word, other))]
+            steps = [(1, 1, 0.0 if is_number else min(CHANGED_COST, 2 - ratio(word, other) / 50))]
             steps += [(1, 0, NUMBER_COST if is_number and other.isdecimal() else ADDED_COST)]
             steps += [(0, 1, NUMBER_COST if is_number and word.isdecimal() else 1.0)]
-            steps += [(1, 2, 2 * _difference(word, window[j - 2] + other))] if j > 1 else []
-            steps += [(2, 1, 2 * _difference(clip[i - 2] + word, other))] if i > 1 else []
+            steps += [(1, 2, SPLIT_COST)] if j > 1 and word == window[j - 2] + other else []
+            steps += [(2, 1, SPLIT_COST)] if i > 1 and clip[i - 2] + word == other else []
             before = ((*rows[i - di][j - dj], more) for di, dj, more in steps)
             rows[i].append(min((cost + more, start) for cost, start, more in before))
     return [(cost, -start) for cost, start in rows[-1]]
 
 
-def _difference(word: str, other: str) -> float:
-    return 1.0 - ratio(word, other) / 100
-
-
 def _close_gaps(clips: Sequence[Sequence[str]], script: Sequence[str], found: list[Range | None]) -> list[Range | None]:
     """Few words between neighbours belong to the one that has misrecognised words, or a number, at this end."""
+    found, clips = [(0, 0), *found, (len(script), len(script))], [[], *clips, []]
     for i in range(len(found) - 1):
         gap = found[i + 1][0] - found[i][1] if found[i] and found[i + 1] else 0
         if not 0 < gap <= MAX_GAP:
@@ -93,7 +92,8 @@ def _close_gaps(clips: Sequence[Sequence[str]], script: Sequence[str], found: li
         wider = {i: (found[i][0], found[i + 1][0]), i + 1: (found[i][1], found[i + 1][1])}
         for k, place in wider.items():
             now, then = (_costs(clips[k], script[slice(*at)], is_free=False)[-1][0] for at in (found[k], place))
-            if then <= now + NUMBER_COST * gap:
+            is_number = "".join(clips[k][-1:] if k == i else clips[k][:1]).isdecimal()
+            if then <= now + gap * (NUMBER_COST if is_number else SLACK):
                 found[k] = place
                 break
-    return found
+    return found[1:-1]

@@ -407,7 +407,8 @@ def _what_is_there(listing: Listing) -> str:
     names = sorted({path.partition("/")[0] + "/" * ("/" in path) for path in listing.files})
     kinds = Counter(Path(path).suffix.lower() for path in listing.clips)
     clips = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
-    texts = f"; {clips}, and no text for most of them (x.txt, x.lab beside x.wav, or a table)" if clips else ""
+    remedy = f"x.txt, x.lab beside x.wav, or a table; bash launch.sh prepare transcribe {listing.root} writes them"
+    texts = f"; {clips}, and no text for most of them ({remedy})" if clips else ""
     return f"files {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}{texts}"
 
 

@@ -18,7 +18,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,30 +27,25 @@ import torch
 from tqdm import tqdm
 
 from common import ConfigError, DataError, listing, write_whole
-from generate.judges import JUDGES_RATE_HZ, Transcriber, resample
+from generate.judges import Recogniser, Transcript, resample
 from prepare.align import align, words_of
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec, read_ahead, read_waveform
 from prepare.folders import Listing, without_text
 from prepare.forms import recognise
 from prepare.manifest import AudioPart, read_manifest, shown
 from prepare.rows import COLUMNS, Origin, Row
-from prepare.tables import read_text
+from prepare.tables import UnclearError, read_text
 
 LOW = 0.6  # mean probability of a transcript's tokens below which it is listed
 SAVE_SEC = 20.0  # what a killed run loses of a table
 
 
-@dataclass
-class Transcript:
-    text: str
-    language: str = ""
-    confidence: float | None = None  # mean probability of its tokens; None: not known
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help="a .jsonl with a row for each clip, or a folder of clips")
     parser.add_argument(
-        "--model", default="openai/whisper-large-v3", help="Whisper or a CTC model of transformers; name or folder"
+        "--model",
+        default="openai/whisper-large-v3",
+        help="of transformers, name or folder: Whisper, or with a CTC head (bare words without punctuation: for --text)",
     )
     parser.add_argument("--language", default="", help="as in en; default: Whisper guesses it for each clip")
     parser.add_argument("--text", type=Path, metavar="SCRIPT", help="what was read, as plain text; for a table")
@@ -120,67 +114,6 @@ def read_clip(clip: tuple[Any, AudioPart, str]) -> tuple[Any, np.ndarray | DataE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recognising
-
-
-class Recogniser:
-    """Transcripts of clips by a speech recognition model of transformers: Whisper, or one with a CTC head.
-
-    raises: ConfigError
-    """
-
-    def __init__(self, name: str, device: torch.device, language: str):
-        pipeline = Transcriber(name, device, flag="--model").pipeline
-        if pipeline.type not in ("seq2seq_whisper", "ctc", "ctc_with_lm"):
-            found = type(pipeline.model).__name__
-            raise ConfigError(f"--model {name}: expected Whisper or a model with a CTC head, found {found}")
-        self.model, self.tokenizer, self.extractor = pipeline.model, pipeline.tokenizer, pipeline.feature_extractor
-        self.is_whisper, self.language = pipeline.type == "seq2seq_whisper", language
-        self.config = self.model.generation_config if self.is_whisper else None
-        known = getattr(self.config, "lang_to_id", None) or {}
-        self.languages = {number: token.strip("<|>") for token, number in known.items()}
-        if known and language and language not in self.languages.values():
-            raise ConfigError(f"--language {language}: expected one of {', '.join(sorted(self.languages.values()))}")
-        asked = {"task": "transcribe"} | ({"language": language} if language else {})
-        self.options = asked if known else {}  # a Whisper for English alone takes neither
-        if self.is_whisper and device.type == "cuda":
-            self.model.half()
-
-    @torch.inference_mode()
-    def __call__(self, clips: Sequence[np.ndarray]) -> list[Transcript]:
-        """clips: mono float32 samples at JUDGES_RATE_HZ"""
-        if self.is_whisper:
-            return self._by_whisper(clips) if clips else []
-        return [self._by_ctc(clip) for clip in clips]  # where a model knows no mask, padding would change what it finds
-
-    def _by_whisper(self, clips: Sequence[np.ndarray]) -> list[Transcript]:
-        settings = {"sampling_rate": JUDGES_RATE_HZ, "return_tensors": "pt", "return_attention_mask": True}
-        inputs = self.extractor(list(clips), **settings).to(self.model.device)
-        inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
-        tokens = self.model.generate(**inputs, **self.options)  # [B, S], the prompt before them
-        logits = self.model(input_features=inputs["input_features"], decoder_input_ids=tokens[:, :-1]).logits
-        logs = torch.nn.functional.pad(logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0], (1, 0))
-        is_text = tokens < min(self.config.eos_token_id, self.config.decoder_start_token_id)
-        languages = [[self.languages[token] for token in row if token in self.languages] for row in tokens.tolist()]
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [
-            Transcript(text.strip(), (language or [self.language])[0], _mean_chance(log[kept]))
-            for text, language, log, kept in zip(texts, languages, logs, is_text)
-        ]
-
-    def _by_ctc(self, clip: np.ndarray) -> Transcript:
-        inputs = self.extractor(clip, sampling_rate=JUDGES_RATE_HZ, return_tensors="pt").to(self.model.device)
-        logs, tokens = self.model(**inputs).logits[0].float().log_softmax(-1).max(-1)
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Transcript(text.strip(), self.language, _mean_chance(logs[tokens != self.tokenizer.pad_token_id]))
-
-
-def _mean_chance(logs: torch.Tensor) -> float | None:
-    """The geometric mean of probabilities. logs: [S]"""
-    return logs.mean().exp().item() if len(logs) else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Tables and folders
 
 
@@ -196,7 +129,9 @@ class Folder:
             raise DataError(f"{path}: no recording in this folder")
         try:
             form = recognise(path)
-        except DataError:
+        except UnclearError:  # of tables that name these clips
+            raise
+        except DataError:  # most clips have no text
             form = "pairs"
         if form != "pairs":
             raise DataError(f"{path}: a dataset that has its transcripts already ({form or 'ChatML'})")
@@ -232,8 +167,8 @@ class Table:
         for source, row in zip(self.sources, self.rows):
             if not isinstance(row, dict) or "messages" in row:
                 raise DataError(f"{source}: expected a row with audio and text, as prepare cut writes it, found {shown(row)}")
-        names = {name.lower() for row in self.rows for name in row}
-        self.text = next((name for name in COLUMNS["text"] if name in names), "text")
+        names = {name.lower(): name for row in self.rows for name in row}
+        self.text = next((names[name] for name in COLUMNS["text"] if name in names), "text")
         self.num_clips = len(self.rows)
         self.wordless: set[int] = set()
 
@@ -269,9 +204,8 @@ class Table:
             beside = self.path.with_name(f"{self.path.stem}.left_out.jsonl")
             before = [row for _, row in read_manifest(beside).values()] if beside.exists() else []
             self._write(beside, before + [self.rows[i] for i in left_out])
-            lines.append(
-                f"{len(self.wordless)} clips without a word, {len(unfit - self.wordless)} not in the script -> {beside}"
-            )
+            unfit -= self.wordless
+            lines.append(f"left out {len(self.wordless)} clips without a word, {len(unfit)} not in the script -> {beside}")
         if script_path or left_out:
             self.save(left_out)
         kept = [row for i, row in enumerate(self.rows) if i not in left_out]
@@ -282,6 +216,8 @@ class Table:
     def follow(self, script: str, script_path: Path) -> tuple[set[int], list[str]]:
         """Give each clip the script's words; returns the clips that do not fit, and what of the script is in no clip."""
         words = words_of(script)
+        if not words:
+            raise DataError(f"--text {script_path}: there is no word in it")
         starts = [start for _, start in words] + [len(script)]
         spoken = [words_of(str(row.get("recognised") or row.get(self.text) or "")) for row in self.rows]
         found = align([[word for word, _ in clip] for clip in spoken], [word for word, _ in words])
@@ -290,11 +226,8 @@ class Table:
             if place:
                 row.setdefault("recognised", row.get(self.text))
                 row[self.text] = " ".join(script[starts[place[0]] : starts[place[1]]].split())
-        lines = (
-            [f"{len(words) - len(used)} of {len(words)} words of {script_path} are in no clip"]
-            if len(used) < len(words)
-            else []
-        )
+        lost = len(words) - len(used)
+        lines = [f"{lost} of {len(words)} words of {script_path} are in no clip"] if lost else []
         return {i for i, place in enumerate(found) if not place}, lines
 
     @staticmethod

@@ -45,11 +45,13 @@ def test_a_long_script_with_misrecognised_missing_and_added_words(seed):
     read = [sentence for i, sentence in enumerate(script) if i % 5]
 
     def misheard(sentence: list[str]) -> list[str]:
-        inner = [word if rng.random() > 1 / 12 else rng.choice([word + "n", rng.choice(vocabulary), ""]) for word in sentence[1:-1]]
+        inner = [
+            word if rng.random() > 1 / 12 else rng.choice([word + "n", rng.choice(vocabulary), ""]) for word in sentence[1:-1]
+        ]
         return [sentence[0], *filter(None, inner), sentence[-1]]
 
-    found = align([misheard(sentence) for sentence in read], sum(script, []))
-    words = sum(script, [])
+    words = [word for sentence in script for word in sentence]
+    found = align([misheard(sentence) for sentence in read], words)
     right = [place is not None and words[slice(*place)] == sentence for place, sentence in zip(found, read)]
     wrong = [i for i, place in enumerate(found) if place is not None and not right[i]]
     assert sum(right) >= 0.98 * len(read) and len(wrong) <= 0.02 * len(read), (sum(right), len(wrong), len(read))
@@ -84,16 +86,31 @@ def test_numbers_in_digits_on_either_side():
 
 
 def test_misrecognised_words_at_the_ends():
-    clips = ["nobody came to the house until the heavening", "he sat by a window and watched the rain fall on the oldstone brij"]
+    clips = [
+        "nobody came to the house until the heavening",
+        "he sat by a window and watched the rain fall on the oldstone brij",
+    ]
     assert ranges(STORY, *clips) == SENTENCES[1:3]
+
+
+def test_misrecognised_words_at_the_ends_of_the_script():
+    clips = [
+        "a kwik brown fox jumps over the lazy dog and then it rests for a while",
+        "we packed our bags and walked to the stayshun",
+    ]
+    assert ranges(STORY, *clips) == [SENTENCES[0], SENTENCES[-1].removeprefix("the next morning ")]
 
 
 def test_what_is_not_in_the_script():
     other = "Could you please turn off the television before you go to bed tonight"
     assert ranges(STORY, SENTENCES[0], other, "", SENTENCES[1], "uh") == [SENTENCES[0], None, None, SENTENCES[1], None]
+    assert ranges(f"{STORY} 1984.", other) == [None], "a number does not stand for anything"
     assert ranges("", other) == [None] and ranges(STORY) == []
 
 
 def test_text_without_blanks():
     script = "今天天气很好，我们去公园散步。晚上回家吃饭。"
-    assert ranges(script, "今天天器很好我们去公园散步", "晚上回家吃饭") == ["今 天 天 气 很 好 我 们 去 公 园 散 步", "晚 上 回 家 吃 饭"]
+    assert ranges(script, "今天天器很好我们去公园散步", "晚上回家吃饭") == [
+        "今 天 天 气 很 好 我 们 去 公 园 散 步",
+        "晚 上 回 家 吃 饭",
+    ]

@@ -93,7 +93,12 @@ def make_environment(folder: Path, python: str) -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n")
     (folder / "bin" / "python").chmod(0o755)
-    stamps = {".installed": ("", "-codec"), ".installed-evaluate": ("-evaluate",), ".installed-nf4": ("-nf4",)}
+    stamps = {
+        ".installed": ("", "-codec"),
+        ".installed-evaluate": ("-evaluate",),
+        ".installed-nf4": ("-nf4",),
+        ".installed-voice": ("-voice",),
+    }
     for stamp, kinds in stamps.items():
         wanted = b"".join((ROOT / f"requirements{kind}.txt").read_bytes() for kind in kinds)
         (folder / stamp).write_bytes(subprocess.run("cksum", input=wanted, capture_output=True, check=True).stdout)
@@ -389,6 +394,16 @@ def test_what_only_nf4_needs_is_installed_when_it_is_used(words, tmp_path):
         assert launch_sh(line.split(), {"VENV": str(venv)}).returncode == 0
     show, install, _ = (tmp_path / "asked").read_text().splitlines()
     assert show.endswith("show x") and install.endswith(f"--requirement={ROOT}/requirements-nf4.txt")
+
+
+def test_what_only_cut_needs_is_installed_when_it_is_used(tmp_path):
+    venv = make_environment(tmp_path / "venv", f"""echo "$@" >>'{tmp_path}/asked'""")
+    (venv / ".installed-voice").unlink()
+    for line in ("prepare check x", "prepare transcribe x", "prepare cut x", "prepare cut y"):
+        assert launch_sh(line.split(), {"VENV": str(venv)}).returncode == 0
+    *_, install, x, y = (tmp_path / "asked").read_text().splitlines()
+    assert len(_) == 2 and x.endswith("cut x") and y.endswith("cut y")
+    assert install.startswith("-m pip install") and install.endswith(f"--requirement={ROOT}/requirements-voice.txt")
 
 
 def test_launch_sh_refuses_what_it_does_not_know(tmp_path):
