@@ -35,6 +35,7 @@ from prepare.forms import recognise
 from prepare.manifest import AudioPart, read_manifest, shown
 from prepare.rows import COLUMNS, Origin, Row
 from prepare.tables import UnclearError, read_text
+from tools.gpu import on_gpu
 
 LOW = 0.6  # mean probability of a transcript's tokens below which it is listed
 SAVE_SEC = 20.0  # what a killed run loses of a table
@@ -85,7 +86,7 @@ def refuse_long(todo: Sequence[tuple[Any, AudioPart, str]], given: Path) -> None
 
 def transcribe(clips: Table | Folder, todo: Sequence[tuple[Any, AudioPart, str]], args: argparse.Namespace) -> list[str]:
     """Fill what is missing; returns what is wrong with clips that cannot be read."""
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu(args.device) else "cpu")
     recogniser = Recogniser(args.model, device, args.language)
     problems, saved = [], time.monotonic()
     waiting = read_ahead(read_clip, todo, 4)

@@ -17,6 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -224,7 +225,13 @@ def test_from_clips_with_transcripts_to_a_voice(tmp_path, checkpoint_dir, codec_
     monkeypatch.setattr(stages, "run", in_this_process)
     monkeypatch.setattr(sys, "argv", ["voice"])
     out = tmp_path / "out"
-    names = {"base_ckpt": checkpoint_dir, "audio_tokenizer": codec_dir, "asr_model": judges[0], "sv_model": judges[1], "out": out}
+    names = {
+        "base_ckpt": checkpoint_dir,
+        "audio_tokenizer": codec_dir,
+        "asr_model": judges[0],
+        "sv_model": judges[1],
+        "out": out,
+    }
     small = {
         "max_steps": 2,
         "val_steps": 1,
@@ -290,10 +297,9 @@ def killed(command: list, when: str, cwd: Path) -> None:
         while when not in (cwd / "log").read_text():
             assert process.poll() is None, (cwd / "log").read_text()
             time.sleep(0.2)
-        tree = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        mine = [int(line.split()[0]) for line in tree.splitlines() if str(cwd) in line and "pytest" not in line]
-        for pid in mine:
-            os.kill(pid, signal.SIGKILL)
+        started = psutil.Process(process.pid)
+        for each in [started, *started.children(recursive=True)]:
+            each.kill()
         process.wait()
 
 
