@@ -165,7 +165,7 @@ def describe(recordings: Sequence[Recording], pieces: Sequence[list[Piece]], arg
     return [
         f"{len(clips)} clips, {sum(clips) / 60:.1f} of {minutes:.1f} minutes -> {args.out}",
         *(f"  {line}" for line in lines),
-        f"next: bash launch.sh prepare transcribe {args.out} --language en (or which it is)",
+        f"next: bash launch.sh prepare transcribe {args.out} --language en  # or another",
     ]
 
 

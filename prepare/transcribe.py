@@ -226,6 +226,7 @@ class Table:
         for row, place in zip(self.rows, found):
             if place:
                 row.setdefault("recognised", row.get(self.text))
+                row.pop("confidence", None)  # of words that the script replaces
                 row[self.text] = " ".join(script[starts[place[0]] : starts[place[1]]].split())
         lost = len(words) - len(used)
         lines = [f"{lost} of {len(words)} words of {script_path} are in no clip"] if lost else []
