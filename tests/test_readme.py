@@ -23,9 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from conftest import ROOT
 from test_codec import write_wav
+from test_cut import talk
 from torch.distributed.run import parse_args
 
 import train
@@ -39,6 +41,7 @@ SUBSTITUTED = {
     "step_175": "step_1",
     "step_180": "step_2",
     "node0": "127.0.0.1",
+    "talk.m4a": "talk.wav",
     "--asr_model MODEL": "--asr_model recogniser",
     "--base_ckpt MODEL": "--base_ckpt checkpoint",
 }
@@ -51,6 +54,7 @@ APPENDED = {
     "tools.voice": "--help",  # test_voice_command.py goes the whole way
     "tools.plan": "--base_ckpt checkpoint --audio_tokenizer codec --num_workers 0 --ranks 1",
     "prepare encode": "--audio_tokenizer codec --device cpu --num_workers 1",
+    "prepare transcribe": "--model whisper",
     "prepare check": "--audio_tokenizer codec",
     "prepare show": "--base_ckpt checkpoint --audio_tokenizer codec",
     "step": "--help",  # its smallest size runs in test_benchmarks.py
@@ -193,7 +197,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory, toys, loud_dir, codec_files, judges) -> Path:
+def desk(tmp_path_factory, toys, loud_dir, codec_files, judges, talking_whisper) -> Path:
     """What README's reader has: recordings/ of one speaker, manifests, a base checkpoint, a codec, and a run that went wrong."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "recordings" / "anna").mkdir(parents=True)
@@ -202,6 +206,7 @@ def desk(tmp_path_factory, toys, loud_dir, codec_files, judges) -> Path:
         (folder / "recordings" / "anna" / f"{index:03}.txt").write_text(f"line {index:03}")
     (folder / "calls").mkdir()
     write_wav(folder / "calls" / "one.wav", 2.0)
+    soundfile.write(folder / "talk.wav", talk(-0.5, 7, -1, 8, -1, 7, -0.5), 24000)
     said = [{"start": n / 4, "end": n / 4 + 0.2, "text": f"line {n}", "speaker": f"SPEAKER_0{n % 2}"} for n in range(8)]
     (folder / "calls" / "one.json").write_text(json.dumps({"segments": said}))
     records = (toys / "train.jsonl").read_text()
@@ -212,6 +217,7 @@ def desk(tmp_path_factory, toys, loud_dir, codec_files, judges) -> Path:
         "checkpoint": loud_dir,
         "codec": codec_files,
         "recogniser": judges[0],
+        "whisper": talking_whisper,
         "bosonai": codec_files / "bosonai",
         "recipes": ROOT / "recipes",
     }.items():

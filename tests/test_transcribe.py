@@ -59,18 +59,6 @@ def folder(tmp_path) -> Path:
     return tmp_path / "clips"
 
 
-@pytest.fixture(scope="session")
-def talking_whisper(whisper_dir, tmp_path_factory) -> Path:
-    """The tiny Whisper, kept from all tokens but some letters."""
-    folder = tmp_path_factory.mktemp("talking") / "whisper"
-    shutil.copytree(whisper_dir, folder)
-    letters = {number for letter, number in json.loads((folder / "vocab.json").read_text()).items() if letter in "abcdefgh"}
-    path = folder / "generation_config.json"
-    settings = json.loads(path.read_text()) | {"suppress_tokens": [i for i in range(1765) if i not in letters]}
-    path.write_text(json.dumps(settings))
-    return folder
-
-
 def run(*words, status: int = 0) -> None:
     assert prepare(["transcribe", *map(str, words)]) == status
 
