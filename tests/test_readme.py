@@ -340,6 +340,7 @@ def test_what_launch_sh_starts(asked_of_python):
         "merge a b": "ROOT/export/__main__.py merge a b",
         "show a": "ROOT/export/__main__.py show a",
         "plan": "ROOT/tools/plan.py",
+        "voice talk.m4a --name anna": "ROOT/tools/voice.py talk.m4a --name anna",
         "report runs/voice": "ROOT/tools/report.py runs/voice",
         "replay file": "ROOT/tools/replay.py file",
         "bench step --size mini": "ROOT/benchmarks/step.py --size mini",

@@ -5,9 +5,8 @@
     bash launch.sh voice talk.wav --name anna --minutes 60 --lr 1e-4  # an hour of training; flags of training win
 
 Each stage is a command of its own, printed before it starts; everything goes to voices/NAME (--out). After a stop or a failure
-the same command goes on where it was. Where inputs or arguments have changed, the stages from there on are done again, and what
-they had made is moved to OUT/earlier-N: correct transcripts in OUT/cuts.jsonl, say, and type the command again. Settings are
-chosen anew where OUT/plan.json is deleted.
+the same command goes on where it was. Where inputs or arguments have changed (a transcript in OUT/cuts.jsonl, say), the stages
+from there on are done again; what they had made moves to OUT/earlier-N. Without OUT/plan.json settings are chosen anew.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def stages_of(args: argparse.Namespace, out: Path, kind: str, flags: Sequence[st
     asr = to_argv({"model": args.asr_model, "language": args.language})
     codec, base = to_argv({"audio_tokenizer": args.audio_tokenizer}), to_argv({"base_ckpt": args.base_ckpt})
     data = to_argv({"train_manifest": train, "codes_dir": out / "codes"})
-    stages = []
+    stages: list[Stage] = []
 
     def add(name: str, about: str | Callable[[], str], argv: list, makes: Sequence[str] = (), **how) -> None:
         stages.append(Stage(name, about, argv, makes, **how))
@@ -143,10 +142,6 @@ def kind_of(inputs: Sequence[Path]) -> str:
     return "recordings" if longest > MAX_TRANSCRIBED_SEC else "clips"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The end
-
-
 def keep_reference(out: Path) -> Path:
     """A clip of the training data and its transcript, as files that `generate` takes."""
     clips = []
@@ -200,9 +195,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="default: voices/NAME")
     args, flags = parser.parse_known_args(argv)
     cfg = parse_config(["--train_manifest", "-", "--output_dir", "-", *flags])  # typos, before hours of work
+    out, args.gpu = args.out or Path("voices", args.name), ""
     if Path(args.name).name != args.name:
         raise ConfigError(f"--name {args.name}: a word, such as anna")
-    out, args.gpu = args.out or Path("voices", args.name), ""
     args.batch_size, args.ranks = cfg.batch_size, int(os.environ.get("NPROC", 1))
     if on_gpu(cfg.device):
         args.ranks = int(os.environ.get("NPROC", torch.cuda.device_count()))
