@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from common import ConfigError, listing, split_list
-from recipes.files import as_line, read_lines
-from recipes.flags import Flags
+from process.files import as_line, read_lines
+from process.flags import Flags
 
 BASE_CKPT = "bosonai/higgs-audio-v2-generation-3B-base"
 BASE_NAMES = (BASE_CKPT, "bosonai/higgs-tts-2-3b-base")  # its two names on the Hub

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common import EARLY_END, PREEMPTED, SIGNALS, ConfigError, Interrupted, UserError, listing
-from tools.gpu import on_gpu
-from tools.log import DETAILS, show
+from process.gpu import on_gpu
+from process.log import DETAILS, show
 
 T = TypeVar("T")
 
@@ -297,7 +297,7 @@ WAITING = "waiting for other ranks"
 
 @dataclass
 class Progress:
-    """What this rank does, since when, and how long the last step took: see tools/watchdog.py."""
+    """What this rank does, since when, and how long the last step took: see process/watchdog.py."""
 
     doing: str = "starting"
     since: float = field(default_factory=time.monotonic)

@@ -173,7 +173,10 @@ on_every_gpu() { # file, arguments...
 [ "$COMMAND" != demo ] || say "the demo: trains a tiny model on toy voices for some minutes, then lets it speak; needs no GPU"
 case "$COMMAND ${1:-}" in
 setup*) exit 0 ;;
-test*) cd "$ROOT" && exec "$PY" -m pytest "${@:-tests/}" ;;
+"test ") # all of it: a file of tests per process, two to four at a time
+    cd "$ROOT" && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    exec "$PY" -m pytest -n $((CORES < 2 ? 1 : CORES > 4 ? 4 : CORES)) --dist loadfile tests/ ;;
+test*) cd "$ROOT" && exec "$PY" -m pytest "$@" ;;
 bench*) exec "$PY" "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
 train*) ;;
 "prepare encode") on_every_gpu "$ROOT/prepare/__main__.py" "$@" ;;

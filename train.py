@@ -64,8 +64,8 @@ from layers import nf4
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
-from tools.log import Log, keep_output
-from tools.watchdog import watching
+from process.log import Log, keep_output
+from process.watchdog import watching
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model

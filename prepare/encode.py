@@ -26,7 +26,7 @@ from prepare import forms
 from prepare.audio import AudioStore, duration_sec, find_codec, load_codec
 from prepare.forms import open_manifest
 from prepare.manifest import AudioPart, Mixture, Record, check, report_problems
-from tools.gpu import on_gpu
+from process.gpu import on_gpu
 
 Clip = tuple[AudioPart, str]
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"

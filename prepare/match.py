@@ -28,7 +28,7 @@ from loss import IGNORE_INDEX, LabelSpec, dense_targets, score_logits
 from prepare.audio import AudioStore, codec_frame_rate_hz, read_waveform
 from prepare.manifest import Manifest, Record
 from prepare.overlap import transcripts
-from tools.gpu import on_gpu
+from process.gpu import on_gpu
 
 NUM_OTHERS = 15  # texts of other clips that each clip is tried with
 LEAST_SHARE = 0.45  # of the usual margin, by which the own text has to be better than others are on average

@@ -35,7 +35,7 @@ from prepare.forms import recognise
 from prepare.manifest import AudioPart, read_manifest, shown
 from prepare.rows import COLUMNS, Origin, Row
 from prepare.tables import UnclearError, read_text
-from tools.gpu import on_gpu
+from process.gpu import on_gpu
 
 LOW = 0.6  # mean probability of a transcript's tokens below which it is listed
 SAVE_SEC = 20.0  # what a killed run loses of a table

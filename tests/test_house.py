@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-PACKAGES = ("layers", "prepare", "generate", "export", "recipes", "tools", "benchmarks")
+PACKAGES = ("process", "layers", "prepare", "generate", "export", "tools", "benchmarks")
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))])
 NAMES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path for path in FILES}
 TRAINING_PATH = ("train", "config", "data", "collate", "model_patch", "loss", "checkpoint", "distributed", "metrics", "common")

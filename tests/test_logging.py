@@ -21,7 +21,7 @@ from test_resume import logged, settings, small_disk  # noqa: F401
 import metrics
 import train
 from metrics import Monitor
-from tools.log import Log
+from process.log import Log
 
 
 def lines(folder: Path) -> list[dict]:

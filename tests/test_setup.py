@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import train
 from common import ConfigError
-from tools.gpu import on_gpu
+from process.gpu import on_gpu
 
 # A Python whose pip prints what it is told to, and whose venv makes a copy of it.
 STAND_IN = """#!/bin/bash

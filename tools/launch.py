@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from common import EARLY_END, PREEMPTED, SIGNALS
-from tools.log import keep_output
+from process.log import keep_output
 
 USER_ERROR = 2
 

@@ -30,7 +30,7 @@ from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.folders import Listing
 from prepare.manifest import AudioPart
 from prepare.rows import WAVEFORM_SUFFIXES
-from tools.gpu import on_gpu
+from process.gpu import on_gpu
 from tools.stages import STATE, Stage, follow, shown
 
 CONSENT = "the voice must be your own, or one whose owner has agreed to this"

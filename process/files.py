@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from recipes.flags import Flags, Line, default_of
+from process.flags import Flags, Line, default_of
 
 
 def read_lines(path: Path, flags: Flags, facts: Collection[str]) -> Iterator[Line]:
