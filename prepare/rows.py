@@ -192,8 +192,10 @@ class Row:
         written, clip, speaker = self.text("text"), self.clip("audio"), self.speaker()
         if not written:
             remedy = f"expected a column of {names_of('text')}"
-            if has_empty_text(self.row):
-                remedy = "write it (a .jsonl: bash launch.sh prepare transcribe FILE), or leave it out with --missing_text skip"
+            if "text_file" in self.columns:
+                remedy = f"{self.get('text_file')} is empty; write it, or leave it out by prepare convert --missing_text skip"
+            elif has_empty_text(self.row):
+                remedy = "write it (a .jsonl: bash launch.sh prepare transcribe FILE), or leave it out by prepare convert --missing_text skip"
             raise MissingTextError(f"{self.origin.source}: no text; {remedy}")
         reading, misc = self.origin.reading, self.rest()
         text = prompts.normalise(written) if reading.normalize else written

@@ -13,28 +13,32 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from huggingface_hub import constants
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from conftest import ROOT
-from test_readme import launch_sh, main_of, make_environment, program
+from test_readme import launch_sh, main_of, program
 
 PAGE = ROOT / "docs" / "mistakes.md"
 HEAD = """# Mistakes, and what is said
 
 Each row was typed as it stands, in a folder of a newcomer; `tests/test_mistakes.py` types it again and compares every word. The
-exit status is 2, and nothing was written or lost.
+exit status is 2, and nothing was written or lost. Ctrl-C, kills and full disks are in [faults.md](faults.md).
 
 | mistake | typed | said |
 | --- | --- | --- |
 """
 TRAIN = "bash launch.sh --train_manifest {} --output_dir runs/voice --base_ckpt checkpoint --audio_tokenizer codec"
 GENERATE = "bash launch.sh generate --ckpt checkpoint --audio_tokenizer codec --text Hello."
+
+
+PATCH = pytest.MonkeyPatch()  # what makes a folder may change; undone after each test
 
 
 def wave(path: str, seconds: float = 1.0) -> None:
@@ -84,6 +88,10 @@ MISTAKES: dict[str, tuple[str, Callable[[], None]]] = {
     "one long recording": ("bash launch.sh prepare check recordings", lambda: wave("recordings/talk.wav", 90)),
     "a recording as a data set": ("bash launch.sh prepare pair talk.wav paired", lambda: wave("talk.wav")),
     "a recording without speech": ("bash launch.sh prepare cut talk.wav --out cuts.jsonl", lambda: wave("talk.wav", 5)),
+    "an m4a without ffmpeg": (
+        "bash launch.sh prepare cut talk.m4a --out cuts.jsonl",
+        lambda: (write("talk.m4a", b"\0\0\0\x20ftypM4A "), PATCH.setenv("PATH", "/nowhere")),
+    ),
     "cuts that are there already": (
         "bash launch.sh prepare cut talk.wav --out cuts.jsonl",
         lambda: (wave("talk.wav"), write("cuts.jsonl", "{}\n")),
@@ -115,6 +123,10 @@ MISTAKES: dict[str, tuple[str, Callable[[], None]]] = {
     "nothing to resume": (TRAIN.format("train.jsonl") + " --resume runs/voice/checkpoints/step_10", chatml(record())),
     "a number of processes that is none": ("NPROC=two bash launch.sh --train_manifest train.jsonl", lambda: None),
     "a model that is not there": ("bash launch.sh generate --ckpt runs/voice/final --text Hello.", lambda: None),
+    "the published model without a network": (
+        "bash launch.sh generate --ckpt bosonai/higgs-audio-v2-generation-3B-base --text Hello.",
+        lambda: (PATCH.setattr(constants, "HF_HUB_OFFLINE", True), PATCH.setattr(constants, "HF_HUB_CACHE", "cache")),
+    ),
     "a reference that is not there": (f"{GENERATE} --ref_audio anna.wav", lambda: None),
     "a transcript that is a file's name, of none": (
         f"{GENERATE} --ref_audio anna.wav --ref_text anna.txt",
@@ -129,13 +141,13 @@ MISTAKES: dict[str, tuple[str, Callable[[], None]]] = {
 
 def said(command: str, make: Callable[[], None], ask, folder: Path, monkeypatch) -> tuple[int, str]:
     """Exit status and what stderr says, with the folder's own path taken out."""
-    make()
     variables, words = dict(re.findall(r"(\w+)=(\S+)", command.split("bash")[0])), shlex.split(command.split("launch.sh ")[1])
-    done = launch_sh(words, variables | {"VENV": str(folder / "none")}) if is_for_launch_sh(words, variables) else None
-    if done:
+    if is_for_launch_sh(words, variables):
+        done = launch_sh(words, variables | {"VENV": str(folder / "none")})
         status, error = done.returncode, done.stderr
     else:
         name, argv = program(command, ask)
+        make()
         with contextlib.redirect_stderr(io.StringIO()) as stream, contextlib.redirect_stdout(io.StringIO()):
             status = main_of(name, argv, monkeypatch)
         error = stream.getvalue()
@@ -153,12 +165,13 @@ def row(mistake: str, command: str, error: str) -> str:
 
 
 @pytest.fixture()
-def folder(tmp_path, checkpoint_dir, codec_files, monkeypatch) -> Path:
+def folder(tmp_path, checkpoint_dir, codec_files, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "codec").symlink_to(codec_files)
     (tmp_path / "bosonai").symlink_to(codec_files / "bosonai")
     (tmp_path / "checkpoint").symlink_to(checkpoint_dir)
-    return tmp_path
+    yield tmp_path
+    PATCH.undo()
 
 
 @pytest.fixture(scope="module")
