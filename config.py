@@ -29,6 +29,7 @@ REVISIONS = {
     "bosonai/hubert_base": "d7a7039bd0d93005f6532853db1934722d9a5e02",
 }
 LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
+CODEBOOK_WEIGHTS = {"omnivoice": "8,8,6,6,4,4,2,2", "moshi": "100,1,1,1,1,1,1,1"}  # as those models were trained
 CHECKPOINTING_MODES = ("none", "full", "selective")
 # Figures that can choose the best step; 1: more is better, -1: less, 0: best at 1. The second line is measured on samples.
 BEST_BY = {
@@ -115,7 +116,9 @@ class Config:
     text_loss_weight: float = _setting(1.0, "weight of the text loss")
     audio_loss_weight: float = _setting(1.0, "weight of the audio loss")
     consistency_loss_weight: float = _setting(0.0, "weight of the voice-consistency loss (InfoNCE); 0: off")
-    codebook_weights: str = _setting("", "comma-separated weight of each codebook, normalised to mean 1; default: equal")
+    codebook_weights: str = _setting(
+        "", f"comma-separated weight of each codebook, normalised to mean 1, or {' or '.join(CODEBOOK_WEIGHTS)}; default: equal"
+    )
 
     # Precision, memory and speed
     mixed_precision: str = _setting("bf16", "compute dtype; masters stay float32", const="bf16", choices=("bf16", "no"))
@@ -201,7 +204,8 @@ class Config:
 
     @property
     def codebook_weight_list(self) -> list[float]:
-        return [float(w) for w in self.codebook_weights.split(",")] if self.codebook_weights else []
+        given = CODEBOOK_WEIGHTS.get(self.codebook_weights, self.codebook_weights)
+        return [float(weight) for weight in split_list(given)]
 
 
 # What --help lists; the rest is listed by --help advanced.

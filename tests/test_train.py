@@ -228,6 +228,8 @@ def test_command_line_mistakes_are_reported_together(capsys):
         "--train_manifest is required",
     ):
         assert part in error
+    named = train.parse_config(["--train_manifest", "m", "--output_dir", "o", "--codebook_weights", "omnivoice"])
+    assert named.codebook_weight_list == [8, 8, 6, 6, 4, 4, 2, 2]
     with pytest.raises(ConfigError, match="--codebook_weights 1,x: expected comma-separated numbers"):
         train.parse_config(["--train_manifest", "m", "--output_dir", "o", "--codebook_weights", "1,x"])
 
