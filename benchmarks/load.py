@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         seconds = synthetic.clone_durations(8) / 4
         manifest = synthetic.write_clones(Path(temporary) / "data", seconds, config.audio_codebook_size)
         settings = {
-            "train_manifest": manifest,
+            **{"train_manifest": manifest, "val_manifest": manifest},
             "base_ckpt": folder / "checkpoint",
             "output_dir": Path(temporary) / "out",
             "audio_tokenizer": "none",

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.file_download
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import reset_sessions
 
 import checkpoint
 from common import CheckpointError, ConfigError, DataError
@@ -75,6 +76,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    reset_sessions()  # another test may have been offline
     yield server
     server.shutdown()
     server.server_close()

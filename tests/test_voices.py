@@ -108,7 +108,7 @@ def test_mistakes_with_voices(desk):
         return str(caught.value)
 
     assert "belind: neither a file nor a voice of voices/, which has belinda, chadwick" in error("--ref_audio", "belind")
-    assert "gone.npy does not exist" in error("--ref_audio", "gone.npy")
+    assert "--ref_audio gone.npy: no such file" in error("--ref_audio", "gone.npy")
     assert "profile:male: voices/profile.yaml has male_en, old" in error("--ref_audio", "profile:male")
     assert "bare.txt does not exist, but the other voice has a transcript" in error("--ref_audio", "belinda", "bare.npy")
     assert "ref_text no.txt: no such file" in error("--ref_audio", "belinda", "--ref_text", "no.txt")
