@@ -191,6 +191,7 @@ def setup_distributed(device: str = "auto", replicate: int = 1, timeout_min: flo
         torch.cuda.set_device(local_rank)
     here = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if not torch_dist.is_initialized():
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, for OUTPUT/stuck
         backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
         timeout = datetime.timedelta(minutes=timeout_min)
         torch_dist.init_process_group(backend, store=_meeting_place(timeout), rank=rank, world_size=world_size, timeout=timeout)

@@ -1,7 +1,7 @@
 """A run that stands still says where, and ends; `bash launch.sh` starts it again with MAX_RESTARTS=N.
 
-OUTPUT/stuck/rankN.txt gets the stacks of all threads of a rank, rankN.json the last collectives, which NCCL's flight recorder
-has noted. OUTPUT/heartbeat.json says every ten seconds what rank 0 does.
+OUTPUT/stuck/rankN.txt gets the stacks of all threads of a rank, rankN.json the last collectives, which PyTorch's flight recorder
+has noted, and their states. OUTPUT/heartbeat.json says every ten seconds what rank 0 does.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def give_up(dist: Dist, folder: Path, quiet_sec: float, faults: list[str]) -> No
         with open(path, "w") as file:
             print(message, file=file, flush=True)
             faulthandler.dump_traceback(file)
-    if dist.device.type == "cuda":
-        with contextlib.suppress(OSError, AttributeError, RuntimeError):
-            path.with_suffix(".json").write_bytes(torch._C._distributed_c10d._dump_nccl_trace_json())
+    with contextlib.suppress(OSError, AttributeError, RuntimeError):  # NCCL keeps a record of its own
+        c10d = torch._C._distributed_c10d
+        dump = c10d._dump_nccl_trace_json if dist.device.type == "cuda" else c10d._dump_fr_trace_json
+        path.with_suffix(".json").write_bytes(dump())
     time.sleep(3 * (doing == WAITING))  # the rank that the others wait for is to speak first
     print(message, file=sys.stderr, flush=True)
     try:

@@ -36,6 +36,8 @@ def test_a_rank_that_stands_still_is_named(fault, what, culprit, toys, tmp_path)
         assert "rank 0 stands still" in done.stderr and "waiting for other ranks" in done.stderr
     assert re.search(what, (stuck / "rank1.txt").read_text())
     assert culprit in (stuck / "rank1.txt").read_text() and "in loop" in (stuck / "rank0.txt").read_text()
+    collectives = [json.loads((stuck / f"rank{rank}.json").read_text())["entries"] for rank in (0, 1)]
+    assert all("gloo:" in entry["profiling_name"] for entries in collectives for entry in entries) and all(map(len, collectives))
     assert json.loads((tmp_path / "o" / "heartbeat.json").read_text())["doing"]
     assert leaves_nothing_running(tmp_path / "o")
 
