@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -20,6 +21,7 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 
 import data
+from common import SIGNALS
 from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
 from tools import toys as demo
@@ -285,6 +287,8 @@ def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:
 def _rank_main(queue, rank: int, world_size: int, port: int, timeout_sec: int, function, args) -> None:
     faulthandler.dump_traceback_later(timeout_sec - 5, exit=True)  # a hang shows where
     sys.path.insert(0, str(ROOT))
+    for number in SIGNALS:  # a loader's server, which may have started this process, ignores them
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
