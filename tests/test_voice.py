@@ -292,7 +292,7 @@ def synthetic_talk(path: Path) -> Path:
 
 def killed(command: list, when: str, cwd: Path) -> None:
     """Start a command, and kill it and all that it has started once it has printed `when`."""
-    with open(cwd / "log", "w+") as log:
+    with open(cwd / "log", "a") as log:
         process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
         while when not in (cwd / "log").read_text():
             assert process.poll() is None, (cwd / "log").read_text()
@@ -323,6 +323,8 @@ def test_a_recording_becomes_a_voice_through_two_kills(tmp_path, checkpoint_dir,
     killed(command, "encode: turn sound into codes", tmp_path)
     killed(command, "step 4: validation loss", tmp_path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    with open(tmp_path / "log", "a") as log:  # the transcript of all three
+        log.write(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done before") == 5 and "resumed from" in done.stderr
     for name in ("run/report.html", "model/adapter_model.safetensors", "evaluation/evaluation.html"):
