@@ -22,8 +22,8 @@ import soundfile
 from huggingface_hub import constants
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from conftest import ROOT
-from test_readme import launch_sh, main_of, program
+from conftest import ROOT  # noqa: E402
+from test_readme import launch_sh, main_of, program  # noqa: E402
 
 PAGE = ROOT / "docs" / "mistakes.md"
 HEAD = """# Mistakes, and what is said
