@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from common import suggestion
 
 NO_VALUE = object()
 OWN = {
@@ -87,8 +88,7 @@ class Flags:
 
     def suggestion(self, word: str, prefix: str = "") -> str:
         """The nearest name, if one is near."""
-        nearest = difflib.get_close_matches(word, [prefix + name for name in (*self.names, *OWN)], 1)
-        return "".join(f"; did you mean {name}?" for name in nearest)
+        return suggestion(word, [prefix + name for name in (*self.names, *OWN)])
 
     def _help(self, which: str) -> str:
         shown = self.fields if which == "advanced" else self.basic
