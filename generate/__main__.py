@@ -35,7 +35,7 @@ import torch
 from checkpoint import find_base
 from common import ConfigError
 from config import Config
-from distributed import Dist, log, says_errors, setup_distributed
+from distributed import Dist, log, setup_distributed
 from export.read import Full, find_model, open_model
 from generate.engine import Engine, Job
 from generate.files import SOUND_SUFFIXES, add_result, read_results, write_both, write_only, write_results
@@ -46,6 +46,7 @@ from generate.scores import Score, table
 from generate.voices import VOICES, read_text
 from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
 from prepare.manifest import Record
+from process.command import says_errors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -339,10 +340,7 @@ def _report(results: Sequence[dict], num_lines: int, out: Path, seconds: float, 
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    try:
-        results, scores = run(argv)
-    except KeyboardInterrupt:
-        return 130  # as shells have it
+    results, scores = run(argv)
     if scores:
         print(table(scores))
     return 0 if all(result["frames"] for result in results) else 1

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from common import ConfigError, DataError, json_safe, write_whole
-from distributed import Dist, log_list, says_errors, setup_distributed
+from distributed import Dist, log_list, setup_distributed
 from generate import __main__ as generate
 from generate.files import RESULTS_FILE, decode, read_results, write_lines
 from generate.judges import SpeakerSimilarity, Transcriber
@@ -52,6 +52,7 @@ from generate.seedtts import Errors, read_meta
 from prepare.audio import CodecInfo, codec_folder, load_codec, read_codes, read_waveform
 from prepare.manifest import AudioPart, Record
 from prepare.prompts import TAG
+from process.command import says_errors
 
 LANGUAGES = {"en": "english", "zh": "chinese"}
 NUM_DRAWS = 2000
