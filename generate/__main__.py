@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context_frames", type=int, help="only as many earlier chunks as have so many frames together (25 are a second)")
     add("--batch_size", type=int, default=0, help="prompts that are generated together; 0: as many as fit")
     add("--official", action="store_true", help="one at a time, by the official generate()")
+    add("--compile", action="store_true", help="torch.compile of a step; takes minutes at the start, for many lines on a GPU")
     add("--takes", type=int, default=1, help="so many of each text, with the next seeds: NAME-1, NAME-2, ...")
     add("--retries", type=int, default=0, help="try a chunk so often again that got stuck or did not end, with other seeds")
     for f in dataclasses.fields(Sampling):
@@ -133,6 +134,8 @@ def _ignored(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
         "--lines: references, scene and system turn belong into the lines themselves",
     )
     yield args.official and args.batch_size > 1, "--official --batch_size: the official generate() takes one prompt at a time"
+    yield args.official and args.compile, "--compile: --official is not compiled"
+    yield args.quantize != "none" and args.compile, "--compile: does not go with --quantize nf4"
     yield (
         bool(args.voices and not args.lines and not args.ref_audio),
         "--voices: there is no --ref_audio that could name one of them",
@@ -226,6 +229,7 @@ def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record],
         context_frames=math.inf if args.context_frames is None else args.context_frames,
         batch_size=args.batch_size,
         official=args.official,
+        compiled=args.compile,
         retries=args.retries,
         show_progress=dist.is_main,
     )

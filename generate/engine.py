@@ -79,6 +79,7 @@ class Engine:
     context_frames: ... as far as they have no more frames together
     batch_size:     prompts that are generated together; 0: as many as fit
     official:       one at a time by the official call instead
+    compiled:       by `torch.compile`
     retries:        other seeds for a chunk whose answer got stuck or did not end
     show_progress:  a progress bar, on a terminal
     """
@@ -94,6 +95,7 @@ class Engine:
     context_frames: float = math.inf
     batch_size: int = 0
     official: bool = False
+    compiled: bool = False
     retries: int = 0
     show_progress: bool = False
 
@@ -141,8 +143,9 @@ class Engine:
                 count(sum(clip.shape[1] for clip in answer.codes))
                 yield request, answer
         else:
-            size = self.batch_size or rows_that_fit(self.model, self.sampling.max_new_tokens)
-            yield from generate_many(*arguments, min(size, max(1, len(requests))), on_step=count)
+            size = self.batch_size or rows_that_fit(self.model, self.sampling.max_new_tokens, self.compiled)
+            size = min(size, max(1, len(requests)))
+            yield from generate_many(*arguments, size, on_step=count, compiled=self.compiled)
 
     def target(self, line: Line) -> Tensor | None:
         """The right answer, [K, T]."""

@@ -145,6 +145,8 @@ def test_arguments_that_would_be_ignored(desk):
     assert "--retries: without sampling" in error(*greedy, "--retries", 2)
     assert "--takes 0: must be at least 1" in error(*text, "--takes", 0)
     assert "--lines: references" in error("--lines", "l", "--ref_in_system")
+    assert "--compile: --official is not compiled" in error(*text, "--official", "--compile")
+    assert "--compile: does not go with --quantize nf4" in error(*text, "--quantize", "nf4", "--compile")
     assert "--force: without --out" in error(*text, "--force")
     both = error(*text, "--takes", 0, "--top_p", 2)
     assert "--takes 0" in both and "--top_p 2.0" in both, "all problems at once"
