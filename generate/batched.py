@@ -37,6 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from common import CheckpointError
 from generate.official import STOP_STRINGS, Answer, Request, Sampling, make_answer, official_collator
+from layers.nf4 import is_quantized
 
 CACHE_STEP = 256  # positions by which the cache grows
 MOST_ROWS = {"cpu": 16, "cuda": 128}  # more are hardly faster
@@ -467,7 +468,8 @@ class Decoder:
     def __init__(self, model: HiggsAudioModel):
         self.model, self.device = model, next(model.parameters()).device
         on_cpu = self.device.type == "cpu" and mkldnn.is_available()
-        self.linears = [module for module in model.layers.modules() if type(module) is nn.Linear and on_cpu]
+        linears = [module for module in model.layers.modules() if type(module) is nn.Linear and on_cpu]
+        self.linears = [linear for linear in linears if not is_quantized(linear.weight)]
 
     def run(
         self, inputs: Inputs, attention: Prompts | NewPositions, text_rows: Sequence[int], audio_rows: Sequence[int]

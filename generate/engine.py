@@ -1,6 +1,6 @@
 """Lines -> codes: prompts are built chunk by chunk and answered together, or one by one by the official call.
 
-A chunk whose answer got stuck or did not end can be tried again with other seeds, before the next chunk is begun.
+A chunk whose answer is empty, got stuck or did not end can be tried again with other seeds, before the next chunk is begun.
 
 Legend: K codebooks, T frames.
 """
@@ -42,7 +42,7 @@ class Try:
 
     @property
     def faults(self) -> int:
-        return (not self.stopped) + (self.runaway is not None)
+        return (not self.stopped) + (self.runaway is not None) + 3 * (not self.codes.shape[1])
 
 
 @dataclass(eq=False)
@@ -80,7 +80,7 @@ class Engine:
     batch_size:     prompts that are generated together; 0: as many as fit
     official:       one at a time by the official call instead
     compiled:       by `torch.compile`
-    retries:        other seeds for a chunk whose answer got stuck or did not end
+    retries:        other seeds for a chunk whose answer is empty, got stuck or did not end
     show_progress:  a progress bar, on a terminal
     """
 

@@ -21,7 +21,9 @@ import model_patch
 from common import CheckpointError
 from generate import batched
 from generate.batched import generate_many
+from generate.models import load_model
 from generate.official import Answer, Request, Sampling, as_prompt, generate_each, official_collator
+from layers.nf4 import is_quantized
 from tools import toys as demo
 
 LONGEST = 48
@@ -209,12 +211,24 @@ def test_near_ties_are_recognised(models, prompts, tokenizer, monkeypatch):
     assert split_differing(found, expected, set(), tokenizer) == ([], ties)
 
 
-@pytest.mark.parametrize("name", [pytest.param("greedy", marks=pytest.mark.slow), "official"])
+@pytest.mark.parametrize(
+    "count, name", [(12, "official"), *(pytest.param(32, name, marks=pytest.mark.slow) for name in ("greedy", "official"))]
+)
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_adapters(kind, name, models, prompts, tokenizer):
-    expected = one_by_one(models[kind], tokenizer, prompts, SAMPLINGS[name])
-    assert differing(together(models[kind], tokenizer, prompts, SAMPLINGS[name], 16), expected) == []
+def test_adapters(kind, count, name, models, prompts, tokenizer):
+    expected = one_by_one(models[kind], tokenizer, prompts[:count], SAMPLINGS[name])
+    assert differing(together(models[kind], tokenizer, prompts[:count], SAMPLINGS[name], 8), expected) == []
     assert differing(one_by_one(models["full"], tokenizer, prompts[:4], SAMPLINGS[name]), expected[:4]), "it changes nothing"
+
+
+def test_a_base_of_4_bits(models, prompts, tokenizer, tmp_path):
+    pytest.importorskip("torchao", reason="needs requirements-nf4.txt")
+    models["full"].save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "", None, torch.float32, torch.device("cpu"), quantize=True)
+    assert any(is_quantized(parameter) for parameter in model.parameters())
+    expected = one_by_one(model, tokenizer, prompts[:6], SAMPLINGS["official"])
+    assert differing(together(model, tokenizer, prompts[:6], SAMPLINGS["official"], 4), expected) == []
 
 
 def test_a_model_patched_for_training(models, prompts, tokenizer):
@@ -249,27 +263,29 @@ def test_requests_may_be_added_between_answers(models, prompts, tokenizer):
     assert differing([found[i] for i in range(12)], expected) == []
 
 
-def sharded(dist, state: dict, prompts, sampling: Sampling) -> dict[int, tuple]:
-    """This rank's share of the prompts, by a sharded model: rank 0 has many more than rank 1."""
+def sharded(dist, state: dict, prompts, sampling: Sampling) -> list[dict[int, tuple]]:
+    """This rank's share of 6 prompts, then of 8, by a sharded model: rank 0 has many more than rank 1, which first has none."""
     tokenizer = demo.make_tokenizer()
     model = make_model(demo.tiny_config(tokenizer))
     model.load_state_dict(state)
     model = model_patch.patch_for_training(model)
     model_patch.shard(model, dist.mesh, param_dtype=torch.float32)
-    requests = requests_of(prompts)
-    mine = deque(list(requests)[:6] if dist.rank == 0 else list(requests)[6:])
-    answers = generate_many(model.eval(), tokenizer, mine, sampling, 4, dist.any)
-    return {request.key: parts(answer) for request, answer in answers}
+    shares = []
+    for count in (6, 8):
+        requests = list(requests_of(prompts[:count]))
+        mine = deque(requests[:6] if dist.rank == 0 else requests[6:])
+        answers = generate_many(model.eval(), tokenizer, mine, sampling, 4, dist.any)
+        shares.append({request.key: parts(answer) for request, answer in answers})
+    return shares
 
 
-@pytest.mark.parametrize("num_prompts", [6, 8])
-def test_sharded_ranks(num_prompts, models, prompts, tokenizer):
+def test_sharded_ranks(models, prompts, tokenizer):
     """Two ranks with shares of different sizes, one perhaps with nothing to do, under FSDP2."""
-    expected = one_by_one(models["full"], tokenizer, prompts[:num_prompts], SAMPLINGS["official"])
-    shares = run_ranks(sharded, 2, models["full"].state_dict(), prompts[:num_prompts], SAMPLINGS["official"])
-    assert [len(share) for share in shares] == [6, num_prompts - 6]
-    found = shares[0] | shares[1]
-    assert [found[i] for i in range(num_prompts)] == [parts(answer) for answer in expected]
+    expected = [parts(answer) for answer in one_by_one(models["full"], tokenizer, prompts[:8], SAMPLINGS["official"])]
+    first, second = run_ranks(sharded, 2, models["full"].state_dict(), prompts[:8], SAMPLINGS["official"])
+    for mine, others, count in zip(first, second, (6, 8)):
+        assert [len(mine), len(others)] == [6, count - 6]
+        assert [(mine | others)[i] for i in range(count)] == expected[:count]
 
 
 def test_the_cache_grows(models, tokenizer, monkeypatch):
