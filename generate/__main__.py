@@ -130,8 +130,9 @@ def _wrong_values(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
     """(whether it is one, the problem)"""
     counts = ("chunk_words", "chunk_turns", "chunk_context", "context_frames", "retries", "batch_size")
     for name in (*counts, "temperature", "top_k", "ras_win_len", "seed"):
-        value = getattr(args, name) or 0
-        yield not 0 <= value < MOST, f"--{name} {value}: must be 0 or more{', and below 2^63' * (value >= MOST)}"
+        yield not (getattr(args, name) or 0) >= 0, f"--{name} {getattr(args, name)}: must be 0 or more"
+    for name in ("temperature", "seed"):
+        yield getattr(args, name) >= MOST, f"--{name} {getattr(args, name)}: must be below 2^63"
     for name in ("max_new_tokens", "takes", "ras_win_max_num_repeat"):
         yield getattr(args, name) < 1, f"--{name} {getattr(args, name)}: must be at least 1"
     yield not 0 < args.top_p <= 1, f"--top_p {args.top_p}: must be above 0 and at most 1"

@@ -149,8 +149,8 @@ def test_arguments_that_would_be_ignored(desk):
     assert "--takes: without sampling" in error(*greedy, "--takes", 2)
     assert "--retries: without sampling" in error(*greedy, "--retries", 2)
     assert "--takes 0: must be at least 1" in error(*text, "--takes", 0)
-    for flag, value in (("temperature", "nan"), ("temperature", "inf"), ("seed", 2**63), ("ras_win_len", -1)):
-        assert f"--{flag} {value}: must be 0 or more" in error(*text, f"--{flag}", value)
+    for flag, value, must in (("temperature", "nan", "0 or more"), ("temperature", "inf", "below"), ("seed", 2**63, "below"), ("top_k", -1, "0 or")):
+        assert f"--{flag} {value}: must be {must}" in error(*text, f"--{flag}", value)
     assert "--text: is empty" in error("--text", " ")
     assert "unknown argument --retires; did you mean --retries?" in error(*text, "--retires", 3)
     assert "--out a.wav: --lines needs a folder" in error("--lines", "l", "--out", "a.wav")
