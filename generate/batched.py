@@ -35,7 +35,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from common import CheckpointError
+from common import CheckpointError, ConfigError, reason
 from generate.official import STOP_STRINGS, Answer, Request, Sampling, make_answer, official_collator
 from layers.nf4 import is_quantized
 
@@ -589,8 +589,11 @@ class CompiledStep:
         ]
         for states in self.cache.layers.values():
             torch._dynamo.mark_static_address(states)  # CUDA graphs write to it where it is
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-            text, audio = self.graph(*values[:2], *(values[2:] if len(inputs.text_ids) else ()))
+        try:
+            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+                text, audio = self.graph(*values[:2], *(values[2:] if len(inputs.text_ids) else ()))
+        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, no Triton
+            raise ConfigError(f"--compile: {reason(error)}; leave it out") from None
         return text[text_rows], audio[audio_rows]
 
     def _step(

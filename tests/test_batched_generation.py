@@ -18,7 +18,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from conftest import make_model, make_sample, run_ranks
 
 import model_patch
-from common import CheckpointError
+from common import CheckpointError, ConfigError
 from generate import batched
 from generate.batched import generate_many
 from generate.models import load_model
@@ -300,7 +300,8 @@ def test_the_cache_grows(models, tokenizer, monkeypatch):
     "backend, kind, step, num_graphs",
     [
         ("eager", "full", 256, 2),
-        *(pytest.param("inductor", kind, 64, 4, marks=pytest.mark.slow) for kind in ("full", "adapter")),
+        pytest.param("inductor", "full", 64, 4, marks=pytest.mark.slow),
+        pytest.param("inductor", "adapter", 256, 2, marks=pytest.mark.slow),
     ],
 )
 def test_compiled(backend, kind, step, num_graphs, models, prompts, tokenizer, monkeypatch):
@@ -318,6 +319,17 @@ def test_compiled(backend, kind, step, num_graphs, models, prompts, tokenizer, m
     found = {request.key: answer for request, answer in found}
     assert differing([found[i] for i in range(len(prompts))], expected) == []
     assert num_graphs <= graphs["unique_graphs"] <= num_graphs + (step < 256) * 2
+    torch._dynamo.reset()
+
+
+def test_a_machine_that_cannot_compile(models, prompts, tokenizer, monkeypatch):
+    def without_a_compiler(*_):
+        raise RuntimeError("no working compiler")
+
+    monkeypatch.setattr(batched, "COMPILE", {"backend": without_a_compiler})
+    requests = requests_of(prompts[:1])
+    with pytest.raises(ConfigError, match="--compile: .*without_a_compiler.*; leave it out"):
+        list(generate_many(models["full"], tokenizer, requests, SAMPLINGS["official"], 1, compiled=True))
     torch._dynamo.reset()
 
 

@@ -120,7 +120,7 @@ def test_mistakes_with_voices(desk):
     assert "there is no ref_audio" in error("--ref_in_system")
     assert "ref_text: there is no ref_audio" in error("--ref_text", "a")
     records = write_manifest(desk / "r.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
-    with pytest.raises(UserError, match="--chunk_words: .*r.jsonl holds only ChatML records"):
+    with pytest.raises(UserError, match=r"--chunk_words: .*r.jsonl holds only ChatML records"):
         generate.lines_of(generate.parse_args(["--ckpt", "x", "--lines", str(records), "--chunk_words", "3", *CODES]))
     assert "replaces the one that holds reference clips" in error("--ref_audio", "belinda", "--ref_in_system", "--system", "s")
     Path("voices/profile.yaml").write_text("male: x")
