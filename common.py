@@ -16,7 +16,7 @@ FEW = 4  # records are the least that evaluation should have
 MAX_SHOWN = 20  # items of a list in one message
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)  # of schedulers, shells and closed terminals
 PREEMPTED = os.EX_TEMPFAIL  # exit status, 75, of a run that a signal ended: start it again
-EARLY_END = "received {}: ended. Nothing that was written is lost; start again with the same command"
+EARLY_END = "received {}: ended before a first step; what was written whole is kept"
 
 
 class UserError(ValueError):

@@ -24,7 +24,7 @@ from common import PREEMPTED
 from generate.batched import Batch
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-EARLY = "ended. Nothing that was written is lost; start again with the same command"
+EARLY = "ended before a first step; what was written whole is kept"
 
 
 def start(output_dir: Path, *words: str, **kwargs) -> subprocess.Popen:
