@@ -84,9 +84,9 @@ def split_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def share_held_out(share: float, count: int) -> float:
-    """The share of so many records to hold out, so that they are at least FEW, or a tenth of all where that is less."""
-    return max(share, min(FEW / count, 0.1))
+def share_held_out(share: float, count: int, most: float = 0.1) -> float:
+    """The share of so many records to hold out, so that they are at least FEW, or `most` of all where that is less."""
+    return max(share, min(FEW / count, most))
 
 
 def json_safe(value: Any) -> Any:

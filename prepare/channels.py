@@ -18,6 +18,8 @@ NAMES = {"left": 0, "right": 1, "l": 0, "r": 1, "a": 0, "b": 1}
 def one_channel_each(records: Iterator[tuple[str, dict]], folder: Path, reading: Reading) -> Iterator[tuple[str, dict]]:
     """The records, those that name a channel of a recording with the path of a file that holds only this channel.
 
+    `misc.channel_of` is then the recording, whose channels are one conversation.
+
     folder: where relative audio paths start
     raises: DataError if it is unclear which channel is meant, or there is no folder for such files
     """
@@ -30,7 +32,10 @@ def one_channel_each(records: Iterator[tuple[str, dict]], folder: Path, reading:
         if channel and clip["audio_url"]:
             number = int(channel) - from_one if channel.isdecimal() else NAMES.get(channel, -1)
             number = None if named == {"1"} else number
-            clip["audio_url"] = _channel_of(folder / clip["audio_url"], clip["audio_url"], number, source, reading, written)
+            url = clip["audio_url"]
+            clip["audio_url"] = _channel_of(folder / url, url, number, source, reading, written)
+            if clip["audio_url"] != url:
+                record["misc"]["channel_of"] = url
         yield source, record
 
 

@@ -85,9 +85,7 @@ def run(args: argparse.Namespace) -> int:
         clips = inspect_clips(records, report, config, args.num_workers)
         records = records_with(records, clips, report)
         report.figures["records"]["with readable audio"] = len(records)
-    describe_records(records, report)
-    if not (conversion and conversion.examples):  # rows are phrased and normalised here
-        describe_prompts(records, report)
+    describe_records(records, report, is_phrased=bool(conversion and conversion.examples))
     describe_clips(records, clips, report)
     if args.transcripts:
         describe_transcripts(records, clips, report, args)
@@ -172,11 +170,14 @@ def records_with(records: Manifest, clips: dict[Key, Clip], report: Report) -> M
 # Figures
 
 
-def describe_records(records: Manifest, report: Report) -> None:
+def describe_records(records: Manifest, report: Report, is_phrased: bool) -> None:
+    """is_phrased: prompts and texts were made from rows here, as `generate` makes them"""
     turns, speakers = [], Counter()
-    for record in records:
+    for record in records:  # in one pass: each record is parsed anew
         turns.append(len(record.chatml.messages))
         speakers[record.chatml.speaker] += 1
+        if not is_phrased:
+            describe_prompt(record, report)
     report.figures["records without a speaker"] = speakers.pop(None, 0)
     report.figures["speakers"] = len(speakers)
     report.figures["records of a speaker"] = spread(list(speakers.values()))
@@ -308,18 +309,17 @@ def find_outliers(records: Manifest, clips: dict[Key, Clip]) -> list[Finding]:
 # Prompts and transcripts
 
 
-def describe_prompts(records: Manifest, report: Report) -> None:
-    """Where chats differ from what `generate` will send: ChatML trains as it is."""
-    for record in records:
-        known, turns = transcripts(record), record.chatml.messages
-        if not known or not record.audio:
-            continue
-        before = [(turn.role, "".join(map(shown_part, as_list(turn.content)))) for turn in turns[:-2]]
-        if odd := prompts.oddity(before, known[-1]):
-            report.notices["prompts that `generate` phrases in another way"].append(f"{record.source}: {odd}")
-        if (sent := prompts.normalise(known[-1])) != known[-1]:
-            what = f"{record.source}: {shown(known[-1])} is sent as {shown(sent)}"
-            report.notices["texts that `generate` changes before it sends them, unless --normalize no is given"].append(what)
+def describe_prompt(record: Record, report: Report) -> None:
+    """Where a chat differs from what `generate` will send: ChatML trains as it is."""
+    known, turns = transcripts(record), record.chatml.messages
+    if not known or not record.audio:
+        return
+    before = [(turn.role, "".join(map(shown_part, as_list(turn.content)))) for turn in turns[:-2]]
+    if odd := prompts.oddity(before, known[-1]):
+        report.notices["prompts that `generate` phrases in another way"].append(f"{record.source}: {odd}")
+    if (sent := prompts.normalise(known[-1])) != known[-1]:
+        what = f"{record.source}: {shown(known[-1])} is sent as {shown(sent)}"
+        report.notices["texts that `generate` changes before it sends them, unless --normalize no is given"].append(what)
 
 
 def as_list(content: Any) -> list:

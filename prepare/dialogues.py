@@ -1,6 +1,7 @@
 """Dialogues made of single lines, for `prepare pair --dialogues`: a text of `[SPEAKERn]` turns and one clip.
 
 Lines that follow each other in one recording become one clip, cut from it, so the pauses between turns stay as they were.
+Lines of the channels of one call become one clip too, each from its own channel until the next one begins.
 Lines of given speakers are joined whatever files they come from: their clips are written one after the other, as they are.
 """
 
@@ -10,6 +11,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -62,7 +64,7 @@ def _of_recordings(lines: Sequence[Line], rng: random.Random) -> Iterator[list[L
     recordings = defaultdict(list)
     for line in lines:
         for source, start, stop in line.spans:
-            recordings[source].append((start, stop, line))
+            recordings[line.recording or source].append((start, stop, line))
     for spans in recordings.values():
         run: list[Line] = []
         for start, _, line in [*sorted(spans, key=lambda item: item[:2]), (0, 0, None)]:
@@ -116,13 +118,25 @@ def changes(lines: Sequence[Line], begins_sec: Sequence[float]) -> list[float]:
     return [round(sec, 3) for sec, (a, b) in zip(begins_sec[1:], pairwise(lines)) if a.speaker != b.speaker]
 
 
+def _is_one_stretch(lines: Sequence[Line]) -> bool:
+    return all(_follows(before, after.spans[0][1], after.split) for before, after in pairwise(lines))
+
+
 def shared_clip(lines: Sequence[Line]) -> tuple[dict[str, float], list[float]] | None:
     """`offset` and `duration` of lines that follow each other in one recording, and where each begins in it; else None."""
     sources, starts, stops = zip(*(line.spans[0] for line in lines))
-    if len(set(sources)) > 1 or any(not _follows(a, start, b.split) for (a, b), start in zip(pairwise(lines), starts[1:])):
+    if len(set(sources)) > 1 or not _is_one_stretch(lines):
         return None
     times = {"offset": starts[0], "duration": round(stops[-1] - starts[0], 6)}
     return times, [start - starts[0] for start in starts]
+
+
+def lasting(parts: Sequence[AudioPart], lines: Sequence[Line]) -> list[AudioPart]:
+    """The clips of lines; of channels of one call each goes on until the next line begins, so pauses stay as they were."""
+    if lines[0].recording is None or len({line.recording for line in lines}) > 1 or not _is_one_stretch(lines):
+        return list(parts)
+    begins = [line.spans[0][1] for line in lines]
+    return [replace(part, duration_sec=end - begin) for part, begin, end in zip(parts, begins, begins[1:])] + [parts[-1]]
 
 
 def write_joined(parts: Sequence[tuple[AudioPart, str]], path: Path) -> tuple[Path, list[float]]:

@@ -36,6 +36,7 @@ class Line:
     context: list[Span]
     targets: list[Span]  # the clips that train, and their label audio
     is_plain: bool  # one transcript and its clip: can have a reference, and be one
+    recording: str | None = None  # of which the clip's file is one channel
     group: int = -1  # records of one group go into one split
     split: str = "train"
 
@@ -56,7 +57,10 @@ def read_lines(manifest: Manifest) -> Iterator[Line]:
         speaker = record.chatml.speaker
         if speaker and DIARISED.fullmatch(speaker) and targets:
             speaker = f"{speaker} of {targets[0][0]}"
-        yield Line(index, speaker, [words(text) for text in texts], context, targets, is_plain)
+        misc = record.chatml.misc or {}
+        if (recording := misc.get("channel_of")) and speaker is None:
+            speaker = f"channel {misc.get('channel')} of {recording}"
+        yield Line(index, speaker, [words(text) for text in texts], context, targets, is_plain, recording)
 
 
 def transcripts(record: Record) -> list[str]:

@@ -7,7 +7,8 @@ exchange (`turn`) or in the system turn (`system`), as the official inference do
 scene. A line with a system turn of its own keeps it, and its reference is an earlier exchange. All other records stay as
 they are.
 
---dialogues joins a share of the lines: those that follow each other in one recording, or lines of --dialogue_speakers. The
+--dialogues joins a share of the lines: those that follow each other in one recording (in a call with a channel for each
+speaker too; its channels become files in OUTPUT_DIR/audio), or lines of --dialogue_speakers. The
 text has a `[SPEAKERn]` turn for each, every speaker gets a reference, and `misc.speaker_changes_sec` tells evaluation where
 another one begins.
 
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if not (min(args.val_share, args.test_share) >= 0 and args.val_share + args.test_share < 1):
         raise DataError("--val_share and --test_share leave nothing to train on, or are negative")
     refuse_used(args.output_dir)
-    manifest, _ = check(open_manifest(args.input, reading=Reading(phrasing=None))[0])
+    reading = Reading(phrasing=None, unpack_to=args.output_dir / "audio")
+    manifest, _ = check(open_manifest(args.input, reading=reading)[0])
     lines = list(read_lines(manifest))
     group_lines(lines)
     shares = {"test": args.test_share, "val": args.val_share}
@@ -325,7 +327,9 @@ def make_dialogue(pairing: Pairing, dialogue: Dialogue, rng: random.Random) -> d
     if shared := dialogues.shared_clip(lines):
         clip, begins = sole(records[0]["messages"][-1]["content"]) | shared[0], shared[1]
     else:
-        parts = [(record.audio[0], record.source) for record in (pairing.manifest[line.index] for line in lines)]
+        members = [pairing.manifest[line.index] for line in lines]
+        clips = dialogues.lasting([record.audio[0] for record in members], lines)
+        parts = [(clip, record.source) for clip, record in zip(clips, members)]
         folder = pairing.args.output_dir / "dialogues"
         path, begins = dialogues.write_joined(parts, folder / f"{lines[0].index:06d}")
         clip = {"type": "audio", "audio_url": f"{folder.name}/{path.name}"}

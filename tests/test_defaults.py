@@ -125,7 +125,7 @@ def test_tiny_data(count, toys, tmp_path, capsys):
 
 def test_how_many_are_held_out():
     assert [round(share_held_out(0.02, n) * n) for n in (10, 31, 40, 100, 200, 1000)] == [1, 3, 4, 4, 4, 20]
-    assert share_held_out(0.3, 10) == 0.3
+    assert share_held_out(0.3, 10) == 0.3 and share_held_out(0.05, 12, most=0.5) == 4 / 12
 
 
 def test_what_cannot_happen_is_said(toys, tmp_path, capsys):

@@ -129,6 +129,35 @@ def test_other_diarised_forms_give_the_same_dialogues(form, dialogues, tmp_path)
     assert len(found) == len(dialogues[1])
 
 
+def test_a_call_with_a_speaker_in_each_channel(tmp_path, capsys):
+    """Straight from the call, or from what convert made of it: channels are speakers, each turn is heard from its own channel,
+    and a pause from that of the turn before."""
+    channels = np.stack([np.full(16 * RATE, 0.25), np.full(16 * RATE, -0.5)], 1)
+    soundfile.write(tmp_path / "call.wav", channels, RATE)
+    sides = ["left" if name == "SPEAKER_00" else "right" for *_, name, _ in TALK]
+    rows = [f"call.wav,{start},{end},{side},{text}" for (start, end, _, text), side in zip(TALK, sides)]
+    (tmp_path / "call.csv").write_text("\n".join(["audio,start,end,channel,text", *rows]))
+    assert prepare(["convert", str(tmp_path / "call.csv"), str(tmp_path / "lines.jsonl")]) == 0
+    lines = {text: (start, side) for (start, _, _, text), side in zip(TALK, sides)}
+    pairs = [pair_talk(tmp_path / name) for name in ("call.csv", "lines.jsonl")]
+    assert len(pairs[0][1]) == len(pairs[1][1]) >= 2
+    for (out, found), (_, again) in zip(pairs, pairs[::-1]):
+        for record, other in zip(found, again):
+            assert record["messages"][-2] == other["messages"][-2] and record["misc"] == other["misc"]
+            samples, rate = soundfile.read(out / record["messages"][-1]["content"]["audio_url"])
+            texts = [text for text in lines if text in record["messages"][-2]["content"]]
+            begin, sides = lines[texts[0]][0], [lines[text][1] for text in texts]
+            switches = [lines[b][0] - begin for a, b in itertools.pairwise(texts) if lines[a][1] != lines[b][1]]
+            assert record["misc"]["speaker_changes_sec"] == pytest.approx(switches) and len(switches) >= 1
+            for text, side in zip(texts, sides):
+                at = round((lines[text][0] - begin) * rate)
+                heard = samples[at + 50 : at + round(0.48 * rate)]  # a line and the pause after it
+                assert heard == pytest.approx(np.full(len(heard), {"left": 0.25, "right": -0.5}[side]), abs=1e-3)
+            assert len(samples) == pytest.approx((lines[texts[-1]][0] - begin + 0.4) * rate, abs=2)
+            for turn in record["messages"][1:-2:2]:
+                assert "-channel" in turn["content"]["audio_url"]
+
+
 def test_diarised_names_hold_in_one_recording(tmp_path):
     """SPEAKER_00 of one call is not SPEAKER_00 of another."""
     for number in range(2):

@@ -23,7 +23,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from common import ConfigError, read_json
+from common import ConfigError, read_json, share_held_out
 from config import AUDIO_TOKENIZER, BASE_CKPT, parse_config, to_argv
 from export.read import find_model
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
@@ -62,7 +62,8 @@ def stages_of(args: argparse.Namespace, out: Path, kind: str, flags: Sequence[st
         add("read", "find clips and transcripts", read, ["lines.jsonl"], reads=args.input)
     check = ["prepare", "check", lines, "--report", out / "check.html"]
     add("check", "open every clip, list what is wrong", check, ["check.html"], reads=[lines])
-    pair = ["prepare", "pair", lines, out / "paired", lambda: to_argv({"val_share": val_share(lines)})]
+    pair = ["prepare", "pair", lines, out / "paired", "--val_share"]
+    pair += [lambda: [f"{share_held_out(0.05, num_lines(lines), most=0.5):.3f}"]]  # four lines, each with a reference
     add("pair", "give references, hold lines out", pair, ["paired"], reads=[lines])
     encode = ["prepare", "encode", train, val, "--out", out / "codes", *codec]
     add("encode", "turn sound into codes", encode, reads=[train, val], goes_on=True)
@@ -85,11 +86,6 @@ def stages_of(args: argparse.Namespace, out: Path, kind: str, flags: Sequence[st
 
 def num_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
-
-
-def val_share(lines: Path) -> str:
-    """5 %, but at least four lines: each gets another as its reference."""
-    return f"{min(0.5, max(0.05, 4.5 / num_lines(lines))):.3f}"
 
 
 @dataclass
