@@ -286,7 +286,7 @@ class Objective:
         """
         weights = torch.ones_like(sums.audio.nats)
         if self.codebook_weights is not None:
-            weights = torch.tensor(self.codebook_weights).to(weights.device, non_blocking=True)
+            weights = torch.tensor(self.codebook_weights, dtype=weights.dtype).to(weights.device, non_blocking=True)
         weights = weights / weights.mean()
         text = sums.text.nats[0] / num_text.clamp(min=1)
         audio = (weights * sums.audio.nats / num_audio.clamp(min=1)).mean()

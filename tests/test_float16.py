@@ -15,12 +15,13 @@ import model_patch
 import process.gpu
 import train
 from collate import create_collator
+from distributed import own_rows
 from layers import packed
 from layers.optimizer import LossScale
 from loss import LabelSpec
 
-FLAGS = {"mixed_precision": "fp16", "val_manifest": "", "val_steps": 0, "lora_dropout": 0.0, "max_steps": 6, "lr": 2e-3}
-BLOWN = 2  # the step, counted from 0, whose gradient overflows
+FLAGS = {"mixed_precision": "fp16", "val_manifest": "", "val_steps": 0, "lora_dropout": 0.0, "max_steps": 5, "lr": 2e-3}
+BLOWN = 1  # the step, counted from 0, whose gradient overflows
 
 
 class Blow(torch.autograd.Function):
@@ -56,24 +57,25 @@ def blown_run(dist, argv: list[str], go) -> dict[str, torch.Tensor]:
         train.forward, train.train_step = forward, step
 
 
-def stop_after_5(dist, argv: list[str]) -> None:
-    run_and_stop(dist, argv, 5)
+def stop_after_4(dist, argv: list[str]) -> None:
+    run_and_stop(dist, argv, 4)
 
 
 def float16_runs(dist, toys: Path, folder: Path):
     """A run with an overflow; the same, stopped after it and resumed. Returns the parameters of both and what was logged."""
-    whole, parts = (settings(toys, folder / name, save_steps=4, **FLAGS) for name in ("whole", "parts"))
+    whole, parts = (settings(toys, folder / name, save_steps=3, **FLAGS) for name in ("whole", "parts"))
     messages, log = [], train.log
     train.log = lambda dist, message: messages.append(message)
     expected = blown_run(dist, whole, run)
     train.log = log
-    blown_run(dist, parts, stop_after_5)
+    blown_run(dist, parts, stop_after_4)
     return expected, run(dist, [*parts, "--resume", "auto"]), messages
 
 
 def test_ranks_overflows_and_a_resume(toys, tmp_path):
-    """Two ranks: one's overflow skips the step on both and halves the scale, it is named and is no bad step; stopped and resumed
-    gives every bit; one rank gives the same losses (measured XX)."""
+    """Two ranks: one's overflow skips the step on both and halves the scale; it is named and is no bad step. Stopped and resumed
+    gives every bit. One rank instead of two: measured, losses within 1.2e-7 relative, gradient norms within 1.5e-5.
+    """
     for expected, resumed, messages in run_ranks(float16_runs, 2, toys, tmp_path):
         assert all(torch.equal(resumed[name], parameter) for name, parameter in expected.items())
         (said,) = [message for message in messages if "too large for float16" in message]
@@ -81,18 +83,29 @@ def test_ranks_overflows_and_a_resume(toys, tmp_path):
         assert not any("samples:" in message for message in messages)
     lines = logged(tmp_path / "whole")
     assert lines == logged(tmp_path / "parts")
-    assert [line["loss_scale"] for line in lines] == [2.0**16] * BLOWN + [2.0**15] * (6 - BLOWN)
-    assert [line["overflows"] for line in lines] == [0] * BLOWN + [1] * (6 - BLOWN)
+    assert [line["loss_scale"] for line in lines] == [2.0**16] * BLOWN + [2.0**15] * (5 - BLOWN)
+    assert [line["overflows"] for line in lines] == [0] * BLOWN + [1] * (5 - BLOWN)
     assert lines[BLOWN]["grad_norm"] is None and all(line["bad_steps"] == 0 and line["loss"] > 0 for line in lines)
 
     dist = train.setup_distributed("cpu")
     alone = blown_run(dist, settings(toys, tmp_path / "alone", grad_accum=4, **FLAGS), run)
     others = logged(tmp_path / "alone")
     assert [line["loss_scale"] for line in others] == [line["loss_scale"] for line in lines]
-    print("LOSSES", [(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(lines, others)], distance(alone, expected))
-    wide = settings(toys, tmp_path / "wide", grad_accum=4, **FLAGS | {"mixed_precision": "no", "max_steps": BLOWN})
-    run(dist, wide)
-    print("WIDE", [line["loss"] for line in logged(tmp_path / "wide")])
+    for name, error in (("loss", 1e-5), ("grad_norm", 1e-3)):
+        found, values = ([line[name] or 0.0 for line in each] for each in (others, lines))
+        assert found == pytest.approx(values, rel=error), name
+    assert distance(alone, expected) < 1e-2
+
+
+def test_training_follows_float32(toys, tmp_path):
+    """A full fine-tune of eight steps, in which the loss falls from 9.7 to 5.2. Measured: losses within 1.2e-4 relative."""
+    dist, losses = train.setup_distributed("cpu"), {}
+    for precision in ("no", "fp16"):
+        extra = FLAGS | {"mixed_precision": precision, "max_steps": 8, "batch_size": 8, "grad_accum": 1, "epochs": 4}
+        run(dist, settings(toys, tmp_path / precision, 0, **extra))
+        losses[precision] = [line["loss"] for line in logged(tmp_path / precision)]
+    assert losses["no"][-1] < 0.6 * losses["no"][0]
+    assert losses["fp16"] == pytest.approx(losses["no"], rel=1e-3)
 
 
 def test_a_skipped_step_moves_no_weight(toys, tmp_path):
@@ -103,7 +116,8 @@ def test_a_skipped_step_moves_no_weight(toys, tmp_path):
     def watch(task, batches, number, *rest):
         def state():
             kept = [value for state in task.optimizer.state.values() for value in state.values()]
-            return [train.distributed.own_rows(t).clone() for t in (*kept, *(p for p in task.model.parameters() if p.requires_grad))]
+            kept += [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+            return [own_rows(tensor).clone() for tensor in kept]
 
         before = state()
         result = step(task, batches, number, *rest)
@@ -112,10 +126,10 @@ def test_a_skipped_step_moves_no_weight(toys, tmp_path):
 
     train.train_step = watch
     try:
-        blown_run(train.setup_distributed("cpu"), settings(toys, tmp_path / "o", ema=0.9, **FLAGS | {"max_steps": 4}), run)
+        blown_run(train.setup_distributed("cpu"), settings(toys, tmp_path / "o", ema=0.9, **FLAGS | {"max_steps": 3}), run)
     finally:
         train.train_step = step
-    assert {number: found for number, found in states.items() if number} == {1: (False, False), 2: (True, True), 3: (False, False)}
+    assert {number: found for number, found in states.items() if number} == {1: (True, True), 2: (False, False)}
 
 
 def test_the_scale():
