@@ -64,7 +64,7 @@ def update(
     scale = loss_scale.value if loss_scale else 1.0
     norm = whole(nn.utils.clip_grad_norm_(parameters, scale * (grad_clip or math.inf))) / scale
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     optimizer.grad_scale = norm.new_full((), scale) if loss_scale else None
     optimizer.found_inf = (~norm.isfinite() | ~has_targets.to(norm.device)).float()
     optimizer.step()
