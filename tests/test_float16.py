@@ -146,7 +146,7 @@ def test_the_scale():
 
 @pytest.mark.parametrize("size", [1, 60000])
 def test_what_overflows(size, config, tokenizer):
-    """A model in float16 with hidden states of up to 60,000 (float16 ends at 65,504; Llama's stay in the thousands): norms, logits,
+    """A model in float16 with hidden states of up to 60,000 (float16 ends at 65,504): norms, logits,
     cross-entropy and their gradients are computed in float32 where they have to be.
 
     Measured: the loss within 6e-7 of float32's, the gradient within 8e-4 of its norm.
