@@ -33,10 +33,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from common import CheckpointError, read_json, reason, sha256_of, write_whole
 from config import BASE_NAMES, base_revision
-from distributed import gather, own_rows, says_errors
+from distributed import gather, own_rows
 from export import layouts
 from layers import nf4
 from prepare import hub
+from process.command import says_errors
 
 FORMAT = 2  # of training checkpoints; 1 had no "format", no lineage, no checksum of state.json and no base/
 STATE_FILE = "state.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 import signal
 import sys
@@ -27,32 +26,6 @@ from process.gpu import on_gpu
 from process.log import DETAILS, show
 
 T = TypeVar("T")
-
-
-def says_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """A command that says in one message what its user can mend, and returns 2."""
-
-    @functools.wraps(main)
-    def command(argv: Sequence[str]) -> int:
-        try:
-            return main(argv)
-        except UserError as error:
-            _say(error)
-            return 2
-
-    return command
-
-
-def _say(error: UserError) -> None:
-    """Print it once: by rank 0, or by each node's first rank where the ranks have not met yet.
-
-    The other ranks wait for the launcher to end them: a rank that exits sooner would cut off the message.
-    """
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    if rank == 0 or (local_rank == 0 and not torch_dist.is_initialized()):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)
 
 
 def gather(value: T) -> list[T]:

@@ -166,8 +166,12 @@ on_ranks() { # torchrun's options, file, arguments...
     exec "$PY" "$ROOT/tools/launch.py" --nproc_per_node="$NPROC" "$@"
 }
 
+alone() { # file, arguments...
+    exec "$PY" "$ROOT/process/start.py" "$@"
+}
+
 on_every_gpu() { # file, arguments...
-    if [ "$NPROC" -gt 1 ]; then on_ranks --standalone "$@"; else exec "$PY" "$@"; fi
+    if [ "$NPROC" -gt 1 ]; then on_ranks --standalone "$@"; else alone "$@"; fi
 }
 
 [ "$COMMAND" != demo ] || say "the demo: trains a tiny model on toy voices for some minutes, then lets it speak; needs no GPU"
@@ -177,17 +181,17 @@ setup*) exit 0 ;;
     cd "$ROOT" && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     exec "$PY" -m pytest -n $((CORES < 2 ? 1 : CORES > 4 ? 4 : CORES)) --dist loadfile tests/ ;;
 test*) cd "$ROOT" && exec "$PY" -m pytest "$@" ;;
-bench*) exec "$PY" "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
+bench*) alone "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
 train*) ;;
 "prepare encode") on_every_gpu "$ROOT/prepare/__main__.py" "$@" ;;
-prepare*) exec "$PY" "$ROOT/prepare/__main__.py" "$@" ;;
+prepare*) alone "$ROOT/prepare/__main__.py" "$@" ;;
 generate*) case " $* " in
     *" --lines"[=\ ]*) on_every_gpu "$ROOT/generate/__main__.py" "$@" ;; # one text needs one rank
-    *) exec "$PY" "$ROOT/generate/__main__.py" "$@" ;;
+    *) alone "$ROOT/generate/__main__.py" "$@" ;;
     esac ;;
 evaluate*) on_every_gpu "$ROOT/generate/evaluate.py" "$@" ;;
-export* | merge* | average* | show*) exec "$PY" "$ROOT/export/__main__.py" "$COMMAND" "$@" ;;
-*) exec "$PY" "$ROOT/tools/$COMMAND.py" "$@" ;;
+export* | merge* | average* | show*) alone "$ROOT/export/__main__.py" "$COMMAND" "$@" ;;
+*) alone "$ROOT/tools/$COMMAND.py" "$@" ;;
 esac
 
 # ---- train ------------------------------------------------------------------------------------------------------------

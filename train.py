@@ -51,7 +51,7 @@ from common import (
 )
 from config import OPEN, Config, parse_config, recipe
 from data import build_loaders, check_agreement, read_records
-from distributed import Dist, detail, log, log_list, progress_bar, says_errors, setup_distributed
+from distributed import Dist, detail, log, log_list, progress_bar, setup_distributed
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate import best
@@ -65,6 +65,7 @@ from layers.optimizer import AveragingAdamW, LossScale, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
+from process.command import says_errors
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output
 from process.watchdog import watching

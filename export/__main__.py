@@ -26,10 +26,10 @@ import checkpoint
 from checkpoint import Stored
 from common import CheckpointError, ConfigError
 from config import AUDIO_TOKENIZER
-from distributed import says_errors
 from export import card, layouts, parity, push
 from export.merge import average, convert, merge
 from export.read import Adapter, Full, find_model, open_model
+from process.command import says_errors
 
 
 def describe(folder: Path) -> str:

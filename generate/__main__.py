@@ -26,16 +26,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import soundfile
 import torch
 
 from checkpoint import find_base
-from common import ConfigError
+from common import ConfigError, suggestion
 from config import Config
-from distributed import Dist, log, says_errors, setup_distributed
+from distributed import Dist, log, setup_distributed
 from export.read import Full, find_model, open_model
 from generate.engine import Engine, Job
 from generate.files import SOUND_SUFFIXES, add_result, read_results, write_both, write_only, write_results
@@ -46,14 +46,21 @@ from generate.scores import Score, table
 from generate.voices import VOICES, read_text
 from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
 from prepare.manifest import Record
+from process.command import says_errors
+
+MOST = 2**63  # of seeds, in upstream's sampling
+OF_REQUESTS = ("normalize", "chunk_method", "chunk_words", "chunk_turns", "chunk_context", "context_frames", "voices")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """raises: ConfigError with every problem at once"""
-    args = _parser().parse_args(argv)
+def parse_args(argv: Sequence[str], others: Iterable[str] = ()) -> argparse.Namespace:
+    """others: flags of a command that takes these as well; raises: ConfigError with every problem at once"""
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if words := [word for word in unknown if word.startswith("-")] or unknown:
+        raise ConfigError(f"unknown argument {words[0]}{suggestion(words[0], [*parser._option_string_actions, *others])}")
     args.codec = "" if args.audio_tokenizer == "none" else args.audio_tokenizer
     problems = [problem for is_one, problem in (*_wrong_values(args), *_ignored(args)) if is_one]
     if args.out is not None:
@@ -70,6 +77,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bash launch.sh generate",
+        usage="bash launch.sh generate --ckpt CKPT (--text TEXT | --text_file FILE | --lines FILE) [--FLAG VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -99,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--context_frames", type=int, help="only as many earlier chunks as have so many frames together (25 are a second)")
     add("--batch_size", type=int, default=0, help="prompts that are generated together; 0: as many as fit")
     add("--official", action="store_true", help="one at a time, by the official generate()")
+    add("--compile", action="store_true", help="torch.compile of a step; takes minutes at the start, for many lines on a GPU")
     add("--takes", type=int, default=1, help="so many of each text, with the next seeds: NAME-1, NAME-2, ...")
-    add("--retries", type=int, default=0, help="try a chunk so often again that got stuck or did not end, with other seeds")
+    add("--retries", type=int, default=0, help="try a chunk so often again, with other seeds, that is empty, got stuck or did not end")
     for f in dataclasses.fields(Sampling):
         add(f"--{f.name}", type=type(f.default), default=f.default)
     add("--force_audio", action="store_true", help="the prompt ends with <|audio_out_bos|>, so the answer is audio")
@@ -112,17 +121,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count_or_all(text: str) -> float:
-    return math.inf if text == "all" else int(text)
+    try:
+        return math.inf if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or all, found {text!r}") from None
 
 
 def _wrong_values(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
     """(whether it is one, the problem)"""
     counts = ("chunk_words", "chunk_turns", "chunk_context", "context_frames", "retries", "batch_size")
     for name in (*counts, "temperature", "top_k", "ras_win_len", "seed"):
-        yield (getattr(args, name) or 0) < 0, f"--{name} {getattr(args, name)}: must be 0 or more"
-    for name in ("max_new_tokens", "takes"):
+        yield not (getattr(args, name) or 0) >= 0, f"--{name} {getattr(args, name)}: must be 0 or more"
+    for name in ("temperature", "seed"):
+        yield getattr(args, name) >= MOST, f"--{name} {getattr(args, name)}: must be below 2^63"
+    for name in ("max_new_tokens", "takes", "ras_win_max_num_repeat"):
         yield getattr(args, name) < 1, f"--{name} {getattr(args, name)}: must be at least 1"
     yield not 0 < args.top_p <= 1, f"--top_p {args.top_p}: must be above 0 and at most 1"
+    yield args.text is not None and not args.text.strip(), "--text: is empty; give what is to be spoken"
 
 
 def _ignored(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
@@ -133,6 +148,8 @@ def _ignored(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
         "--lines: references, scene and system turn belong into the lines themselves",
     )
     yield args.official and args.batch_size > 1, "--official --batch_size: the official generate() takes one prompt at a time"
+    yield args.official and args.compile, "--compile: --official is not compiled"
+    yield args.quantize != "none" and args.compile, "--compile: does not go with --quantize nf4"
     yield (
         bool(args.voices and not args.lines and not args.ref_audio),
         "--voices: there is no --ref_audio that could name one of them",
@@ -164,8 +181,10 @@ def _problems_of_out(args: argparse.Namespace) -> Iterator[str]:
         suffixes += [suffix for suffix in SOUND_SUFFIXES if soundfile.check_format(suffix[1:].upper())]
     if not args.lines and args.out.suffix not in suffixes:
         yield f"--out {args.out}: expected a file that ends with {', '.join(suffixes)}"
-    elif args.lines and args.out.exists() and not args.out.is_dir():
+    elif args.lines and (args.out.is_file() or args.out.suffix in (".npy", *SOUND_SUFFIXES)):
         yield f"--out {args.out}: --lines needs a folder"
+    elif above := next((folder for folder in args.out.parents if folder.is_file()), None):
+        yield f"--out {args.out}: {above} is a file, not a folder"
     elif _taken(args.out, args) and not args.force:
         yield f"--out {args.out}: is there already; choose another name, or --force to overwrite it"
 
@@ -190,6 +209,9 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
     voices = args.voices or VOICES
     if args.lines:
         lines = read_lines(args.lines, chunking, voices)
+        given = [name for name in OF_REQUESTS if getattr(args, name) not in (None, "yes")]
+        if given and all(line.is_record for line in lines):
+            raise ConfigError(f"--{given[0]}: {args.lines} holds only ChatML records, whose texts stay as they are; leave it out")
     else:
         text = args.text if args.text_file is None else read_text(args.text_file, "--text_file")
         keys = ("ref_audio", "ref_text", "ref_in_system", "scene", "system")
@@ -201,6 +223,7 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
 def _check_adapter(args: argparse.Namespace) -> None:
     """raises: UserError for arguments about an adapter's base where there is no adapter"""
     given = [name for name in ("base_ckpt", "merge_lora") if getattr(args, name)]
+    given += ["base_revision"] * (bool(args.base_revision) and Path(args.ckpt).is_dir())
     if given and isinstance(open_model(find_base(args.ckpt, args.base_revision or None)), Full):
         raise ConfigError(f"--{given[0]}: {args.ckpt} is a full model, not an adapter; leave it out")
 
@@ -226,6 +249,7 @@ def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record],
         context_frames=math.inf if args.context_frames is None else args.context_frames,
         batch_size=args.batch_size,
         official=args.official,
+        compiled=args.compile,
         retries=args.retries,
         show_progress=dist.is_main,
     )
@@ -339,10 +363,7 @@ def _report(results: Sequence[dict], num_lines: int, out: Path, seconds: float, 
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    try:
-        results, scores = run(argv)
-    except KeyboardInterrupt:
-        return 130  # as shells have it
+    results, scores = run(argv)
     if scores:
         print(table(scores))
     return 0 if all(result["frames"] for result in results) else 1

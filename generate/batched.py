@@ -7,6 +7,7 @@ on its neighbours. A row that ends makes room for the next request (continuous b
     generate_many   requests -> answers, in the order in which they end
     Row             the state of one request: what the official loop keeps in local variables
     Decoder         the forward pass over new positions of several rows, with a key/value cache
+    CompiledStep    the same for one new position of every row, as one graph of fixed shapes
 
 Upstream's modules do the work and only their `forward` methods are replaced while a pass runs, from
 outside. So PEFT's adapter layers, quantised layers and FSDP's hooks take part as they are.
@@ -34,12 +35,14 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from common import CheckpointError
+from common import CheckpointError, ConfigError, reason
 from generate.official import STOP_STRINGS, Answer, Request, Sampling, make_answer, official_collator
+from layers.nf4 import is_quantized
 
 CACHE_STEP = 256  # positions by which the cache grows
 MOST_ROWS = {"cpu": 16, "cuda": 128}  # more are hardly faster
 USUAL_PROMPT = 1024  # positions
+COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs where there is a GPU; on a CPU as any other mode
 
 
 def check(config: HiggsAudioConfig) -> None:
@@ -61,6 +64,7 @@ def generate_many(
     batch_size: int,
     any_rank: Callable[[bool], bool] = bool,
     on_step: Callable[[int], object] = bool,
+    compiled: bool = False,
 ) -> Iterator[tuple[Request, Answer]]:
     """Answer the requests, at most `batch_size` at a time; each is yielded as it ends.
 
@@ -68,8 +72,9 @@ def generate_many(
     any_rank: for a model under FSDP `Dist.any`. Then it is collective: every forward pass gathers
               weights, so ranks that have nothing to do take part until all have finished.
     on_step:  is told after each step how many tokens or columns it gave
+    compiled: steps by `CompiledStep`; not for a model under FSDP
     """
-    batch = Batch(model, tokenizer, sampling, batch_size)
+    batch = Batch(model, tokenizer, sampling, batch_size, compiled)
     while any_rank(bool(requests or batch.rows)):
         if requests and len(batch.rows) < batch_size:
             batch.admit([requests.popleft() for _ in range(min(len(requests), batch_size - len(batch.rows)))])
@@ -79,13 +84,20 @@ def generate_many(
         yield from batch.pop_finished()
 
 
-def rows_that_fit(model: HiggsAudioModel, max_new_tokens: int) -> int:
+def rows_that_fit(model: HiggsAudioModel, max_new_tokens: int, compiled: bool = False) -> int:
     """How many usual prompts can be generated together in the memory that is free now, each up to its longest answer."""
     attention, device = model.layers[0].self_attn, next(model.parameters()).device
     size = 2 * len(model.layers) * attention.num_key_value_heads * attention.head_dim * model.norm.weight.element_size()
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] * 0.8 if on_gpu else psutil.virtual_memory().available * 0.5
-    return max(1, min(MOST_ROWS["cuda" if on_gpu else "cpu"], int(free // (size * (USUAL_PROMPT + max_new_tokens)))))
+    capacity = capacity_for(USUAL_PROMPT + max_new_tokens, compiled)
+    return max(1, min(MOST_ROWS["cuda" if on_gpu else "cpu"], int(free // (size * capacity))))
+
+
+def capacity_for(length: int, compiled: bool) -> int:
+    """Positions that a cache has for so many; a graph is made for each capacity, so there are few: it doubles."""
+    steps = -(-length // CACHE_STEP)
+    return CACHE_STEP * (1 << (steps - 1).bit_length() if compiled else steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,13 +167,14 @@ class Row:
 class Batch:
     """Rows that are generated together, one token or column each per step."""
 
-    def __init__(self, model: HiggsAudioModel, tokenizer, sampling: Sampling, size: int):
+    def __init__(self, model: HiggsAudioModel, tokenizer, sampling: Sampling, size: int, compiled: bool = False):
         check(model.config)
         model.set_audio_special_tokens(tokenizer)
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.device = next(model.parameters()).device
         self.collator = official_collator(model.config)
-        self.decoder, self.cache = Decoder(model), Cache(size)
+        self.decoder, self.cache = Decoder(model), Cache(size, compiled)
+        self.compiled = CompiledStep(model, self.cache) if compiled else None
         self.rows: list[Row] = []
         self.processors, self.criteria = _official_rules(model, tokenizer, sampling, self.device)
 
@@ -199,8 +212,13 @@ class Batch:
         is_audio = np.array([row.is_audio for row in rows], bool)
         columns = np.array([rows[i].clips[-1][-1] for i in audio], np.int64).reshape(-1, self.model.config.audio_num_codebooks)
         inputs = Inputs(np.array([rows[i].token_ids[-1] for i in text], np.int64), columns.T, is_audio)
-        attention = NewPositions(self.cache, [row.position for row in rows], self.device)
-        text_logits, audio_logits = self.decoder.run(inputs, attention, asked, audio)
+        positions = [row.position for row in rows]
+        self.cache.grow(longest := max(positions, default=0) + 1)
+        if self.compiled:
+            text_logits, audio_logits = self.compiled.run(inputs, positions, asked, audio)
+        else:
+            attention = NewPositions(self.cache, torch.tensor(positions, dtype=torch.long, device=self.device), longest)
+            text_logits, audio_logits = self.decoder.run(inputs, attention, asked, audio)
         for row in rows:
             row.position += 1
         if text:
@@ -287,9 +305,7 @@ def _official_rules(
     arguments = {"do_sample": False} | {name: value for name, value in sampling.arguments().items() if name in known}
     # Upstream fails on an audio placeholder that the model generates, as an untrained one may.
     suppressed = [model.config.audio_in_token_idx, model.config.audio_out_token_idx]
-    config, _ = model._prepare_generation_config(
-        None, stop_strings=list(STOP_STRINGS), suppress_tokens=suppressed, **arguments
-    )
+    config, _ = model._prepare_generation_config(None, stop_strings=list(STOP_STRINGS), suppress_tokens=suppressed, **arguments)
     model._prepare_special_tokens(config, True, device=device)
     processors = model._get_logits_processor(config, 0, None, None, LogitsProcessorList(), device=str(device))
     model._prepare_special_tokens(config, True, device="cpu")
@@ -373,15 +389,15 @@ class Mixture:
 
 
 class Cache:
-    """Keys and values of every layer, one tensor [2, R, H, capacity, head_dim] each, which grow by CACHE_STEP."""
+    """Keys and values of every layer, one tensor [2, R, H, capacity, head_dim] each, which grow; see `capacity_for`."""
 
-    def __init__(self, num_rows: int):
-        self.num_rows, self.capacity = num_rows, 0
+    def __init__(self, num_rows: int, compiled: bool = False):
+        self.num_rows, self.compiled, self.capacity = num_rows, compiled, 0
         self.layers: dict[int, Tensor] = {}
 
     def grow(self, length: int) -> None:
         """Make room for so many positions."""
-        extra = -(-length // CACHE_STEP) * CACHE_STEP - self.capacity
+        extra = capacity_for(length, self.compiled) - self.capacity
         if extra > 0:
             self.capacity += extra
             for layer, states in self.layers.items():  # one after the other: never two copies of all
@@ -425,12 +441,11 @@ class Prompts:
 class NewPositions:
     """How one new position of each row attends: to all of the row."""
 
-    def __init__(self, cache: Cache, positions: Sequence[int], device: torch.device):
-        self.cache, self.positions = cache, np.array(positions, np.int64)
-        longest = max(positions, default=0) + 1
-        cache.grow(longest)
-        self.rows, self.where = torch.arange(len(positions), device=device), torch.from_numpy(self.positions).to(device)
-        self.mask = torch.arange(longest, device=device) <= self.where[:, None]
+    def __init__(self, cache: Cache, positions: Tensor, longest: int):
+        """positions: [R] int64; longest: more than any of them"""
+        self.cache, self.positions = cache, positions
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.mask = torch.arange(longest, device=positions.device) <= positions[:, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[R, heads, head_dim] -> [R, heads, head_dim]"""
@@ -438,8 +453,8 @@ class NewPositions:
         if not R:
             return query
         cached = self.cache.of(layer, key)
-        cached[0, self.rows, :, self.where] = key
-        cached[1, self.rows, :, self.where] = value
+        cached[0, self.rows, :, self.positions] = key
+        cached[1, self.rows, :, self.positions] = value
         keys, values = cached[:, :R, :, : self.mask.shape[1]]
         # Queries that share a key head take the place of queries at several positions.
         query = query.view(R, H, -1, head_dim)
@@ -453,7 +468,8 @@ class Decoder:
     def __init__(self, model: HiggsAudioModel):
         self.model, self.device = model, next(model.parameters()).device
         on_cpu = self.device.type == "cpu" and mkldnn.is_available()
-        self.linears = [module for module in model.layers.modules() if type(module) is nn.Linear and on_cpu]
+        linears = [module for module in model.layers.modules() if type(module) is nn.Linear and on_cpu]
+        self.linears = [linear for linear in linears if not is_quantized(linear.weight)]
 
     def run(
         self, inputs: Inputs, attention: Prompts | NewPositions, text_rows: Sequence[int], audio_rows: Sequence[int]
@@ -498,7 +514,7 @@ def _forward(model: HiggsAudioModel, now: Pass, text_ids: Tensor) -> tuple[Tenso
     return model.audio_decoder_proj(_normed(model.norm, hidden))
 
 
-def _forward_layer(index: int, layer: HiggsAudioDualFFNDecoderLayer, now: Pass, hidden: Tensor) -> Tensor:
+def _forward_layer(index: int, layer: HiggsAudioDualFFNDecoderLayer, now: Pass | CompiledPass, hidden: Tensor) -> Tensor:
     """[P, D] -> [P, D]"""
     attention, apply = layer.self_attn, now.mixture.apply
     text_norm, audio_norm = (functools.partial(_normed, norm) for norm in (layer.input_layernorm, layer.audio_input_layernorm))
@@ -530,3 +546,68 @@ def _forward_heads(heads: nn.Module, now: Pass, hidden: Tensor) -> tuple[Tensor,
 
 def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
     return functional.rms_norm(hidden, norm.weight.shape, norm.weight.to(hidden.dtype), norm.variance_epsilon)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step as one graph
+
+
+class CompiledPass:
+    """What `_forward_layer` reads, at fixed shapes: both functions take all rows, and each row takes its own result.
+
+    is_audio: [R] bool, None where no row is text: then the text's function does not run
+    """
+
+    def __init__(self, is_audio: Tensor | None, attention: NewPositions, rotary: tuple[Tensor, Tensor]):
+        self.is_audio, self.attend, self.rotary, self.mixture = is_audio, attention.attend, rotary, self
+
+    def apply(self, hidden: Tensor, on_text: Callable[[Tensor], Tensor], on_audio: Callable[[Tensor], Tensor]) -> Tensor:
+        """[R, D] -> [R, D]"""
+        audio = on_audio(hidden)
+        return audio if self.is_audio is None else torch.where(self.is_audio[:, None], audio, on_text(hidden))
+
+
+class CompiledStep:
+    """`Decoder.run` for one new position of each row of the cache, in use or not, compiled: two graphs for each capacity."""
+
+    def __init__(self, model: HiggsAudioModel, cache: Cache):
+        self.model, self.cache = model, cache
+        self.graph = torch.compile(self._step, fullgraph=True, dynamic=False, **COMPILE)
+
+    def run(
+        self, inputs: Inputs, positions: Sequence[int], text_rows: Sequence[int], audio_rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """See `Decoder.run`. Rows not in use write to position 0 of their own, which a prompt will overwrite."""
+        R, used = self.cache.num_rows, len(positions)
+        is_audio = np.pad(inputs.is_audio, (0, R - used), constant_values=True)
+        text_ids, where = np.zeros(R, np.int64), np.pad(np.array(positions, np.int64), (0, R - used))
+        codes = np.zeros((len(inputs.codes), R), np.int64)
+        text_ids[~is_audio] = inputs.text_ids
+        codes[:, :used][:, inputs.is_audio] = inputs.codes
+        values = [
+            torch.from_numpy(value).to(self.model.embed_tokens.weight.device) for value in (codes, where, text_ids, is_audio)
+        ]
+        for states in self.cache.layers.values():
+            torch._dynamo.mark_static_address(states)  # CUDA graphs write to it where it is
+        try:
+            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+                text, audio = self.graph(*values[:2], *(values[2:] if len(inputs.text_ids) else ()))
+        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, no Triton
+            raise ConfigError(f"--compile: {reason(error)}; leave it out") from None
+        return text[text_rows], audio[audio_rows]
+
+    def _step(
+        self, codes: Tensor, positions: Tensor, text_ids: Tensor | None = None, is_audio: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """codes: [K, R]; others [R], None where no row is text -> logits [R, V], or [0] without text, and [R, K, C]"""
+        model, heads = self.model, self.model.audio_decoder_proj
+        hidden = model._embed_audio_ids(codes).to(heads.audio_lm_head.weight.dtype)
+        if is_audio is not None:
+            hidden = torch.where(is_audio[:, None], hidden, model.embed_tokens(text_ids))
+        rotary = tuple(table[0] for table in model.rotary_emb(hidden, positions[None]))
+        now = CompiledPass(is_audio, NewPositions(self.cache, positions, self.cache.capacity), rotary)
+        for index, layer in enumerate(model.layers):
+            hidden = _forward_layer(index, layer, now, hidden)
+        hidden = _normed(model.norm, hidden)
+        text = hidden.new_empty(0) if is_audio is None else heads.text_lm_head(hidden).float()
+        return text, heads.audio_lm_head(hidden).float().unflatten(1, (len(codes), -1))

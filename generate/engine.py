@@ -1,6 +1,6 @@
 """Lines -> codes: prompts are built chunk by chunk and answered together, or one by one by the official call.
 
-A chunk whose answer got stuck or did not end can be tried again with other seeds, before the next chunk is begun.
+A chunk whose answer is empty, got stuck or did not end can be tried again with other seeds, before the next chunk is begun.
 
 Legend: K codebooks, T frames.
 """
@@ -42,7 +42,7 @@ class Try:
 
     @property
     def faults(self) -> int:
-        return (not self.stopped) + (self.runaway is not None)
+        return (not self.stopped) + (self.runaway is not None) + 3 * (not self.codes.shape[1])
 
 
 @dataclass(eq=False)
@@ -79,7 +79,8 @@ class Engine:
     context_frames: ... as far as they have no more frames together
     batch_size:     prompts that are generated together; 0: as many as fit
     official:       one at a time by the official call instead
-    retries:        other seeds for a chunk whose answer got stuck or did not end
+    compiled:       by `torch.compile`
+    retries:        other seeds for a chunk whose answer is empty, got stuck or did not end
     show_progress:  a progress bar, on a terminal
     """
 
@@ -94,6 +95,7 @@ class Engine:
     context_frames: float = math.inf
     batch_size: int = 0
     official: bool = False
+    compiled: bool = False
     retries: int = 0
     show_progress: bool = False
 
@@ -141,8 +143,9 @@ class Engine:
                 count(sum(clip.shape[1] for clip in answer.codes))
                 yield request, answer
         else:
-            size = self.batch_size or rows_that_fit(self.model, self.sampling.max_new_tokens)
-            yield from generate_many(*arguments, min(size, max(1, len(requests))), on_step=count)
+            size = self.batch_size or rows_that_fit(self.model, self.sampling.max_new_tokens, self.compiled)
+            size = min(size, max(1, len(requests)))
+            yield from generate_many(*arguments, size, on_step=count, compiled=self.compiled)
 
     def target(self, line: Line) -> Tensor | None:
         """The right answer, [K, T]."""

@@ -13,7 +13,7 @@ the texts are not used. Writes OUT/evaluation.json and evaluation.html, with bot
     cer            the same with characters
     sim_o, sim_r   cosine of speaker embeddings: clip against the reference as it is, and as the codec gives it back; of lines
                    with one reference. Published tables take WavLM-large with an ECAPA-TDNN head, wavlm_large_finetune.pth
-    stop_rate      share of the lines that end by themselves
+    stop_rate      share of the lines that end by themselves, and not before they began
     duration_ratio, code_match   length, and codes that agree, against the record's own answer, where there is one
     runaway_rate   share of the lines that got stuck in a loop or in silence
     rtf            seconds of generation / seconds of speech
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -41,20 +42,22 @@ import torch
 from torch import Tensor
 
 from common import ConfigError, DataError, json_safe, write_whole
-from distributed import Dist, log_list, says_errors, setup_distributed
+from distributed import Dist, log_list, setup_distributed
 from generate import __main__ as generate
 from generate.files import RESULTS_FILE, decode, read_results, write_lines
 from generate.judges import SpeakerSimilarity, Transcriber
 from generate.lines import Chunking, Line, read_lines
-from generate.page import render
+from generate.page import render, short_names
 from generate.scores import find_runaway
 from generate.seedtts import Errors, read_meta
 from prepare.audio import CodecInfo, codec_folder, load_codec, read_codes, read_waveform
 from prepare.manifest import AudioPart, Record
 from prepare.prompts import TAG
+from process.command import says_errors
 
 LANGUAGES = {"en": "english", "zh": "chinese"}
 NUM_DRAWS = 2000
+ASR_MODEL, SV_MODEL = "openai/whisper-large-v3", "microsoft/wavlm-base-plus-sv"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -195,7 +198,8 @@ class Judges:
         codes = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64)) if path.is_file() else torch.zeros((1, 0))
         wav = folder / result["wav"] if "wav" in result and (folder / result["wav"]).is_file() else None
         runaway = find_runaway(codes)
-        take = {"name": line.name, "text": text, "frames": codes.shape[1], "stopped": bool(result.get("stopped"))}
+        take = {"name": line.name, "text": text, "frames": codes.shape[1]}
+        take["stopped"] = bool(result.get("stopped")) and codes.shape[1] > 0
         take |= {"runaway": runaway, "is_runaway": runaway is not None}
         if target_frames:
             compared, match = max(codes.shape[1], target_frames), result.get("code_match", 0.0)
@@ -267,8 +271,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.N
     parser.add_argument("--against", help="another, to compare it with")
     parser.add_argument("--lines", type=Path, required=True, help="texts or records as for generate --lines, or a meta.lst")
     parser.add_argument("--out", type=Path, required=True, help="folder of takes, evaluation.json and evaluation.html")
-    parser.add_argument("--asr_model", default="openai/whisper-large-v3", help="speech recognition (transformers), or none")
-    parser.add_argument("--sv_model", default="microsoft/wavlm-base-plus-sv", help="speaker verification: transformers, .pth, none")
+    parser.add_argument("--asr_model", help=f"speech recognition (transformers), or none; default: {ASR_MODEL}")
+    parser.add_argument("--sv_model", help=f"speaker verification: transformers, .pth, or none; default: {SV_MODEL}")
     parser.add_argument("--language", default="en", choices=LANGUAGES, help="of the texts")
     parser.add_argument(
         "--fail_if_worse",
@@ -282,9 +286,13 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.N
     for item in args.fail_if_worse:
         name, _, amount = item.partition(":")
         try:
-            args.limits[SHORT.get(name, name)] = float(amount)
+            args.limits[SHORT.get(name, name)] = limit = float(amount)
         except ValueError:
-            raise ConfigError(f"--fail_if_worse {item}: expected NAME:AMOUNT, such as wer:0.5") from None
+            limit = math.nan
+        if not 0 <= limit < math.inf:
+            raise ConfigError(f"--fail_if_worse {item}: expected NAME:AMOUNT, such as wer:0.5")
+    if len(args.limits) < len(args.fail_if_worse):
+        raise ConfigError("--fail_if_worse: each figure once")
     known = [measure.name for measure in MEASURES if measure.better]
     if unknown := sorted(args.limits.keys() - {*known}):
         raise ConfigError(f"--fail_if_worse {unknown[0]}: choose from {', '.join([*SHORT, *known])}")
@@ -293,11 +301,24 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.N
     args.titles = [args.ckpt, args.against] if args.against else [args.ckpt]
     args.spoken = args.out / "lines.jsonl" if args.lines.suffix == ".lst" else args.lines
     to_generate = [["--ckpt", ckpt, "--lines", str(args.spoken), "--out", str(args.out / key)] for ckpt, key in zip(args.titles, "ab")]
-    options = [generate.parse_args([*each, *rest]) for each in to_generate]
+    options = [generate.parse_args([*each, *rest], parser._option_string_actions) for each in to_generate]
     if options[0].takes > 1:
         raise ConfigError("--takes: one take of each line is judged; give other seeds to several evaluations")
     args.voices = options[0].voices or generate.VOICES
+    _choose_judges(args, options[0].codec)
     return args, options
+
+
+def _choose_judges(args: argparse.Namespace, codec: str) -> None:
+    """The default judges where none are given; ConfigError for those that would have nothing to judge, or are missed."""
+    if not codec and (given := [name for name in ("asr_model", "sv_model") if getattr(args, name) not in (None, "none")]):
+        raise ConfigError(f"--{given[0]}: judges waveforms, of which --audio_tokenizer none makes none")
+    args.asr_model = (args.asr_model or ASR_MODEL) if codec else "none"
+    args.sv_model = (args.sv_model or SV_MODEL) if codec else "none"
+    for name in args.limits:
+        judge = {"wer": "asr_model", "cer": "asr_model", "sim": "sv_model"}.get(name[:3])
+        if judge and getattr(args, judge) == "none":
+            raise ConfigError(f"--fail_if_worse {name}: needs {'--' + judge if codec else 'waveforms, so --audio_tokenizer'}")
 
 
 def lines_of(args: argparse.Namespace) -> list[Line]:
@@ -348,7 +369,7 @@ def main(argv: Sequence[str]) -> int:
     figures, takes = evaluate(args, options, dist)
     if not dist.is_main:
         return 0
-    rows = table(figures, args.titles)
+    rows = table(figures, short_names(args.titles))
     judged_by = {"asr_model": args.asr_model, "sv_model": args.sv_model} if options[0].codec else {}
     about = {"lines": str(args.lines), "num_lines": len(takes[0]), "models": args.titles, "judged_by": judged_by}
     content = about | {"figures": {name: asdict(figure) for name, figure in figures.items()}, "takes": takes}
@@ -356,7 +377,8 @@ def main(argv: Sequence[str]) -> int:
     write_whole(args.out / "evaluation.json", lambda file: file.write(text.encode()))
     page = render(about, rows, takes, lines_of(args), args.out)
     write_whole(args.out / "evaluation.html", lambda file: file.write(page.encode()))
-    print(f"{render_text(rows)}\n{len(takes[0])} lines; both takes of each, worst first: {args.out / 'evaluation.html'}")
+    what = "both takes of each" if args.against else "the take of each"
+    print(f"{render_text(rows)}\n{len(takes[0])} lines; {what}, worst first: {args.out / 'evaluation.html'}")
     for title, each in zip(args.titles, takes):
         if empty := [take["name"] for take in each if not take["frames"]]:
             log_list(dist, f"{title}: nothing was generated for {len(empty)} of {len(each)} lines, which count as wrong", empty)

@@ -37,6 +37,7 @@ class Line:
     seed: int | None = None
     target: list[AudioPart] = field(default_factory=list)  # the right answer, where that is known
     kind: str = "records"  # by which scores are grouped
+    is_record: bool = False  # ChatML, whose text stays as it is
 
     def record(self, history: Sequence[dict], chunk: Any) -> Record:
         """The prompt of a chunk; raises DataError naming the problem."""
@@ -95,7 +96,7 @@ def line_of_record(value: dict, name: str, folder: Path, source: str) -> Line:
     if not turns or turns[-1]["role"] != "user":
         raise DataError(f"{source}: messages: the answer has to follow a user turn, the text to generate")
     kind = str((record.chatml.misc or {}).get("kind", Line.kind))
-    return Line(name, turns[:-1], [turns[-1]["content"]], folder, source, target=target, kind=kind)
+    return Line(name, turns[:-1], [turns[-1]["content"]], folder, source, target=target, kind=kind, is_record=True)
 
 
 def line_of_request(

@@ -58,7 +58,7 @@ class Score:
     """How well clips agree with their targets; add them with `+`."""
 
     num_clips: int = 0
-    stopped: int = 0  # ended by themselves
+    stopped: int = 0  # ended by themselves, and not before they began
     timely: int = 0  # ... at the right length
     exact: int = 0  # every code is right
     matching: int = 0  # codes that agree
@@ -71,6 +71,7 @@ class Score:
     def of(cls, codes: Tensor, stopped: bool, target: Tensor) -> Score:
         """codes, target: [K, T], T may differ; a target without frames is none, and only the ending is scored"""
         K, T = target.shape
+        stopped = stopped and codes.shape[1] > 0
         if not T:
             return cls(1, int(stopped), runaways=int(find_runaway(codes) is not None))
         shared = min(codes.shape[1], T)

@@ -44,6 +44,8 @@ def find_voices(names: Sequence[str], texts: Sequence[str], in_system: bool, fol
     if texts and (in_system or has_profile):
         reason = "ref_in_system" if in_system else "a written profile"
         raise DataError(f"ref_text: with {reason}, references go into the system turn without transcripts; leave ref_text out")
+    if texts and not names:
+        raise DataError("ref_text: there is no ref_audio whose transcript it could be")
     if texts and len(texts) != len(names):
         raise DataError(f"{len(names)} ref_audio but {len(texts)} ref_text; give every transcript, or none")
     found = [_find(name, folder, voices) for name in names]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from common import suggestion
-from distributed import says_errors
+from process.command import says_errors
 
 COMMANDS = {
     "cut": "long recordings -> a table of clips, cut at pauses",

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from test_codec import wave, write_wav
 
 from common import DataError
-from distributed import says_errors
 from prepare import codes_cache, encode
 from prepare.audio import AudioStore, CodecInfo, expected_frames, load_codec, read_waveform
 from prepare.codes_cache import CacheWriter, CodesCache, digest
 from prepare.manifest import AudioPart, Record
+from process.command import says_errors
 
 
 @pytest.fixture()

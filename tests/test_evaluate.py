@@ -20,6 +20,7 @@ from generate import evaluate
 from generate.evaluate import MEASURES, Measure, compare, find_worse, render_text, table
 from generate.files import write_results
 from generate.judges import SpeakerSimilarity, Transcriber
+from generate.page import short_names
 from generate.seedtts import Errors, normalise, read_meta
 from prepare.manifest import read_manifest
 
@@ -162,6 +163,12 @@ def test_figures_and_their_intervals():
         find_worse(swapped, {"wer_seedtts": 1.0})
 
 
+def test_models_are_named_without_what_their_paths_share():
+    assert short_names(["runs/voice/final", "runs/voice/checkpoints/step_9"]) == ["final", "checkpoints/step_9"]
+    for names in (["runs/a"], ["runs/a", "runs/a/final"], ["/runs/a", "b"], ["a", "a"]):
+        assert short_names(names) == names
+
+
 def test_every_measure_is_explained():
     names = [measure.name for measure in MEASURES]
     assert all(name in evaluate.__doc__ for name in names) and Measure("x", "y").show(None) == "-"
@@ -209,7 +216,7 @@ def test_results_with_one_missing_against_a_model(takes_dir, loud_dir, toys, tmp
     assert theirs == json.loads(json.dumps(theirs)) and figure["against"] < 0.1 < figure["difference"] and figure["high"] <= 1
     assert found["figures"]["rtf"]["against"] > 0 and found["figures"]["rtf"]["value"] is None
     page = (out / "evaluation.html").read_text()
-    assert page.count("<img") == 7 and page.count("<p>nothing</p>") == 1
+    assert page.count("<img") == 7 and page.count("<p>nothing was generated</p>") == 1
     assert page.index("<h2>00002</h2>") < page.index("<h2>00000</h2>"), "worst first"
 
     swapped = ["--ckpt", out / "b", "--against", takes_dir, "--out", tmp_path / "again", *argv]
@@ -253,7 +260,16 @@ def test_mistakes(takes_dir, toys, tmp_path, capsys):
     both = [*lines, "--against", takes_dir]
     assert "expected NAME:AMOUNT" in error(*both, "--fail_if_worse", "wer")
     assert "--fail_if_worse frames: choose from wer, sim, wer_seedtts" in error(*both, "--fail_if_worse", "frames:1")
-    assert "wer_seedtts: was not measured for both" in error(*both, "--fail_if_worse", "wer:1")
+    for amount in ("nan", "-1", "inf"):
+        assert f"stop_rate:{amount}: expected NAME:AMOUNT" in error(*both, "--fail_if_worse", f"stop_rate:{amount}")
+    assert "--fail_if_worse: each figure once" in error(*both, "--fail_if_worse", "stop_rate:1", "stop_rate:2")
+    assert "--fail_if_worse wer_seedtts: needs waveforms, so --audio_tokenizer" in error(*both, "--fail_if_worse", "wer:1")
+    wavs = [*both, "--audio_tokenizer", "x", "--sv_model", "none"]
+    assert "--fail_if_worse sim_o: needs --sv_model" in error(*wavs, "--fail_if_worse", "sim:1")
+    assert "--asr_model: judges waveforms" in error(*lines, "--asr_model", "x")
+    assert "unknown argument --fail_if_wors; did you mean --fail_if_worse?" in error(*lines, "--fail_if_wors", "wer:1")
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'} is a file, not a folder" in error(*lines, "--out", tmp_path / "file")
     (tmp_path / "one.jsonl").write_text('{"text": "x", "id": "one"}\n')
     assert "holds results of other lines, such as 00000" in error("--lines", tmp_path / "one.jsonl")
     (tmp_path / "silent.jsonl").write_text('{"text": "..."}\n')

@@ -155,6 +155,8 @@ def program(command: str, ask) -> tuple[str, list[str]]:
         words = ["-m"] * args.module + [args.training_script, *args.training_script_args]
     if words[0] == "-m":
         return words[1], words[2:]
+    if words[0] == f"{ROOT}/process/start.py":
+        words = words[1:]
     path = ROOT / words[0]
     assert path.is_file(), f"{words[0]}: no such file"
     if path.stem == "__main__":

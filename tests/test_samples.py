@@ -33,6 +33,10 @@ from tools import toys as demo
 # ---- teacher-forced and free-running, on any number of ranks
 
 
+def evaluate_and_sample_all(dist, argvs: list[list[str]]) -> list[tuple[list[dict], dict]]:
+    return [evaluate_and_sample(dist, argv) for argv in argvs]
+
+
 def evaluate_and_sample(dist, argv: list[str]) -> tuple[list[dict], dict]:
     """Two evaluations and a round of samples, as in the loop of train.py; also the samples' codes."""
     # An untrained model would not answer with audio.
@@ -52,10 +56,9 @@ def evaluate_and_sample(dist, argv: list[str]) -> tuple[list[dict], dict]:
     return figures, {path.name: np.load(path) for path in written.glob("*.npy")}
 
 
-@pytest.mark.parametrize("num_records", [1, 5])
-def test_figures_do_not_depend_on_ranks_or_repetition(num_records, toys, loud_dir, tmp_path):
-    """One and two ranks, and fewer records than ranks; losses measured within 3e-7, the samples' codes equal."""
-    val = tmp_path / "val.jsonl"
+def settings_of(num_records: int, toys: Path, loud_dir: Path, folder: Path) -> list[str]:
+    folder.mkdir()
+    val = folder / "val.jsonl"
     lines = [json.loads(line) for line in (toys / "val.jsonl").read_text().splitlines()[:num_records]]
     for turn in (turn for line in lines for turn in line["messages"]):
         for part in turn["content"] if isinstance(turn["content"], list) else [turn["content"]]:
@@ -64,9 +67,21 @@ def test_figures_do_not_depend_on_ranks_or_repetition(num_records, toys, loud_di
     val.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = {"train_manifest": val, "val_manifest": val, "base_ckpt": loud_dir, "audio_tokenizer": "none", "lora_r": 0}
     values |= {"device": "cpu", "num_workers": 0, "sample_steps": 1, "num_samples": 3, "mixed_precision": "no"}
-    argv = to_argv(values) + ["--codes_dir", str(tmp_path)]
-    ((one, codes),) = run_ranks(evaluate_and_sample, 1, argv)
-    two, again = run_ranks(evaluate_and_sample, 2, argv)
+    return to_argv(values) + ["--codes_dir", str(folder)]
+
+
+def test_figures_do_not_depend_on_ranks_or_repetition(toys, loud_dir, tmp_path):
+    """One and two ranks, and fewer records than ranks; losses measured within 3e-7, the samples' codes equal."""
+    counts = (1, 5)
+    argvs = [settings_of(count, toys, loud_dir, tmp_path / str(count)) for count in counts]
+    (alone,) = run_ranks(evaluate_and_sample_all, 1, argvs)
+    for num_records, one, *both in zip(counts, alone, *run_ranks(evaluate_and_sample_all, 2, argvs)):
+        compare_ranks(num_records, one, *both)
+
+
+def compare_ranks(num_records: int, alone: tuple, two: tuple, again: tuple) -> None:
+    """What one rank found beside what each of two did."""
+    one, codes = alone
     assert two[0] == again[0], "every rank knows the same figures"
     assert one[0] == one[1] and two[0][0] == two[0][1], "the same set each time"
     assert one[0].keys() >= {"text_accuracy", "codebook_accuracies", "eos_loss", "eos_accuracy", "copy_share"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ import pytest
 import soundfile
 import torch
 from conftest import make_sample, write_manifest
-from test_batched_generation import make_talkative
 from test_codec import write_wav
+from test_generation import overfit
 
 from common import UserError
 from generate import __main__ as generate
 from generate import engine
 from generate.files import read_results, write_clip
-from generate.official import as_prompt
+from tools import toys as demo
 
 CODES = ["--audio_tokenizer", "none", "--device", "cpu"]
 START, END = "Generate audio following instruction.\n\n<|scene_desc_start|>\n", "\n<|scene_desc_end|>"
@@ -117,6 +118,10 @@ def test_mistakes_with_voices(desk):
     assert "ref_text: with a written profile" in error("--ref_audio", "profile:old", "--ref_text", "a")
     assert "2 ref_audio but 1 ref_text" in error("--ref_audio", "belinda,chadwick", "--ref_text", "a")
     assert "there is no ref_audio" in error("--ref_in_system")
+    assert "ref_text: there is no ref_audio" in error("--ref_text", "a")
+    records = write_manifest(desk / "r.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(UserError, match=r"--chunk_words: .*r.jsonl holds only ChatML records"):
+        generate.lines_of(generate.parse_args(["--ckpt", "x", "--lines", str(records), "--chunk_words", "3", *CODES]))
     assert "replaces the one that holds reference clips" in error("--ref_audio", "belinda", "--ref_in_system", "--system", "s")
     Path("voices/profile.yaml").write_text("male: x")
     assert "expected `profiles:`" in error("--ref_audio", "profile:male")
@@ -144,7 +149,16 @@ def test_arguments_that_would_be_ignored(desk):
     assert "--takes: without sampling" in error(*greedy, "--takes", 2)
     assert "--retries: without sampling" in error(*greedy, "--retries", 2)
     assert "--takes 0: must be at least 1" in error(*text, "--takes", 0)
+    for flag, value, must in (("temperature", "nan", "0 or more"), ("temperature", "inf", "below"), ("seed", 2**63, "below"), ("top_k", -1, "0 or")):
+        assert f"--{flag} {value}: must be {must}" in error(*text, f"--{flag}", value)
+    assert "--text: is empty" in error("--text", " ")
+    assert "unknown argument --retires; did you mean --retries?" in error(*text, "--retires", 3)
+    assert "--out a.wav: --lines needs a folder" in error("--lines", "l", "--out", "a.wav")
+    Path("file").write_text("")
+    assert "file is a file, not a folder" in error(*text, "--out", "file/a.npy")
     assert "--lines: references" in error("--lines", "l", "--ref_in_system")
+    assert "--compile: --official is not compiled" in error(*text, "--official", "--compile")
+    assert "--compile: does not go with --quantize nf4" in error(*text, "--quantize", "nf4", "--compile")
     assert "--force: without --out" in error(*text, "--force")
     both = error(*text, "--takes", 0, "--top_p", 2)
     assert "--takes 0" in both and "--top_p 2.0" in both, "all problems at once"
@@ -170,11 +184,14 @@ def test_chunk_method(desk):
 
 
 @pytest.fixture(scope="module")
-def talkative_dir(tmp_path_factory, tokenizer) -> Path:
-    """A model that sometimes ends by itself and sometimes does not."""
-    prompts = [as_prompt(make_sample(tokenizer, ("user", "ref"), ("assistant", 9), ("user", "x"), seed=n), tokenizer, True) for n in range(4)]
-    folder = tmp_path_factory.mktemp("talkative")
-    make_talkative(tokenizer, prompts).save_pretrained(folder)
+def looping_dir(tmp_path_factory, tokenizer) -> Path:
+    """A model trained on two answers to one prompt: a clip, and the same that never gets past its last frame."""
+    folder = tmp_path_factory.mktemp("looping")
+    right, stuck = (make_sample(tokenizer, ("user", "say it"), ("assistant", 9)) for _ in range(2))
+    np.save(folder / "right.npy", right.audio_ids_concat)
+    stuck.audio_ids_concat = torch.cat([right.audio_ids_concat, right.audio_ids_concat[:, -1:].expand(8, 60)], dim=1)
+    model, *_ = overfit(demo.tiny_config(tokenizer), [right, stuck], unshifted=False, steps=45)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -206,20 +223,23 @@ def test_takes_numbers_and_force(desk, loud_dir, capsys):
     assert speak(loud_dir, "--lines", lines, "--out", "generated", *CODES[:2]) == 2
 
 
-def test_retries(desk, talkative_dir):
-    """More answers end by themselves; those that did at once are the same."""
-    lines = write_manifest(desk / "l.jsonl", [{"text": f"number {n}", "seed": n} for n in range(24)])
-    runs = {}
-    for retries in (0, 4):
-        speak(talkative_dir, "--lines", lines, "--retries", retries, "--out", retries, *CODES[:2])  # some remain empty
+def test_retries(desk, looping_dir, capsys):
+    """A trained model, half of whose answers get stuck: more stop, and in time; those that did at once are the same."""
+    turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": {"type": "audio", "audio_url": "right.npy"}}]
+    lines = write_manifest(looping_dir / "l.jsonl", [{"messages": turns}])
+    argv = ["--ckpt", looping_dir, "--lines", lines, "--takes", 16, "--max_new_tokens", 80, *CODES]
+    runs, correct = {}, {}
+    for retries in (0, 5):
+        assert generate.main([str(word) for word in (*argv, "--retries", retries, "--out", retries)]) == 0
         runs[retries] = read_results(Path(str(retries)))
-    stopped = {retries: [result["stopped"] for result in results] for retries, results in runs.items()}
-    assert 0 < sum(stopped[0]) < sum(stopped[4])
-    for before, after in zip(runs[0], runs[4]):
-        kept = np.array_equal(np.load(f"0/{before['codes']}"), np.load(f"4/{after['codes']}"))
-        assert kept or not before["stopped"]
-        assert (after["retries"] == 0) == before["stopped"] and after["retries"] <= 4
-        assert after["stopped"] or after["retries"] == 4
+        correct[retries] = int(re.search(r"correct stops +(\d+)/16", capsys.readouterr().out)[1])
+    stuck = {retries: sum(result["runaway"] is not None for result in results) for retries, results in runs.items()}
+    assert 0 < correct[0] < correct[5] and 0 <= stuck[5] < stuck[0]
+    print(f"correct stops without and with retries: {correct}, stuck: {stuck}")
+    for before, after in zip(runs[0], runs[5]):
+        was_good, is_good = (each["stopped"] and each["frames"] > 0 and not each["runaway"] for each in (before, after))
+        assert not was_good or np.array_equal(np.load(f"0/{before['codes']}"), np.load(f"5/{after['codes']}"))
+        assert (after["retries"] == 0) == was_good and (is_good or after["retries"] == 5)
 
 
 def test_formats(desk, loud_dir, codec_dir, capsys):

@@ -24,11 +24,11 @@ import torch
 
 from common import write_whole
 from config import to_argv
-from distributed import says_errors
 from generate import __main__ as generate
 from generate.files import read_results, write_both, write_results
 from generate.scores import Score, table
 from prepare.manifest import read_manifest
+from process.command import says_errors
 from tools import report, toys
 from tools.vocoder import ToyVocoder
 
@@ -116,10 +116,11 @@ def figures(scores: dict[str, Score]) -> dict[str, dict]:
 # Sounds
 
 
-def write_sounds(manifest: Path, generated: Path, out: Path) -> None:
+def write_sounds(manifest: Path, generated: Path, out: Path) -> dict[str, str]:
     """The first test record of each kind as sounds in `out`, where the report finds them: sample, target, references.
 
     generated: the folder that `evaluate` wrote
+    returns:   kind -> the sample's file
     """
     results = {result["kind"]: (i, result) for i, result in reversed(list(enumerate(read_results(generated))))}
     records, written = read_manifest(manifest), []
@@ -132,6 +133,7 @@ def write_sounds(manifest: Path, generated: Path, out: Path) -> None:
             result |= {f"{what}{kind}": name for kind, name in files.items()}
         written.append(result)
     write_results(out, written)
+    return {result["kind"]: f"{out / result['wav']}" for result in written if "wav" in result}
 
 
 def add_sounds(folder: Path) -> None:
@@ -183,10 +185,11 @@ def main(argv: Sequence[str]) -> int:
     write_whole(args.output_dir / "demo.json", lambda file: file.write(content.encode()))
     for folder in (run / "samples").glob("step_*"):
         add_sounds(folder)
-    for model in scores:
-        write_sounds(test, generated / model, run / "samples" / model)
+    sounds = {model: write_sounds(test, generated / model, run / "samples" / model) for model in scores}
+    print(f"\ntraining {trained - started:.0f} s, generation {finished - trained:.0f} s\nwhat it says now, beside what it should say:")
+    for kind, file in sounds["trained"].items():
+        print(f"    {file}    {kind}; {Path(file).stem}_target.wav")
     report.main([str(run)])
-    print(f"\ntraining {trained - started:.0f} s, generation {finished - trained:.0f} s")
     match = clones(scores["trained"]).code_match
     if match < args.min_match:
         print(f"error: clones match {match:.1%} of the codes, expected {args.min_match:.1%}", file=sys.stderr)

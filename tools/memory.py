@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators return, until they are freed.
+    """Counts the storages that operators make, until they are freed; views of what was there before do not count.
 
     Unlike a device's allocator it works on the CPU and on fake tensors. It sees neither fragmentation nor what an
     operator allocates and frees within itself.
@@ -50,10 +50,11 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {storage._cdata for storage in storages(tree_leaves((args, kwargs)))}
         result = func(*args, **(kwargs or {}))
         for storage in storages(tree_leaves(result)):
             ref = weakref.ref(storage, self._forget)
-            if ref not in self._sizes:
+            if ref not in self._sizes and storage._cdata not in given:
                 self._set(ref, storage.nbytes())
         return result
 

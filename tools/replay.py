@@ -26,9 +26,10 @@ import train
 from collate import Batch, Packing
 from common import ConfigError
 from config import Config
-from distributed import says_errors, setup_distributed
+from distributed import setup_distributed
 from loss import IGNORE_INDEX, LabelSpec
 from metrics import read_dump
+from process.command import says_errors
 
 
 def read_step(path: Path) -> tuple[dict, list[Batch]]:

@@ -30,10 +30,10 @@ from PIL import Image
 
 from common import DataError, write_whole
 from config import Config
-from distributed import says_errors
 from generate.files import read_results
 from generate.pictures import figure
 from prepare.manifest import Record, read_manifest, split_weights
+from process.command import says_errors
 from tools import verdicts
 from tools.verdicts import points, show
 

@@ -25,11 +25,12 @@ import torch
 
 from common import ConfigError, read_json
 from config import AUDIO_TOKENIZER, BASE_CKPT, parse_config, to_argv
-from distributed import says_errors
+from export.read import find_model
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.folders import Listing
 from prepare.manifest import AudioPart
 from prepare.rows import WAVEFORM_SUFFIXES
+from process.command import says_errors
 from process.gpu import on_gpu
 from tools.stages import STATE, Stage, follow, shown
 
@@ -159,9 +160,7 @@ def keep_reference(out: Path) -> Path:
 
 def show_end(args: argparse.Namespace, out: Path) -> None:
     """What was made, how it compares with the base, and how it is used."""
-    lines = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
-    best = min((line for line in lines if line["split"] == "val"), key=lambda line: line["loss"])
-    print(f"\n{args.name}: {out / 'model'}, of step {best['step']}, with the lowest validation loss, {best['loss']:.3f}")
+    print(f"\n{args.name}: {out / 'model'}; {find_model(out / 'run')[1]}")
     print(f"listen: {out / 'run/report.html'}, {out / 'evaluation/evaluation.html'}\nuse it:")
     speak = ["--ref_audio", keep_reference(out)] + ["--audio_tokenizer", args.audio_tokenizer] * (
         args.audio_tokenizer != AUDIO_TOKENIZER
