@@ -121,7 +121,12 @@ class Config:
     )
 
     # Precision, memory and speed
-    mixed_precision: str = _setting("bf16", "compute dtype; masters stay float32", const="bf16", choices=("bf16", "no"))
+    mixed_precision: str = _setting(
+        "auto",
+        "compute dtype; masters stay float32; auto is bf16, or on GPUs without it fp16 with a loss scale",
+        const="bf16",
+        choices=("auto", "bf16", "fp16", "no"),
+    )
     activation_checkpointing: str = _setting(
         "none",
         "what layers recompute in the backward pass",
@@ -133,6 +138,7 @@ class Config:
     cpu_offload: bool = _setting(
         False, "keep sharded weights, gradients and optimizer state in host memory, where the optimizer runs", const=True
     )
+    deterministic: bool = _setting(False, "make runs on the same GPUs equal to the bit; slower", const=True)
     replicate: int = _setting(1, "HSDP: groups that the ranks are divided into, each with a whole sharded model")
     device: str = _setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
 

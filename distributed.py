@@ -124,7 +124,7 @@ class Dist:
 
     def each(self, *flags: bool) -> list[bool]:
         """Whether each of the flags is set on any rank. Collective."""
-        return (self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)) > 0).tolist()
+        return (self.sum(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()  # on the CPU: no wait for a GPU
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank. Collective."""

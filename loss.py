@@ -286,7 +286,7 @@ class Objective:
         """
         weights = torch.ones_like(sums.audio.nats)
         if self.codebook_weights is not None:
-            weights = sums.audio.nats.new_tensor(self.codebook_weights)
+            weights = torch.tensor(self.codebook_weights, dtype=weights.dtype).to(weights.device, non_blocking=True)
         weights = weights / weights.mean()
         text = sums.text.nats[0] / num_text.clamp(min=1)
         audio = (weights * sums.audio.nats / num_audio.clamp(min=1)).mean()
@@ -355,14 +355,14 @@ def consistency_tally(trained: Tensor, reference: Tensor, speakers: Sequence[str
         zero = reference.new_zeros(())
         return Tally(zero, zero, zero)
     names = {name: number for number, name in enumerate(speakers)}
-    numbers = torch.tensor([names[name] for name in speakers], device=reference.device)
+    numbers = torch.tensor([names[name] for name in speakers]).to(reference.device, non_blocking=True)
     own = torch.arange(first, first + len(trained), device=reference.device)
     is_other = numbers[own, None] != numbers
     is_candidate = is_other.index_put((own - first, own), is_other.new_ones(()))
     cosines = F.normalize(trained, dim=1) @ F.normalize(reference, dim=1).T
     logits = (cosines / VOICE_TEMPERATURE).masked_fill(~is_candidate, -torch.inf)
     nats = F.cross_entropy(logits, own, reduction="sum")
-    return Tally(nats, nats.new_tensor(len(trained)), (logits.detach().argmax(1) == own).sum().float())
+    return Tally(nats, nats.new_full((), len(trained)), (logits.detach().argmax(1) == own).sum().float())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

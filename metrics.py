@@ -54,6 +54,7 @@ class Totals(Summable):
     num_unreadable: float = 0.0  # samples that are left out
     num_clamped: float = 0.0  # samples that do not train
     pace: Tensor | float = 0.0  # [ranks, 2] seconds that each has waited for this step's data, and that its last step took
+    grad_norm: Tensor | float = 0.0  # [] of all ranks together; rank 0 has it
 
     def sum_over(self, dist: Dist) -> Totals:
         """The same over all ranks, on the host: one all-reduce, one wait for the device. Collective."""

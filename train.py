@@ -51,7 +51,7 @@ from common import (
 )
 from config import OPEN, Config, parse_config, recipe
 from data import build_loaders, check_agreement, read_records
-from distributed import Dist, detail, log, log_list, own_rows, progress_bar, setup_distributed, whole
+from distributed import Dist, detail, log, log_list, progress_bar, setup_distributed
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate import best
@@ -61,10 +61,12 @@ from generate.models import start_from
 from generate.pictures import media
 from generate.samples import Sampler, build_sampler, describe
 from layers import nf4
+from layers.optimizer import AveragingAdamW, LossScale, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
 from process.command import says_errors
+from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output
 from process.watchdog import watching
 
@@ -93,7 +95,7 @@ def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path)
 
 def construct_model(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Built:
     """Construct on meta, patch, adapt, choose dtypes, checkpoint activations, shard: in this order. It has no storage yet."""
-    compute_dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
+    compute_dtype = DTYPES[cfg.mixed_precision]
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
     lora = None
     if cfg.lora_r:
@@ -128,6 +130,7 @@ class Task:
     dist: Dist
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     seed: int = 0
+    scale: LossScale | None = None  # of float16
 
 
 @dataclass
@@ -138,6 +141,7 @@ class StepResult:
     grad_norm: float
     culprits: list[str]  # samples that made the loss not finite; if there are any, nothing was updated on any rank
     has_targets: bool = True  # without any, nothing was updated either
+    overflow: bool = False  # of the scaled gradient in float16: nothing was updated, and the scale is halved
 
 
 def forward(model, batch: Batch, labels: LabelSpec) -> tuple[Totals, tuple[Tensor, Tensor] | None]:
@@ -189,8 +193,8 @@ def train_step(task: Task, batches: Sequence[Batch], step: int, lr: float) -> St
     world_size turns back into a sum. Dropout is seeded by (seed, step, micro-batch), so a step does not depend on how its
     micro-batches are divided among ranks, and a resumed run equals an uninterrupted one.
 
-    The host waits for the device once, when everything but the update is queued: it needs the gradient norm, and the logged
-    figures come along. While the update runs, the caller logs and prepares the next step.
+    The host waits for the device once, for the logged figures, when everything is queued, the update too: the time of a step
+    is that of all its work. So the device decides whether there is an update; see `update`.
     """
     model, dist = task.model, task.dist
     num_text, num_audio = count_targets(batches, dist)
@@ -206,25 +210,27 @@ def train_step(task: Task, batches: Sequence[Batch], step: int, lr: float) -> St
         if voices is not None:
             part.losses.consistency = compare_voices(voices, speakers[index], dist)
         value = task.objective(part.losses, num_text, num_audio, num_voices) * dist.world_size
-        value.backward()
+        (value * task.scale.value if task.scale else value).backward()
         values.append(value.detach())
         total = part.detach() if total is None else total + part.detach()
 
-    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, task.grad_clip or math.inf)
+    has_targets = num_text + num_audio.sum() + num_voices > 0
+    norm = update(task.optimizer, lr, task.grad_clip, has_targets, task.scale)
+    total.grad_norm = (norm if dist.is_main else torch.zeros_like(norm)).to(dist.device, non_blocking=True)
     total.pace = dist.pace()
-    total, grad_norm = total.sum_over(dist), whole(grad_norm).item()
-    culprits: list[str] = []
+    total = total.sum_over(dist)
+    grad_norm = total.grad_norm.item()
     has_targets = total.losses.text.targets.sum() + total.losses.audio.targets.sum() + num_voices > 0
-    if math.isfinite(grad_norm) and has_targets:  # the same on every rank, so all of them step or none does
-        for group in task.optimizer.param_groups:
-            group["lr"] = lr
-        task.optimizer.step()
-    elif has_targets:
-        bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
-        culprits = [source for part in dist.gather(bad) for source in part] or ["(every loss is finite, the gradient is not)"]
-    task.optimizer.zero_grad()
-    return StepResult(total, grad_norm, culprits, bool(has_targets))
+    if math.isfinite(grad_norm) or not has_targets:
+        if task.scale:
+            task.scale.grow()
+        return StepResult(total, grad_norm, [], bool(has_targets))
+    bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
+    culprits = [source for part in dist.gather(bad) for source in part]
+    overflow = not culprits and task.scale is not None and task.scale.shrink()
+    if not culprits and not overflow:
+        culprits = ["(every loss is finite, the gradient is not)"]
+    return StepResult(total, grad_norm, culprits, overflow=overflow)
 
 
 def count_targets(batches: Sequence[Batch], dist: Dist) -> tuple[Tensor, Tensor]:
@@ -247,50 +253,6 @@ def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer
-
-
-class AveragingAdamW(torch.optim.AdamW):
-    """AdamW that also keeps a moving average of the weights it trains, in float32, of each rank's own rows.
-
-    After t steps it is the mean of the weights after each of them, weighted by decay ** (steps ago); the weights before
-    training have no part in it. It is optimizer state like any other, saved and loaded with checkpoints.
-    """
-
-    def __init__(self, groups: list[dict], decay: float, **settings):
-        super().__init__(groups, **settings)
-        self.decay = decay
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        super().step(closure)
-        for parameter, state in self.state.items():
-            if "ema" not in state:
-                state["ema"] = torch.zeros_like(parameter)
-            share = (1 - self.decay) / (1 - self.decay ** state["step"])  # 1 at the first step
-            own_rows(state["ema"]).lerp_(own_rows(parameter), share)
-
-    @contextlib.contextmanager
-    def averaged(self):
-        """Within this context the parameters hold their averages; the model has to be sharded at both ends."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, state in self.state.items():
-            mine, average = own_rows(parameter), own_rows(state["ema"])
-            before = mine.clone()
-            mine.copy_(average)
-            average.copy_(before)
-
-
-def averaged(optimizer: torch.optim.Optimizer):
-    """The context in which the model's weights are those to evaluate and export: with --ema their averages."""
-    has_average = isinstance(optimizer, AveragingAdamW) and optimizer.state
-    return optimizer.averaged() if has_average else contextlib.nullcontext()
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
@@ -382,6 +344,7 @@ def check_first_batch(task: Task, batch: Batch) -> None:
         raise CheckpointError(
             "the loss is not finite before anything was trained: the weights that training starts from are damaged; look at "
             "--base_ckpt, or at the checkpoint that was resumed"
+            + "; or they need more than float16: --mixed_precision no" * (task.scale is not None)
         )
 
 
@@ -420,6 +383,7 @@ class TrainState:
     samples: dict = field(default_factory=dict)  # their best figures; see `best.contradictions`
     evaluated: int = 0  # the step of the last evaluation
     sampled: int = -1  # the base is sampled too
+    scale: list[float] = field(default_factory=list)  # of `LossScale.kept`
     val_loss: float | None = None  # of that evaluation
 
     # Not kept.
@@ -427,7 +391,7 @@ class TrainState:
     bad_in_a_row: int = 0
 
     KEPT = ("step", "position", "warm", "bad_steps", "bad_samples", "clamped", "broken", "spikes", "losses")
-    KEPT += ("best", "samples", "evaluated", "sampled", "val_loss")
+    KEPT += ("best", "samples", "evaluated", "sampled", "val_loss", "scale")
 
     @classmethod
     def of(cls, kept: dict) -> TrainState:
@@ -544,6 +508,7 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     given, cfg = cfg, dist.together(lambda: lineage.inherit(cfg, resumed_from))
     if kept := [f"--{name} {getattr(cfg, name)}" for name in OPEN if getattr(cfg, name) != getattr(given, name)]:
         log(dist, f"as in the run that is continued: {' '.join(kept)}")
+    cfg = choose_precision(cfg, dist)
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
     base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
@@ -553,7 +518,17 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, lora = dist.together(lambda: build_model(cfg, dist, config, base))
     task = Task(model, build_optimizer(model, cfg), objective, LabelSpec.of(config), dist, cfg.grad_clip, cfg.seed)
+    task.scale = LossScale.of(cfg.mixed_precision)
     return Run(cfg, task, lora, loader, val_loader, config, tokenizer, base, resumed_from)
+
+
+def choose_precision(cfg: Config, dist: Dist) -> Config:
+    """The settings with --mixed_precision auto replaced: fp16 if a rank's GPU does not compute in bfloat16. Collective."""
+    if cfg.mixed_precision != "auto":
+        return cfg
+    if lacks_bf16 := dist.any(not has_bf16(dist.device)):
+        log(dist, "this GPU does not compute in bfloat16: --mixed_precision fp16, and attention with a copy of each key per head")
+    return dataclasses.replace(cfg, mixed_precision="fp16" if lacks_bf16 else "bf16")
 
 
 def start(run: Run) -> TrainState:
@@ -563,6 +538,8 @@ def start(run: Run) -> TrainState:
     if run.resumed_from:
         kept = resume(run, identity)
     state = TrainState.of(kept) if kept else TrainState()
+    if task.scale and state.scale:
+        task.scale = LossScale(*state.scale)
     if "warm" not in kept and state.step > (cfg.warmup_steps or 0):  # of an earlier version
         state.warm = run.epochs_done(state) * (cfg.warmup_steps or 0) / state.step
     identity |= lineage.ancestry(run.resumed_from, kept, run.output_dir) | {"started_from": kept.get("started_from")}
@@ -733,7 +710,8 @@ def loop(run: Run, state: TrainState) -> bool:
         is_spike = note(run, state, result, values, problems)
         counts = {name: getattr(state, name) for name in ("bad_steps", "bad_samples", "clamped", "spikes")}
         about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.grad_norm}
-        run.monitor.write(**about, **counts, **values)
+        scaling = {"loss_scale": task.scale.value, "overflows": task.scale.overflows} if task.scale else {}
+        run.monitor.write(**about, **counts, **values, **scaling)
         if straggler := stragglers.add(values["data_wait_sec"], seconds):
             log(dist, f"step {state.step}: {straggler}")
         if result.culprits or is_spike:
@@ -860,6 +838,11 @@ def check_readable(batches: Sequence[Batch], max_bad_samples: float, dist: Dist)
 
 def note(run: Run, state: TrainState, result: StepResult, values: dict, problems: Sequence[Sequence[str]]) -> bool:
     """Count what went wrong in a step, each broken sample once; returns whether the loss is a spike."""
+    if scale := run.task.scale:
+        state.scale = scale.kept()
+    if result.overflow:
+        problem = f"the gradient times the loss scale {2 * scale.value:g} is too large for float16"
+        log(run.task.dist, f"step {state.step}: {problem}; skipped, the scale is {scale.value:g} now")
     is_bad = bool(result.culprits) or not result.has_targets
     state.bad_steps += is_bad
     state.bad_in_a_row = state.bad_in_a_row + 1 if is_bad else 0
@@ -938,6 +921,8 @@ def finish(run: Run, state: TrainState) -> None:
 @says_errors
 def main(argv: Sequence[str]) -> int:
     cfg = parse_config(argv, description=__doc__)
+    if cfg.deterministic:
+        repeat_to_the_bit()
     dist = setup_distributed(cfg.device, cfg.replicate, cfg.dist_timeout)
     train(cfg, dist)
     return dist.signals.status()

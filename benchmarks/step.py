@@ -52,6 +52,7 @@ from collate import Batch, create_collator  # noqa: E402
 from common import write_whole  # noqa: E402
 from config import Config, parse_config, to_argv  # noqa: E402
 from distributed import Dist, setup_distributed  # noqa: E402
+from layers.optimizer import LossScale  # noqa: E402
 from loss import IGNORE_INDEX  # noqa: E402
 from tools import synthetic  # noqa: E402
 from tools.estimate import estimate  # noqa: E402
@@ -80,6 +81,7 @@ class Ours:
         self.optimizer = train.build_optimizer(self.model, cfg)
         objective, labels = train.build_objective(cfg, config), loss.LabelSpec.of(config)
         self.task = train.Task(self.model, self.optimizer, objective, labels, dist, cfg.grad_clip, cfg.seed)
+        self.task.scale = LossScale.of(cfg.mixed_precision)
 
     def step(self, micro: Micro) -> float:
         """One optimizer step; returns its loss."""

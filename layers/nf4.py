@@ -59,9 +59,11 @@ def _num_scales(numel: int) -> int:
 
 @torch.no_grad()
 def fill(parameter: nn.Parameter, weight: Tensor) -> None:
-    """Quantise a whole weight into this rank's part of an NF4 parameter."""
+    """Quantise a whole weight into this rank's part of an NF4 parameter; PatchError for one that float16 cannot hold."""
     mine = own_part(parameter)
     whole = _to_nf4()(weight.to(mine.device, mine.dtype), BLOCK, mine.scaler_block_size)
+    if not whole.quantization_factor.isfinite().all():  # 128 over the range of a block's scales: float16 ends at 65504
+        raise PatchError("--quantize nf4: the scales of a weight are too even for float16; use --mixed_precision bf16 or no")
     mine.nf4, mine.scaler_mean = whole.nf4, whole.scaler_mean
     if isinstance(parameter, DTensor):
         whole = whole.split(len(mine))[parameter.device_mesh.get_local_rank()]

@@ -260,6 +260,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
         longest, ends = max(layout.lengths), layout.cu_seqlens
         options = _varlen_options(is_grouped=query.shape != key.shape)
         return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
+    if lacks_grouped_kernel(query.device):
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     sdpa = functools.partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     pieces = [  # [T, heads, head_dim] -> [samples][1, heads, length, head_dim]
         sdpa(*(piece.transpose(0, 1)[None] for piece in states))
@@ -274,6 +276,11 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def lacks_grouped_kernel(device: torch.device) -> bool:
+    """Whether grouped keys would take [heads, L, L] floats: where `varlen_attn` does not run, CUDA has only the math for them."""
+    return device.type == "cuda"
 
 
 @functools.cache

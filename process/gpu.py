@@ -1,4 +1,4 @@
-"""Whether to compute on a GPU: never on the CPU by accident, where the machine has a GPU that PyTorch does not see."""
+"""Whether to compute on a GPU, and how: never on the CPU by accident, where the machine has a GPU that PyTorch does not see."""
 
 from __future__ import annotations
 
@@ -12,8 +12,24 @@ import torch
 
 from common import ConfigError, reason
 
+DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}  # --mixed_precision
 VERSION = r"{} Version: *(\d+(?:\.\d+)*)"  # in nvidia-smi's header; newer ones say "CUDA UMD Version"
 ON_CPU = "To compute on the CPU all the same, which takes hours: --device cpu, or CUDA_VISIBLE_DEVICES= in front of the command"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether it computes in bfloat16; `torch.cuda.is_bf16_supported` counts GPUs that emulate it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def repeat_to_the_bit() -> None:
+    """From now on, the same work on the same GPUs gives the same bits; to be called before CUDA starts.
+
+    An operation that cannot would be PyTorch's error.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS otherwise chooses workspaces by what streams do
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it, and filling takes time
 
 
 def on_gpu(device: str) -> bool:

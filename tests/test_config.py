@@ -131,7 +131,7 @@ def test_help_is_grouped_and_true(capsys):
         f"{len(dataclasses.fields(Config)) - len(BASIC)} more settings: --help advanced" in short and "--config FILE" in short
     )
     assert "--lora_r N LoRA rank; 0: full fine-tune; default: 16 --" in short
-    assert "--mixed_precision TEXT compute dtype; masters stay float32; one of bf16, no; default: bf16 --" in short
+    assert "--mixed_precision TEXT compute dtype; masters stay float32; auto is bf16, or on GPUs without it fp16 with a loss scale; one of auto, bf16, fp16, no; default: auto --" in short
     assert "peak learning rate; default: 2e-4 for LoRA, 2e-5 for a full fine-tune --" in short
     assert "default: None" not in everything and "--dry_run build" in short
 

@@ -191,7 +191,7 @@ def voice_step(dist, groups: list[list[str | None]], weight: float) -> tuple[dic
     samples = iter(clones(tokenizer, *itertools.chain.from_iterable(groups)))
     batches = [collator([next(samples) for _ in names]) for names in groups]
     mine = batches[dist.rank :: dist.world_size]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     loader = SimpleNamespace(epoch=lambda position: [((batch,), None) for batch in mine])
     task = train.Task(model, optimizer, objective, labels, dist, grad_clip=0.0)
     evaluated = train.evaluate(task, loader)

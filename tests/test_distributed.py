@@ -141,7 +141,7 @@ def uneven_step(dist, kinds: list[str], tower: bool):
     mine = [collator([samples[kind]]) for kind in kinds[dist.rank :: dist.world_size]]
     if dist.world_size == 1:
         model.set_requires_gradient_sync, model.reshard = lambda flag: None, lambda: None
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     objective, labels = train.build_objective(cfg, config), loss.LabelSpec.of(config)
     task = train.Task(model, optimizer, objective, labels, dist, grad_clip=0.0)
     with train.evaluating(model):  # there as well every rank has to enter every sharded module

@@ -201,10 +201,12 @@ class CountSyncs(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self.num_ops = 0
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.num_ops += 1
         name = function.overloadpacket.__name__
+        self.names.add(name)
         indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
         if name in self.SYNCS or any(i is not None and i.dtype == torch.bool for i in indices):
             self.found.append(name)

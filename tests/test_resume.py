@@ -120,6 +120,7 @@ CONFIGURATIONS = {
     "LoRA, float32": {},
     "LoRA, bf16": {"mixed_precision": "bf16"},
     "LoRA, bf16, without dropout": {"mixed_precision": "bf16", "lora_dropout": 0.0},
+    "LoRA, float16": {"mixed_precision": "fp16"},
     "LoRA on 4 bits": {"mixed_precision": "bf16", "quantize": "nf4"},
     "LoRA, moving average": {"ema": 0.9},
     "LoRA, layers recomputed": {"activation_checkpointing": "full"},

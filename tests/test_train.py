@@ -17,6 +17,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from conftest import ONLY_STEPS, ROOT, write_manifest
 from peft import PeftModel
 from test_generation import TURNS, clips, overfit
+from test_resume import logged
 from transformers import AutoTokenizer
 
 import checkpoint
@@ -165,6 +166,36 @@ def test_training_on_a_gpu(toys, tmp_path):
     assert lines[-1]["peak_memory_bytes"] > 0
 
 
+@pytest.fixture()
+def any_algorithm(monkeypatch):
+    """What --deterministic changes in this process is undone."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_deterministic_algorithms_are_asked_for(toys, tmp_path, any_algorithm):
+    """The whole command; what it changes on a CPU is nothing."""
+    argv = settings(toys, tmp_path / "a", max_steps=2)
+    assert train.main(argv) == 0 and not torch.are_deterministic_algorithms_enabled()
+    assert train.main([*argv, "--output_dir", str(tmp_path / "b"), "--deterministic"]) == 0
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert logged(tmp_path / "a") == logged(tmp_path / "b")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("lora_r", [0, 8])
+def test_a_gpu_repeats_to_the_bit(lora_r, toys, tmp_path, any_algorithm):
+    for name in ("a", "b"):
+        extra = {"device": "cuda", "lora_r": lora_r, "consistency_loss_weight": 0.1, "max_steps": 20}
+        assert train.main([*settings(toys, tmp_path / name, **extra), "--deterministic"]) == 0
+    assert logged(tmp_path / "a") == logged(tmp_path / "b")
+
+
 def test_lr_schedule():
     cfg = train.parse_config(
         ["--train_manifest", "m", "--output_dir", "o", "--lr", "1", "--warmup_steps", "4", "--min_lr_ratio", "0.1"]
@@ -224,7 +255,7 @@ def test_command_line_mistakes_are_reported_together(capsys):
         "--batch_size 0: must be at least 1",
         "--epochs two: expected int",
         "--lr -1.0: must be a finite number",
-        "--mixed_precision fp8: choose from bf16, no",
+        "--mixed_precision fp8: choose from auto, bf16, fp16, no",
         "--seed needs a value",
         "--train_manifest is required",
     ):
