@@ -230,6 +230,7 @@ def source_digest(function) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Activation checkpointing
 
+
 def set_activation_checkpointing(model: HiggsAudioModel, mode: str) -> None:
     """Choose what each decoder layer keeps for the backward pass.
 

@@ -13,7 +13,7 @@ from distributed import own_rows
 
 
 def init_lora(model: nn.Module, seed: int) -> None:
-    """Fill LoRA weights as PEFT does (A Kaiming-uniform, B zero, DoRA's magnitudes the norms of the base's rows), which are loaded."""
+    """Fill an adapter's weights as PEFT does: A Kaiming-uniform, B zero, DoRA's magnitudes the norms of the loaded base's rows."""
     for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)

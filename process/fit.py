@@ -47,7 +47,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def ask(cfg: Config, lengths: np.ndarray, room: int, ranks: int) -> dict:
-    """What `tools.plan.choose` finds, in a process of its own: it imports train.py and makes ranks of its own, without a GPU."""
+    """What `tools.plan.choose` finds. A process of its own, without the GPU: it imports train.py and makes fake ranks."""
     with tempfile.TemporaryDirectory() as temporary:
         settings, measured, answer = (Path(temporary, name) for name in ("config.json", "lengths.npy", "answer.json"))
         settings.write_text(json.dumps(dataclasses.asdict(cfg) | {"device": "cpu", "memory_snapshot": 0}))

@@ -136,7 +136,9 @@ def test_what_fits_is_chosen_once(toys, tmp_path, monkeypatch, capsys):
     again, said = start(1, max_steps=2)
     assert again["max_tokens"] == tokens and "chosen: " not in said and f"--max_tokens {tokens}" in said
     (state,) = checkpoint.list_states(tmp_path / "o" / "checkpoints")[-1:]
-    assert checkpoint.read_state(state)["settings"]["max_tokens"] == checkpoint.read_state(state)["data"]["max_tokens"] == tokens
+    assert (
+        checkpoint.read_state(state)["settings"]["max_tokens"] == checkpoint.read_state(state)["data"]["max_tokens"] == tokens
+    )
 
 
 def test_a_planner_that_cannot_answer(tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_the_choice_of_each_card(flags, config, published):
             assert found["batch_size"] == 1 and mode == "full" and "bash launch.sh plan" in found["reason"]
             assert published(cfg, "full", plan.FEWEST_TOKENS) > room and not before
             continue
-        assert published(cfg, mode, tokens) <= 1.002 * room and tokens >= before  # these figures are not quite convex
+        assert published(cfg, mode, tokens) <= 1.002 * room and tokens >= before  # the figures are not quite convex
         assert len(data.Batching(1, tokens, lengths).bounds(np.arange(3000))) - 1 >= 50
         assert (mode == "none") == (published(cfg, "none", plan.ENOUGH_TOKENS) <= room)
         full = min(plan.ENOUGH_TOKENS if mode == "full" else plan.MOST_TOKENS, lengths.sum() // 50)

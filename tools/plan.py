@@ -247,7 +247,8 @@ def choose(cfg: Config, config: HiggsAudioConfig, gpu: Gpu, lengths: np.ndarray,
         if option.spare(gpu) >= 0:
             break
     tokens, found = wanted, {"activation_checkpointing": mode}
-    reason = f"{_gb(option.found.needed)} needed for {option.tokens:,} positions on each of {ranks} GPU(s), {_gb(gpu.memory_gib * 2**30)} free"
+    needed = f"{_gb(option.found.needed)} needed for {option.tokens:,} positions"
+    reason = f"{needed} on each of {ranks} GPU(s), {_gb(gpu.memory_gib * 2**30)} free"
     if option.spare(gpu) < 0:
         tokens = planner.most_tokens(gpu, training, ranks, mode)
         if not tokens:
