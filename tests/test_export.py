@@ -582,7 +582,7 @@ def test_an_adapter_that_a_run_cannot_start_from(lora_run, toys, tmp_path, capsy
         assert train.main(settings(toys, tmp_path / "o", **{"lora_r": 4, "init_adapter": lora_run} | extra)) == 2
         return capsys.readouterr().err
 
-    assert "rank or alpha is another than this run's; give --lora_r 4 --lora_alpha 32" in error(lora_r=8)
+    assert "rank, alpha or kind is another than this run's; give --lora_r 4 --lora_alpha 32" in error(lora_r=8)
     assert "made for other layers: layers.0.audio_mlp." in error(lora_targets="self_attn")
     assert "not in this run; --lora_targets has to be the same" in error(lora_targets="self_attn")
     assert f"a full model; start from it with --base_ckpt {toys / 'checkpoint'}" in error(init_adapter=toys / "checkpoint")
