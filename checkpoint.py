@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -192,33 +191,34 @@ def _check_shapes(folder: Path, targets: dict[str, Tensor], stored: dict[str, tu
 class Stored:
     """The tensors of a folder's safetensors files, read one at a time. A tensor may be spread over files by rows.
 
+    A file is mapped anew for each tensor: its pages count as this process's memory for as long as it stays mapped.
+
     raises: CheckpointError if a file is damaged
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[tuple[Any, list[int]]]] = {}  # by name: open file, offset of its rows
+        self._pieces: dict[str, list[tuple[Path, list[int]]]] = {}  # by name: file, offset of its rows
         for path in weight_files(folder):
             try:
-                self._add(safe_open(path, framework="pt"))
+                self._add(path, safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: damaged: {error}") from None
 
-    def _add(self, file) -> None:
+    def _add(self, path: Path, file) -> None:
         sharding = json.loads((file.metadata() or {}).get(DCP_PIECES, "{}"))
         for name in file.keys():  # noqa: SIM118
             shape = file.get_slice(name).get_shape()
             offsets = sharding[name]["saved_offsets"] if name in sharding else [0] * len(shape)
             ends = [offset + size for offset, size in zip(offsets, shape)]
             self.shapes[name] = tuple(map(max, ends, self.shapes.get(name, ends)))
-            self._pieces.setdefault(name, []).append((file, offsets))
+            self._pieces.setdefault(name, []).append((path, offsets))
 
     def read(self, name: str) -> Tensor:
-        (file, _), *others = self._pieces[name]
-        if not others:
-            return file.get_tensor(name)
-        pieces = [(file.get_tensor(name), offsets) for file, offsets in self._pieces[name]]
+        pieces = [(safe_open(path, framework="pt").get_tensor(name), offsets) for path, offsets in self._pieces[name]]
+        if len(pieces) == 1:
+            return pieces[0][0]
         whole = pieces[0][0].new_empty(self.shapes[name])
         for piece, offsets in pieces:
             whole[tuple(slice(o, o + size) for o, size in zip(offsets, piece.shape))] = piece

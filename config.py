@@ -30,6 +30,7 @@ REVISIONS = {
 }
 LORA_DEFAULT_TARGETS = ("self_attn", "mlp", "audio_mlp")
 CODEBOOK_WEIGHTS = {"omnivoice": "8,8,6,6,4,4,2,2", "moshi": "100,1,1,1,1,1,1,1"}  # as those models were trained
+SAMPLES = 4  # of a micro-batch, where nothing else is chosen
 CHECKPOINTING_MODES = ("none", "full", "selective")
 # Figures that can choose the best step; 1: more is better, -1: less, 0: best at 1. The second line is measured on samples.
 BEST_BY = {
@@ -84,6 +85,8 @@ class Config:
     lora_r: int = _setting(16, "LoRA rank; 0: full fine-tune")
     lora_alpha: float = _setting(32.0, "LoRA scale numerator: updates are scaled by alpha / r")
     lora_dropout: float = _setting(0.0, "dropout before the LoRA matrices")
+    use_rslora: bool = _setting(False, "rank-stabilised LoRA: updates are scaled by alpha / sqrt(r)", const=True)
+    use_dora: bool = _setting(False, "DoRA: also train the norm of each row of the adapted weights; slower", const=True)
     lora_targets: str = _setting(",".join(LORA_DEFAULT_TARGETS), "comma-separated patterns of the modules that get an adapter")
     freeze: str = _setting("", "comma-separated patterns of the parameters that do not train")
     quantize: str = _setting(
@@ -96,7 +99,9 @@ class Config:
     init_adapter: str = _setting("", "start LoRA from this adapter, run or checkpoint of one, of the same rank, alpha and targets")
 
     # Batches and length
-    batch_size: int = _setting(4, "samples per micro-batch and rank")
+    batch_size: int | None = _setting(
+        None, "samples per micro-batch and rank; default: 4, or on a GPU the --max_tokens that fit and leave 50 steps an epoch"
+    )
     max_tokens: int = _setting(
         0, "positions (text, frames and delay columns) per micro-batch and rank, instead of --batch_size; 0: off"
     )
@@ -107,6 +112,7 @@ class Config:
 
     # Optimizer and loss
     lr: float | None = _setting(None, "peak learning rate; default: 2e-4 for LoRA, 2e-5 for a full fine-tune", "learning_rate")
+    loraplus_lr_ratio: float = _setting(1.0, "LoRA+: learning rate of LoRA's B as a multiple of A's; its authors use 16")
     warmup_steps: int | None = _setting(None, "steps of linear warm-up before the cosine decay; default: 3 % of the run")
     min_lr_ratio: float = _setting(0.0, "final learning rate as a share of the peak")
     weight_decay: float = _setting(0.0, "AdamW weight decay, on matrices only")
@@ -127,9 +133,9 @@ class Config:
         const="bf16",
         choices=("auto", "bf16", "fp16", "no"),
     )
-    activation_checkpointing: str = _setting(
-        "none",
-        "what layers recompute in the backward pass",
+    activation_checkpointing: str | None = _setting(
+        None,
+        "what layers recompute in the backward pass; default: none, or what the default of --batch_size needs",
         "use_gradient_checkpointing",
         const="full",
         choices=CHECKPOINTING_MODES,
@@ -224,7 +230,7 @@ BASIC = (
 # What a run notes in config.json beside its settings; see train.write_run_config.
 FACTS = ("training_samples", "run_id", "world_size", "git_commit", "versions", "launch")
 # Where they are not given, a run that is continued keeps its own: earlier versions had other defaults.
-OPEN = ("val_steps", "sample_steps", "save_steps", "warmup_steps")
+OPEN = ("val_steps", "sample_steps", "save_steps", "warmup_steps", "batch_size", "max_tokens", "activation_checkpointing")
 _REQUIRED = ("train_manifest", "output_dir")
 _OF_ONE_RUN = ("output_dir", "resume", "resume_changed", "dry_run")
 
@@ -284,7 +290,7 @@ def _find_problems(cfg: Config) -> list[str]:
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
             problems.append(f"--{f.name} {value}: must be a finite number, 0 or more")
-    problems += [f"--{n} {getattr(cfg, n)}: must be at least 1" for n in _AT_LEAST_1 if getattr(cfg, n) < 1]
+    problems += [f"--{n} {getattr(cfg, n)}: must be at least 1" for n in _AT_LEAST_1 if getattr(cfg, n) == 0]
     problems += [f"--{n} {getattr(cfg, n)}: must be below {limit}" for n, limit in _BELOW.items() if getattr(cfg, n) >= limit]
     is_quantized = cfg.quantize != "none"
     no_gpu, has_judge = not torch.cuda.is_available(), cfg.asr_model or cfg.sv_model
@@ -302,6 +308,10 @@ def _find_problems(cfg: Config) -> list[str]:
         "--quantize nf4: goes with neither --cpu_offload, --replicate nor --compile": is_quantized
         and (cfg.cpu_offload or cfg.replicate > 1 or cfg.compile),
         "--lora_alpha 0: the adapter would have no effect": cfg.lora_r and cfg.lora_alpha == 0,
+        "--loraplus_lr_ratio 0: nothing would be learned": cfg.lora_r and cfg.loraplus_lr_ratio == 0,
+        "--use_rslora, --use_dora and --loraplus_lr_ratio are kinds of LoRA: give --lora_r 16": not cfg.lora_r
+        and (cfg.use_rslora or cfg.use_dora or cfg.loraplus_lr_ratio != 1),
+        "--use_dora: needs the base's weights in 16 bits; leave --quantize nf4 out": cfg.use_dora and is_quantized,
         "--asr_model and --sv_model judge waveforms, which need a codec: --audio_tokenizer none": has_judge and not cfg.codec,
         "--num_samples 0: at least 1 with --sample_steps": has_samples and cfg.num_samples < 1,
         "--sample_texts: samples are generated with --sample_steps": cfg.sample_texts and not has_samples,

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
 from common import SIGNALS, CollateError, ConfigError, DataError, listing, share_held_out, write_whole
-from config import Config
+from config import SAMPLES, Config
 from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
@@ -552,17 +552,17 @@ def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixt
             raise ConfigError(f"rank {rank} disagrees with rank 0 about {', '.join(different)}; start all nodes alike")
 
 
+def open_store(cfg: Config, config: HiggsAudioConfig) -> AudioStore:
+    folder = Path(cfg.codes_dir or Path(cfg.output_dir) / "codes")
+    frames = config.audio_num_codebooks, config.audio_codebook_size, codec_frame_rate_hz(cfg.audio_tokenizer)
+    return AudioStore(*frames, cache_dir=folder, codec=cfg.codec)
+
+
 def build_loaders(
     cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer, records: Mixture, val_records: Mixture | None
 ) -> tuple[Loader, Loader | None]:
     """The training loader and the evaluation loader, if any; encodes waveforms that need it first. Collective."""
-    store = AudioStore(
-        config.audio_num_codebooks,
-        config.audio_codebook_size,
-        codec_frame_rate_hz(cfg.audio_tokenizer),
-        cache_dir=Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"),
-        codec=cfg.codec,
-    )
+    store = open_store(cfg, config)
     with_voices = cfg.consistency_loss_weight > 0
     collator = dist.together(lambda: create_collator(config, strict=cfg.strict_audio, with_voices=with_voices))
     if with_voices:
@@ -576,7 +576,7 @@ def build_loaders(
         lengths = None
         if cfg.max_tokens:
             dataset, lengths = fit_to_budget(cfg, dist, dataset, collator)
-        batching = Batching(cfg.batch_size, cfg.max_tokens, lengths)
+        batching = Batching(cfg.batch_size or SAMPLES, cfg.max_tokens, lengths)
         settings = {"num_workers": cfg.num_workers, "pin_memory": dist.device.type == "cuda"}
         ranks = dist.rank, dist.world_size
         return Loader(dataset, collator, batching, *ranks, grad_accum, cfg.seed, shuffle, **settings)
@@ -597,18 +597,25 @@ def check_voices(records: Mixture) -> None:
     )
 
 
-def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> tuple[ChatMLDataset, np.ndarray]:
-    """The dataset without what exceeds --max_tokens, and its lengths, measured once and kept. Collective."""
+def measure_records(cfg: Config, dist: Dist, config: HiggsAudioConfig, tokenizer, records: Mixture) -> np.ndarray | None:
+    """Positions of each record, which is encoded first; None where batches are padded rows. Collective."""
+    store, collator = open_store(cfg, config), dist.together(lambda: create_collator(config))
+    if not collator.has_packing:
+        return None
+    encode_missing(dist, store, [records])
+    return measure_once(ChatMLDataset(records, tokenizer, store), collator, dist, cfg.num_workers)
+
+
+def measure_once(dataset: ChatMLDataset, collator, dist: Dist, num_workers: int) -> np.ndarray:
+    """`measure_lengths` on all ranks, kept beside the codes. Collective."""
     store = dataset.store
     frames = f"{store.num_codebooks} {store.codebook_size} {store.frame_rate_hz} {store.codec}"
     key = hashlib.sha256(f"{dataset.records.digest} {frames} {dataset.tokenizer.backend_tokenizer.to_str()}".encode())
     path = store.cache_dir / f"lengths-{key.hexdigest()[:16]}.npy"
     lengths = dist.from_main(dist.together(lambda: read_lengths(path, len(dataset)) if dist.is_main else None))
     if lengths is None:
-        log(dist, f"measuring {len(dataset)} records for --max_tokens")
-        lengths, problems = dist.together(
-            lambda: measure_lengths(dataset, collator, dist.rank, dist.world_size, cfg.num_workers)
-        )
+        log(dist, f"measuring {len(dataset)} records")
+        lengths, problems = dist.together(lambda: measure_lengths(dataset, collator, dist.rank, dist.world_size, num_workers))
         report_problems([problem for part in dist.gather(problems) for problem in part])
         lengths = sum(dist.gather(lengths))
         if dist.is_main:
@@ -616,6 +623,12 @@ def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> 
                 write_whole(path, lambda file: np.save(file, lengths))
             except OSError as error:  # a cache that others have filled and that is read-only here
                 log(dist, f"note: the lengths cannot be kept, and are measured anew each time: {error}")
+    return lengths
+
+
+def fit_to_budget(cfg: Config, dist: Dist, dataset: ChatMLDataset, collator) -> tuple[ChatMLDataset, np.ndarray]:
+    """The dataset without what exceeds --max_tokens, and its lengths. Collective."""
+    lengths = measure_once(dataset, collator, dist, cfg.num_workers)
     dataset, lengths, changes = dist.together(lambda: fit_lengths(dataset, collator, lengths, cfg.max_tokens, cfg.long))
     log_list(dist, f"{len(changes)} records are longer than --max_tokens (--long {cfg.long})", changes)
     return dataset, lengths

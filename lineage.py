@@ -24,12 +24,12 @@ from typing import IO
 import checkpoint
 from checkpoint import COMPANIONS, weight_files
 from common import CheckpointError, read_json
-from config import OPEN, Config, checked, code_commit
+from config import OPEN, SAMPLES, Config, checked, code_commit
 from data import Loader
 from distributed import Dist, log
 
 # Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
-SAME = ("lora_r", "lora_alpha", "lora_targets", "quantize", "freeze", "ema")
+SAME = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_targets", "quantize", "freeze", "ema")
 LAG_SEC = 120.0  # how long a shared folder may show different files to different nodes
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for a base's fingerprint
 
@@ -93,7 +93,10 @@ def inherit(cfg: Config, folder: Path | None) -> Config:
     if folder is None:
         return cfg
     run = checkpoint.read_state(folder).get("settings") or read_config(folder.resolve().parent.parent)
-    return checked(dataclasses.replace(cfg, **{name: run.get(name, 0) for name in OPEN if getattr(cfg, name) is None}))
+    kept = {name: run.get(name, 0) for name in OPEN if getattr(cfg, name) is None}
+    if cfg.batch_size is None:
+        kept |= {"batch_size": run.get("batch_size", SAMPLES), "max_tokens": cfg.max_tokens or run.get("max_tokens", 0)}
+    return checked(dataclasses.replace(cfg, **kept))
 
 
 def refuse_used(output_dir: Path) -> None:

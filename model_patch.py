@@ -33,7 +33,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -48,7 +47,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -232,6 +230,7 @@ def source_digest(function) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Activation checkpointing
 
+
 def set_activation_checkpointing(model: HiggsAudioModel, mode: str) -> None:
     """Choose what each decoder layer keeps for the backward pass.
 
@@ -280,7 +279,7 @@ def _select(patterns: Iterable[str], names: Iterable[str], what: str) -> list[st
 
 
 def add_lora(
-    model: HiggsAudioModel, r: int, alpha: float, dropout: float, targets: Iterable[str] = LORA_DEFAULT_TARGETS
+    model, r: int, alpha: float, dropout: float, targets: Iterable[str] = LORA_DEFAULT_TARGETS, use_rslora=False, use_dora=False
 ) -> LoraConfig:
     """Freeze the model and insert LoRA adapters into the linear layers whose names match `targets`.
 
@@ -299,32 +298,13 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=_select(targets, linears, "LoRA target"),
         exclude_modules=None if use_tower or model.audio_tower is None else r"audio_tower\..*",
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     on_meta = next(model.parameters()).is_meta
     model.requires_grad_(False)
     inject_adapter_in_model(config, model, low_cpu_mem_usage=on_meta)
     return config
-
-
-def init_lora(model: nn.Module, seed: int) -> None:
-    """Fill LoRA weights as PEFT does (A Kaiming-uniform, B zero), the same for every world size and sharding."""
-    for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
-        if "lora_A" in name:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            full = torch.empty(parameter.shape)
-            nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
-        elif "lora_B" in name:
-            full = torch.zeros(parameter.shape)
-        else:
-            continue
-        set_whole(parameter, full)
-
-
-def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
-    """Fill a parameter; of a sharded one each rank keeps its own rows of the same full tensor."""
-    if isinstance(parameter, DTensor):
-        full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.data.copy_(full)
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -413,19 +393,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def main() -> None:
-    """What is patched, and what an adapter with the default targets trains, on a small model."""
+    """What of upstream is patched, and whether it is what the patches were written for."""
     check_upstream()
     for function, digest in UPSTREAM_SOURCES.items():
         print(f"{function.__qualname__:50} source {digest}: as expected")
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    audio = {"audio_adapter_type": "dual_ffn_fast_forward", "audio_dual_ffn_layers": [0, 1], "audio_ffn_hidden_size": 128}
-    text = {"model_type": "llama", "num_key_value_heads": 2, **sizes}
-    config = HiggsAudioConfig(text_config=text, audio_ffn_intermediate_size=256, pad_token_id=0, skip_audio_tower=True, **audio)
-    model = patch_for_training(build_on_meta(config))
-    total = sum(p.numel() for p in model.parameters())
-    add_lora(model, r=16, alpha=32, dropout=0.0)
-    added = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
-    print(f"{type(model).__name__}: {total:,} parameters; LoRA r=16 adds {added:,}")
 
 
 if __name__ == "__main__":

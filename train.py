@@ -50,7 +50,7 @@ from common import (
     write_whole,
 )
 from config import OPEN, Config, parse_config, recipe
-from data import build_loaders, check_agreement, read_records
+from data import build_loaders, check_agreement, measure_records, read_records
 from distributed import Dist, detail, log, log_list, progress_bar, setup_distributed
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
@@ -61,10 +61,12 @@ from generate.models import start_from
 from generate.pictures import media
 from generate.samples import Sampler, build_sampler, describe
 from layers import nf4
+from layers.adapters import init_lora
 from layers.optimizer import AveragingAdamW, LossScale, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
+from process import fit
 from process.command import says_errors
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output
@@ -85,7 +87,7 @@ def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path)
     checkpoint.load_base(model, folder)
     if unused:
         log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
-    model_patch.init_lora(model, cfg.seed)
+    init_lora(model, cfg.seed)
     if cfg.quantize != "none":
         linears = (m for m in model.layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
         kinds = [nf4.is_quantized(linear.weight) for linear in linears]
@@ -99,7 +101,8 @@ def construct_model(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Built:
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
     lora = None
     if cfg.lora_r:
-        lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
+        of_lora = cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list, cfg.use_rslora, cfg.use_dora
+        lora = model_patch.add_lora(model, *of_lora)
         lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
         model_patch.freeze(model, split_list(cfg.freeze))
@@ -108,7 +111,7 @@ def construct_model(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Built:
     model_patch.set_training_dtypes(model, frozen_dtype=compute_dtype)
     if cfg.quantize != "none":
         nf4.quantize_layers(model, dist.world_size)
-    model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing)
+    model_patch.set_activation_checkpointing(model, cfg.activation_checkpointing or "none")
     if cfg.compile:
         model_patch.compile_layers(model)
     model_patch.shard(model, dist.mesh, param_dtype=compute_dtype, cpu_offload=cfg.cpu_offload)
@@ -256,11 +259,14 @@ def build_objective(cfg: Config, config: HiggsAudioConfig) -> Objective:
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over what trains; weight decay on matrices only. Create it after sharding."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = ([p for p in trainable if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    """AdamW over what trains; weight decay on matrices only, LoRA+'s rate on B alone. Create it after sharding."""
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_matrix, ratio = p.ndim >= 2, cfg.loraplus_lr_ratio if ".lora_B." in name else 1.0
+            settings = {"params": [], "weight_decay": cfg.weight_decay * is_matrix, "lr_ratio": ratio}
+            groups.setdefault((is_matrix, ratio), settings)["params"].append(p)
+    groups = list(groups.values())
     settings = {"lr": cfg.peak_lr, "betas": (0.9, cfg.beta2), "fused": True}
     return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
 
@@ -515,6 +521,7 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     read = checkpoint.read_base_config, checkpoint.weight_files, checkpoint.load_tokenizer
     config, _, tokenizer = dist.together(lambda: [function(base) for function in read])
     objective = dist.together(lambda: build_objective(cfg, config))
+    cfg = fit.choose(cfg, dist, lambda: measure_records(cfg, dist, config, tokenizer, records))
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, lora = dist.together(lambda: build_model(cfg, dist, config, base))
     task = Task(model, build_optimizer(model, cfg), objective, LabelSpec.of(config), dist, cfg.grad_clip, cfg.seed)

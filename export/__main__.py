@@ -53,7 +53,8 @@ def _describe_model(model: Full | Adapter) -> list[str]:
     if isinstance(model, Adapter):
         lora = model.lora
         return [
-            f"a LoRA adapter, r={lora.r}, alpha={lora.lora_alpha}, of {len(model.modules)} layers",
+            f"a {'DoRA' if lora.use_dora else 'LoRA'} adapter, r={lora.r}, alpha={lora.lora_alpha}"
+            f"{' (rank-stabilised)' * bool(lora.use_rslora)}, of {len(model.modules)} layers",
             f"base {lora.base_model_name_or_path}, revision {lora.revision}",
         ]
     c = model.config

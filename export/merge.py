@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common import CheckpointError
 from distributed import whole
 from export import card, layouts
-from export.read import Adapter, Full, open_model
+from export.read import Adapter, Full, open_model, with_norms
 from export.write import Named, write_adapter, write_full
 from layers.nf4 import plain
 
@@ -31,10 +31,20 @@ def relative_changes(model: nn.Module) -> dict[str, float]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             A, B = (whole(getattr(layer, f"lora_{factor}")["default"].weight.detach()).double() for factor in "AB")
+            if layer.lora_magnitude_vector:
+                changes[name] = _change_by_dora(layer, layer.scaling["default"] * (B @ A))
+                continue
             norm = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
             weight = torch.linalg.vector_norm(plain(layer.base_layer.weight.detach()), dtype=torch.float32)
             changes[name] = (norm / whole(weight).clamp(min=TINY)).item()
     return changes
+
+
+def _change_by_dora(layer: LoraLayer, change: Tensor) -> float:
+    """The same of DoRA; change: scale * B @ A. Collective."""
+    weight = whole(layer.base_layer.weight.detach()).double()
+    magnitude = whole(layer.lora_magnitude_vector["default"].weight.detach()).double()
+    return ((with_norms(weight + change, magnitude) - weight).norm() / weight.norm().clamp(min=TINY)).item()
 
 
 def describe_changes(changes: dict[str, float]) -> str:
@@ -77,9 +87,9 @@ class MergeReport:
     changes: dict[str, float]  # |change| / |W|
     rounding: dict[str, float]  # |merged as written - merged in float32| / |change|, where there is a change
 
-    def add(self, module: str, weight: Tensor, change: Tensor, exact: Tensor) -> Tensor:
+    def add(self, module: str, weight: Tensor, exact: Tensor) -> Tensor:
         """Note a layer; returns `exact`, its merged weight, in the dtype of `weight`."""
-        written, size = exact.to(weight.dtype), change.norm().item()
+        written, size = exact.to(weight.dtype), (exact - weight.float()).norm().item()
         self.dtype = weight.dtype
         self.changes[module] = size / max(weight.float().norm().item(), TINY)
         if size:
@@ -98,7 +108,7 @@ class MergeReport:
 def merge(
     adapter: Adapter, base: Full, out: Path, layout: layouts.Layout = "boson", about: card.About = card.NOTHING
 ) -> MergeReport:
-    """W + scale * B @ A, in float32, then in the dtype of W, tensor by tensor.
+    """W + scale * B @ A, or DoRA's, in float32, then in the dtype of W, tensor by tensor.
 
     raises: CheckpointError if the adapter is not one of this base
     """
@@ -122,9 +132,8 @@ def merged(adapter: Adapter, base: Full, report: MergeReport | None = None) -> I
     for name in base.shapes:
         weight = base.read(name)
         if name in changed:
-            change = adapter.change(changed[name])
-            exact = weight.float() + change
-            weight = report.add(changed[name], weight, change, exact) if report else exact
+            exact = adapter.merged(changed[name], weight)
+            weight = report.add(changed[name], weight, exact) if report else exact
         yield name, weight
 
 

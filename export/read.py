@@ -67,7 +67,7 @@ class Adapter:
     """A LoRA adapter, read one tensor at a time by PEFT's names.
 
     names:  PEFT's name of each tensor -> its name in `stored`
-    raises: CheckpointError if it is not plain LoRA, which adds scale * B @ A to a layer's weight
+    raises: CheckpointError if it is more than LoRA, which adds scale * B @ A to a layer's weight, or DoRA
     """
 
     dtype = None  # tensors keep theirs
@@ -78,16 +78,24 @@ class Adapter:
         self._names, self._stored = names, stored
         self.shapes = {name: stored.shapes[stored_name] for name, stored_name in names.items()}
         self.scale = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
-        self.modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name.removeprefix(ADAPTER_PREFIX)) for name in names})
+        self.modules = sorted(
+            {re.sub(r"\.lora_([AB]\.weight|magnitude_vector)$", "", name.removeprefix(ADAPTER_PREFIX)) for name in names}
+        )
         expected = {_factor(module, factor) for module in self.modules for factor in "AB"}
-        special = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+        expected |= {_magnitude(module) for module in self.modules if lora.use_dora}
+        special = ("modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
         odd = [name for name in special if getattr(lora, name, None)] + sorted(names.keys() ^ expected)[:1]
-        odd += [name for name in names if lora.r not in self.shapes[name]][:1]
+        odd += [name for name in names if lora.r not in self.shapes[name] and not name.endswith("_vector")][:1]
         if odd or lora.bias != "none":
             raise CheckpointError(f"{self.folder}: not a plain LoRA adapter ({', '.join(odd) or 'it trains biases'})")
 
     def read(self, name: str) -> Tensor:
         return self._stored.read(self._names[name])
+
+    def merged(self, module: str, weight: Tensor) -> Tensor:
+        """A layer's weight with the adapter: [out, in] float32."""
+        result = weight.float() + self.change(module)
+        return with_norms(result, self.read(_magnitude(module)).float()) if self.lora.use_dora else result
 
     def change(self, module: str) -> Tensor:
         """scale * B @ A, which the adapter adds to a layer's weight: [out, in] float32."""
@@ -164,7 +172,8 @@ def _open_state(folder: Path) -> Full | Adapter:
         return Full.of_state(folder, stored, cfg, state.get("base", {}))
     companions = _companions(folder, cfg)
     model = model_patch.build_on_meta(checkpoint.read_base_config(companions))
-    lora = model_patch.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
+    of_lora = cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list, cfg.use_rslora, cfg.use_dora
+    lora = model_patch.add_lora(model, *of_lora)
     lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     parameters = [name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")]
     names = {adapter_name(name): _state_name(name, stored) for name in parameters}
@@ -205,6 +214,16 @@ def _factor(module: str, factor: str) -> str:
     return f"{ADAPTER_PREFIX}{module}.lora_{factor}.weight"
 
 
+def _magnitude(module: str) -> str:
+    return f"{ADAPTER_PREFIX}{module}.lora_magnitude_vector"
+
+
+def with_norms(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's: the rows [out, in] with these norms [out]."""
+    return weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
+
+
 def adapter_name(name: str) -> str:
     """The name that PEFT's files give to an adapter weight."""
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return ADAPTER_PREFIX + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)

@@ -19,6 +19,7 @@ from export import layouts
 from export.merge import merged
 from export.read import ADAPTER_PREFIX, Adapter, Full, adapter_name, open_model
 from layers import nf4
+from layers.adapters import set_whole
 
 
 def load_model(
@@ -94,6 +95,12 @@ def insert_adapter(adapter: Adapter, model: HiggsAudioModel) -> None:
     model.eval()
 
 
+def lora_flags(lora: LoraConfig) -> str:
+    """The flags of training that make such an adapter."""
+    variants = (f" --{name}" for name in ("use_rslora", "use_dora") if getattr(lora, name))
+    return f"--lora_r {lora.r} --lora_alpha {lora.lora_alpha:g}{''.join(variants)}"
+
+
 def start_from(model: nn.Module, lora: LoraConfig, name: str) -> dict:
     """Give a sharded model's adapter the weights of another; returns its folder, base and digest, for the run's lineage.
 
@@ -102,9 +109,8 @@ def start_from(model: nn.Module, lora: LoraConfig, name: str) -> dict:
     adapter = open_model(checkpoint.find_base(name, None))
     if not isinstance(adapter, Adapter):
         raise CheckpointError(f"--init_adapter {name}: a full model; start from it with --base_ckpt {name}")
-    if (adapter.lora.r, adapter.lora.lora_alpha) != (lora.r, lora.lora_alpha):
-        same = f"--lora_r {adapter.lora.r} --lora_alpha {adapter.lora.lora_alpha:g}"
-        raise CheckpointError(f"--init_adapter {name}: rank or alpha is another than this run's; give {same}")
+    if (same := lora_flags(adapter.lora)) != lora_flags(lora):
+        raise CheckpointError(f"--init_adapter {name}: rank, alpha or kind is another than this run's; give {same}")
     mine = {adapter_name(n): parameter for n, parameter in model.named_parameters() if checkpoint.is_lora(n)}
     if other := sorted(mine.keys() ^ adapter.shapes.keys()) or [n for n in mine if mine[n].shape != adapter.shapes[n]]:
         layer = other[0].removeprefix(ADAPTER_PREFIX)
@@ -116,5 +122,5 @@ def start_from(model: nn.Module, lora: LoraConfig, name: str) -> dict:
     for key, parameter in mine.items():
         weight = adapter.read(key)
         digest.update(weight.float().numpy().tobytes())
-        model_patch.set_whole(parameter, weight)
+        set_whole(parameter, weight)
     return {"folder": str(adapter.folder.resolve()), "base": adapter.base, "sha256": digest.hexdigest()}

@@ -38,7 +38,9 @@ def quantize_layers(model: nn.Module, world_size: int = 1) -> None:
         if not isinstance(linear, nn.Linear) or linear.weight.requires_grad or not (size := _num_scales(linear.weight.numel())):
             continue
         if linear.out_features % world_size or linear.weight.numel() % (BLOCK * size * world_size):
-            raise PatchError(f"--quantize nf4: {world_size} ranks cannot divide a weight of {tuple(linear.weight.shape)}; use 8")
+            raise PatchError(
+                f"--quantize nf4: {world_size} ranks cannot divide a weight of {tuple(linear.weight.shape)}; use 8"
+            )
         linear.weight = nn.Parameter(_to_nf4()(linear.weight.detach(), BLOCK, size), requires_grad=False)
 
 
@@ -47,7 +49,9 @@ def _to_nf4() -> Callable[..., Tensor]:
     try:
         from torchao.quantization import to_nf4
     except ImportError as error:
-        raise ConfigError(f"--quantize nf4: {error}; bash launch.sh installs it, or: pip install -r requirements-nf4.txt") from None
+        raise ConfigError(
+            f"--quantize nf4: {error}; bash launch.sh installs it, or: pip install -r requirements-nf4.txt"
+        ) from None
     return to_nf4
 
 

@@ -8,10 +8,13 @@ import re
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_ranks
 from test_train import main_error, metrics
 
@@ -21,6 +24,7 @@ import train
 from common import share_held_out
 from config import Config, to_argv
 from prepare.__main__ import main as prepare
+from process import fit
 
 
 def plain(toys: Path, output_dir: Path, **extra) -> list[str]:
@@ -102,13 +106,55 @@ def test_a_run_of_before_keeps_its_settings(toys, tmp_path, capsys):
     zeros = {"val_steps": 0, "sample_steps": 0, "warmup_steps": 0}
     assert train.main(plain(toys, tmp_path / "o", save_steps=2, max_steps=2, **zeros)) == 0
     assert train.main(plain(toys, tmp_path / "o", max_steps=4, resume="auto")) == 0
-    before = "--val_steps 0 --sample_steps 0 --save_steps 2 --warmup_steps 0"
+    before = "--val_steps 0 --sample_steps 0 --save_steps 2 --warmup_steps 0 --activation_checkpointing none"
     assert f"as in the run that is continued: {before}\n" in capsys.readouterr().err
     assert {line["split"] for line in map(json.loads, open(tmp_path / "o" / "metrics.jsonl"))} == {"train"}
     assert [path.name for path in checkpoint.list_states(tmp_path / "o" / "checkpoints")] == ["step_2", "step_4"]
     capsys.readouterr()
     argv = plain(toys, tmp_path / "o", max_steps=5, resume="auto", best_by="code_match")
     assert "is measured on samples" in main_error(argv, capsys), "the settings together are checked again"
+
+
+def test_what_fits_is_chosen_once(toys, tmp_path, monkeypatch, capsys):
+    """On a GPU with room for nothing but short clips; later the same, whatever room there is; never against a flag."""
+    manifest, zeros = tmp_path / "many.jsonl", dict.fromkeys(("val_steps", "sample_steps", "warmup_steps"), 0)
+    manifest.write_text((toys / "train.jsonl").read_text() * 8)
+    (tmp_path / "clips").symlink_to(toys / "clips")
+
+    def start(room: float, **extra) -> tuple[dict, str]:
+        monkeypatch.setattr(fit, "free_bytes", lambda device: int(room))
+        argv = plain(toys, tmp_path / "o", train_manifest=manifest, grad_accum=1, resume="auto", **zeros | extra)
+        assert train.main([*argv[: (at := argv.index("--batch_size"))], *argv[at + 2 :]]) == 0
+        said = capsys.readouterr().err
+        return json.loads((tmp_path / "o" / "config.json").read_text()), said
+
+    config, said = start(100e9, max_steps=1)
+    tokens = config["max_tokens"]
+    lengths = np.load(next((tmp_path / "o" / "codes").glob("lengths-*.npy")))
+    assert tokens == lengths.sum() // 50 and config["activation_checkpointing"] == "none"
+    assert f"chosen: --max_tokens {tokens} --activation_checkpointing none; " in said and "93.1 GB free" in said
+    again, said = start(1, max_steps=2)
+    assert again["max_tokens"] == tokens and "chosen: " not in said and f"--max_tokens {tokens}" in said
+    (state,) = checkpoint.list_states(tmp_path / "o" / "checkpoints")[-1:]
+    assert (
+        checkpoint.read_state(state)["settings"]["max_tokens"] == checkpoint.read_state(state)["data"]["max_tokens"] == tokens
+    )
+
+
+def test_a_planner_that_cannot_answer(tmp_path, monkeypatch):
+    """Its own words, and four samples. What is given is taken as it is."""
+    dist = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_main=True)
+    dist.gather, dist.from_main, dist.together = lambda value: [value], lambda value: value, lambda work: work()
+    said: list[str] = []
+    monkeypatch.setattr(fit, "log", lambda dist, message: said.append(message))
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(fit, "ROOT", tmp_path)
+    cfg = Config(train_manifest="m", output_dir="o")
+    found = fit.choose(cfg, dist, lambda: np.full(1000, 500))
+    assert (found.batch_size, found.max_tokens, found.activation_checkpointing) == (4, 0, "none")
+    assert re.search(r"^chosen: --batch_size 4; what fits is not known: .*No such file", said[-1])
+    assert fit.choose(replace(cfg, batch_size=7), dist, None).batch_size == 7
+    assert fit.choose(replace(cfg, max_tokens=700), dist, None).max_tokens == 700
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 10, 31])

@@ -33,6 +33,7 @@ from export.__main__ import main as export_main
 from export.final import write_final
 from generate import __main__ as generate
 from generate.serve import HiggsAudioServeEngine
+from layers.adapters import init_lora
 from tools import toys as demo
 
 
@@ -93,7 +94,7 @@ def untrained(toys, tmp_path_factory) -> Path:
     base = read.Full(toys / "checkpoint")
     model = make_model(base.config)
     lora = model_patch.add_lora(model, 4, 8.0, 0.0)
-    model_patch.init_lora(model, seed=0)
+    init_lora(model, seed=0)
     named = ((read.adapter_name(n), p.data) for n, p in model.named_parameters() if checkpoint.is_lora(n))
     write.write_adapter(folder, named, lora, base.tokenizer)
     return folder
@@ -542,8 +543,8 @@ def test_mistakes(lora_run, full_run, untrained, toys, tmp_path, capsys):
     special.mkdir()
     values = json.loads((untrained / "adapter_config.json").read_text())
     save_file(weights(untrained), special / "adapter_model.safetensors")
-    (special / "adapter_config.json").write_text(json.dumps(values | {"use_dora": True}))
-    assert "not a plain LoRA adapter (use_dora)" in error(capsys, "merge", special, base, tmp_path / "m")
+    (special / "adapter_config.json").write_text(json.dumps(values | {"lora_bias": True}))
+    assert "not a plain LoRA adapter (lora_bias)" in error(capsys, "merge", special, base, tmp_path / "m")
     (special / "adapter_config.json").write_text("{}")
     assert "is not a LoRA adapter's" in error(capsys, "merge", special, base, tmp_path / "m")
 
@@ -581,7 +582,7 @@ def test_an_adapter_that_a_run_cannot_start_from(lora_run, toys, tmp_path, capsy
         assert train.main(settings(toys, tmp_path / "o", **{"lora_r": 4, "init_adapter": lora_run} | extra)) == 2
         return capsys.readouterr().err
 
-    assert "rank or alpha is another than this run's; give --lora_r 4 --lora_alpha 32" in error(lora_r=8)
+    assert "rank, alpha or kind is another than this run's; give --lora_r 4 --lora_alpha 32" in error(lora_r=8)
     assert "made for other layers: layers.0.audio_mlp." in error(lora_targets="self_attn")
     assert "not in this run; --lora_targets has to be the same" in error(lora_targets="self_attn")
     assert f"a full model; start from it with --base_ckpt {toys / 'checkpoint'}" in error(init_adapter=toys / "checkpoint")

@@ -19,6 +19,7 @@ import train
 from collate import create_collator
 from config import CHECKPOINTING_MODES
 from layers import packed as packed_layers
+from layers.adapters import init_lora
 from loss import IGNORE_INDEX, LabelSpec, LossSums, Objective
 
 
@@ -112,7 +113,7 @@ def test_checkpointing_changes_nothing(lora_r, mode, config, tokenizer):
     model = model_patch.patch_for_training(make_model(config)).train()
     if lora_r:
         model_patch.add_lora(model, lora_r, 8, 0.0)
-        model_patch.init_lora(model, 0)
+        init_lora(model, 0)
     batch = create_collator(config)(case_samples("reference and target", tokenizer))
     expected = sums_and_gradients(model, batch, config, packed=True)
     model_patch.set_activation_checkpointing(model, mode)
@@ -124,7 +125,7 @@ def test_lora_on_the_packed_path(config, tokenizer):
     """The adapter's gradients too, with the heads among its targets. Measured: 9e-7 of the largest."""
     model = model_patch.patch_for_training(make_model(config)).train()
     model_patch.add_lora(model, 4, 8, 0.0, ("self_attn", "mlp", "audio_mlp", "text_lm_head", "audio_lm_head"))
-    model_patch.init_lora(model, 0)
+    init_lora(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -267,7 +268,7 @@ def test_compiled_equals_eager(backend, config, tokenizer, monkeypatch):
     graphs.clear()
     model = model_patch.patch_for_training(make_model(config)).train()
     model_patch.add_lora(model, 4, 8, 0.0, ["q_proj"])
-    model_patch.init_lora(model, 0)
+    init_lora(model, 0)
     model.requires_grad_(True)
     collator = create_collator(config)
     for name, num_graphs in (("single", 2), ("multi-segment", 2), ("text-only", 4)):

@@ -7,11 +7,13 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_ranks
 from test_collate import TOWER
 
+import data
 import loss
 import metrics
 import model_patch
@@ -167,6 +169,76 @@ def test_most_tokens_fit(planner):
     assert most > planner.workload.tokens
     assert planner.option(LORA, "full", 1, most).spare(gpu) >= 0 > planner.option(LORA, "full", 1, int(1.5 * most)).spare(gpu)
     assert planner.most_tokens(card(1e12), LORA, 1) == plan.MOST_TOKENS and planner.most_tokens(card(0), LORA, 1) == 0
+
+
+# GiB needed by micro-batches of so many positions, as the planner finds for the published model on one GPU.
+POSITIONS = 299, 7583, 32669
+NEEDED = {
+    (16, "none", "none"): (14.29, 39.58, 125.98),
+    (16, "none", "full"): (13.45, 15.71, 23.83),
+    (16, "nf4", "none"): (7.22, 32.42, 118.82),
+    (16, "nf4", "full"): (6.38, 8.55, 16.67),
+    (0, "none", "none"): (93.34, 104.26, 207.86),
+    (0, "none", "full"): (93.34, 93.34, 96.66),
+}
+TRAININGS = [["--lora_r", "16"], ["--quantize", "nf4"], ["--lora_r", "0"]]
+
+
+@pytest.fixture()
+def published(monkeypatch):
+    """(cfg, mode, positions) -> bytes, which stand in for the estimates of the published model: each takes ten seconds."""
+
+    def needed(cfg, mode: str, positions: int) -> float:
+        return float(np.interp(positions, POSITIONS, NEEDED[cfg.lora_r, cfg.quantize, mode])) * 2**30
+
+    def found(cfg, config, batch, ranks) -> Estimate:
+        size = needed(cfg, cfg.activation_checkpointing, batch.packing.num_positions)
+        return Estimate(0, 0, int((size - plan.RESERVED) / plan.FRAGMENTATION), 0.0, 0.0, 0)
+
+    monkeypatch.setattr(plan, "estimate", found)
+    return needed
+
+
+def chosen(config, lengths, card, *flags: str, ranks: int = 1) -> dict:
+    return plan.choose(parse_config([*FLAGS, *flags]), config, card, np.array(lengths), ranks)
+
+
+@pytest.mark.parametrize("flags", TRAININGS)
+def test_the_choice_of_each_card(flags, config, published):
+    """Of 3,000 records: what is chosen fits, leaves 50 steps, recomputes only to get as far as 8,192, and grows with the card."""
+    lengths, cfg, before = np.random.default_rng(0).integers(200, 900, 3000), parse_config([*FLAGS, *flags]), 0
+    for gpu in plan.CARDS:
+        found, room = chosen(config, lengths, gpu, *flags), gpu.memory_gib * 2**30
+        mode, tokens = found["activation_checkpointing"], found.get("max_tokens", 0)
+        if not tokens:
+            assert found["batch_size"] == 1 and mode == "full" and "bash launch.sh plan" in found["reason"]
+            assert published(cfg, "full", plan.FEWEST_TOKENS) > room and not before
+            continue
+        assert published(cfg, mode, tokens) <= 1.002 * room and tokens >= before  # the figures are not quite convex
+        assert len(data.Batching(1, tokens, lengths).bounds(np.arange(3000))) - 1 >= 50
+        assert (mode == "none") == (published(cfg, "none", plan.ENOUGH_TOKENS) <= room)
+        full = min(plan.ENOUGH_TOKENS if mode == "full" else plan.MOST_TOKENS, lengths.sum() // 50)
+        assert tokens == full or published(cfg, mode, 1.2 * tokens + 200) > room
+        before = tokens
+    assert before, "no card is large enough"
+
+
+def test_few_records_keep_four_samples(config, published):
+    """More ranks or accumulation leave fewer steps; a record that is longer than the budget is no reason to refuse it."""
+    h200, lengths = plan.CARDS[-1], [500] * 1000
+    assert chosen(config, lengths, h200)["max_tokens"] == 10_000
+    assert chosen(config, lengths, h200, "--grad_accum", "2", ranks=2)["max_tokens"] == 2500
+    for few in (chosen(config, lengths, h200, ranks=8), chosen(config, [*lengths[:500], 6000], h200)):
+        assert (few["batch_size"], few["activation_checkpointing"]) == (4, "none") and "max_tokens" not in few
+        assert "fewer than 50 steps an epoch" in few["reason"]
+    assert chosen(config, [4000] * 100, plan.CARDS[3])["activation_checkpointing"] == "full"
+
+
+def test_a_given_mode_stays(config, published):
+    lengths, card = [500] * 3000, plan.CARDS[3]
+    assert chosen(config, lengths, card)["activation_checkpointing"] == "full"
+    none = chosen(config, lengths, card, "--activation_checkpointing", "none")
+    assert none["activation_checkpointing"] == "none" and 1000 < none["max_tokens"] < 5000
 
 
 def test_the_gpu_that_is_here(monkeypatch):

@@ -34,7 +34,7 @@ import checkpoint
 import data
 from collate import Batch, create_collator
 from common import ConfigError, write_whole
-from config import BASE_NAMES, CHECKPOINTING_MODES, Config, parse_config
+from config import BASE_NAMES, CHECKPOINTING_MODES, SAMPLES, Config, parse_config
 from layers import nf4
 from metrics import GPUS, Gpu, find_gpu
 from prepare.audio import AudioStore, codec_frame_rate_hz
@@ -50,6 +50,8 @@ FLAGS = {"none": "", "selective": "--activation_checkpointing selective", "full"
 POSITIONS_PER_SEC = synthetic.FRAME_RATE_HZ + synthetic.TOKENS_PER_SEC
 CLONE_OVERHEAD = 43  # positions of a clone that its length does not change: turn headers, delay columns
 FEWEST_TOKENS = 300  # per micro-batch: one short clone
+ENOUGH_TOKENS = 8192  # per micro-batch: more make a GPU no faster, so layers are not recomputed for their sake
+FEWEST_STEPS = 50  # of an epoch: fewer leave the learning rate no time
 MOST_TOKENS = 32768  # per micro-batch; larger ones are not planned for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,22 +81,25 @@ class Workload:
         if cfg.max_steps or self.lengths is None:
             return cfg.max_steps or None
         order = np.arange(len(self.lengths))
-        bounds = data.Batching(cfg.batch_size, cfg.max_tokens, self.lengths).bounds(order)
+        bounds = data.Batching(cfg.batch_size or SAMPLES, cfg.max_tokens, self.lengths).bounds(order)
         return cfg.epochs * math.ceil((len(bounds) - 1) / (world_size * cfg.grad_accum))
 
 
 def clones_within(tokens: int) -> np.ndarray:
-    """[clones, 2] seconds of reference and target; at least one clone, shortened if need be."""
+    """[clones, 2] seconds of reference and target; at least one clone, all made longer or shorter to fill the positions."""
     seconds = synthetic.clone_durations(4096)
     positions = (seconds.sum(1) * POSITIONS_PER_SEC + CLONE_OVERHEAD).cumsum()
-    count = int((positions <= tokens).sum())
-    return seconds[:count] if count else seconds[:1] * (tokens - CLONE_OVERHEAD) / (positions[0] - CLONE_OVERHEAD)
+    count = max(1, int((positions <= tokens).sum()))
+    fixed = count * CLONE_OVERHEAD
+    return seconds[:count] * (tokens - fixed) / (positions[count - 1] - fixed)
 
 
 def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
     """The manifest's largest micro-batch, with one clip of equal length for each sample; or clones without a manifest."""
     if not cfg.train_manifest:
-        seconds = clones_within(cfg.max_tokens) if cfg.max_tokens else synthetic.clone_durations(4096)[: cfg.batch_size]
+        seconds = (
+            clones_within(cfg.max_tokens) if cfg.max_tokens else synthetic.clone_durations(4096)[: cfg.batch_size or SAMPLES]
+        )
         return Workload(clones_of(config, seconds), f"{len(seconds)} clones, references of 3 to 10 s, targets of 2 to 20 s")
     records, _, _ = data.open_records(cfg.train_manifest, cfg.missing_audio == "skip")
     tokenizer = checkpoint.load_tokenizer(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
@@ -106,7 +111,7 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
         lengths, problems = data.measure_lengths(dataset, create_collator(config), num_workers=cfg.num_workers)
     report_problems(problems)
     order = data.epoch_order([len(lengths)], [1.0], cfg.seed, 0)
-    bounds = data.Batching(cfg.batch_size, cfg.max_tokens, lengths).bounds(order)
+    bounds = data.Batching(cfg.batch_size or SAMPLES, cfg.max_tokens, lengths).bounds(order)
     largest = max((lengths[order[a:b]] for a, b in pairwise(bounds)), key=np.sum)
     seconds = np.stack([np.zeros(len(largest)), largest / POSITIONS_PER_SEC], axis=1)
     about = f"{len(lengths)} records, the largest micro-batch of the first epoch: {len(largest)} of them"
@@ -133,7 +138,14 @@ class Training(NamedTuple):
 
 def trainings(cfg: Config, ranks: int) -> list[Training]:
     """What is planned for; NF4 where its package is installed and these ranks can divide its blocks."""
-    can_quantize = importlib.util.find_spec("torchao") and cfg.lora_r and not cfg.cpu_offload and cfg.replicate == 1 and nf4.SHARDS % ranks == 0
+    can_quantize = (
+        importlib.util.find_spec("torchao")
+        and cfg.lora_r
+        and not cfg.cpu_offload
+        and cfg.replicate == 1
+        and not cfg.use_dora
+        and nf4.SHARDS % ranks == 0
+    )
     return list(dict.fromkeys((Training(cfg.lora_r), *[Training(cfg.lora_r, "nf4")] * bool(can_quantize), Training(0))))
 
 
@@ -172,21 +184,21 @@ class Planner:
         """The workload's micro-batch in every checkpointing mode."""
         return [self.option(training, mode, ranks) for mode in CHECKPOINTING_MODES]
 
-    def most_tokens(self, gpu: Gpu, training: Training, ranks: int) -> int:
-        """The largest micro-batch that fits with full checkpointing, in hundreds of positions; 0 if not even a clip does.
+    def most_tokens(self, gpu: Gpu, training: Training, ranks: int, mode: str = "full") -> int:
+        """The largest micro-batch that fits with this checkpointing, in hundreds of positions; 0 if not even a clip does.
 
         What is needed is a maximum over moments of the step, each linear in the positions: convex. Between two sizes it
         lies below their chord, so the answer errs towards fewer positions.
         """
-        sizes = [FEWEST_TOKENS, None, MOST_TOKENS]
-        options = sorted((self.option(training, "full", ranks, size) for size in sizes), key=lambda option: option.tokens)
-        if options[0].spare(gpu) < 0:
+        fits = self.option(training, mode, ranks).spare(gpu) >= 0
+        sizes = (None, MOST_TOKENS) if fits else (FEWEST_TOKENS, None)
+        low, high = (self.option(training, mode, ranks, size) for size in sizes)
+        if low.spare(gpu) < 0:
             return 0
-        for low, high in pairwise(options):
-            if high.spare(gpu) < 0:
-                share = low.spare(gpu) / (low.spare(gpu) - high.spare(gpu))
-                return int(low.tokens + share * (high.tokens - low.tokens)) // 100 * 100
-        return MOST_TOKENS
+        if high.spare(gpu) >= 0:
+            return MOST_TOKENS
+        share = low.spare(gpu) / (low.spare(gpu) - high.spare(gpu))
+        return int(low.tokens + share * (high.tokens - low.tokens)) // 100 * 100
 
     def best(self, gpu: Gpu, training: Training, ranks: int) -> tuple[Option, str]:
         """The fastest option that fits and the flags that choose it; else the one that needs least, and why it does not."""
@@ -216,6 +228,36 @@ def cards() -> list[Gpu]:
         like = find_gpu(name) or Gpu(name, round(total / 1e9), 0, math.nan, math.nan, math.nan)
         found.append(dataclasses.replace(like, name=f"here: {like.name}"[:20], memory_gib=total / 2**30))
     return found
+
+
+def choose(cfg: Config, config: HiggsAudioConfig, gpu: Gpu, lengths: np.ndarray, ranks: int) -> dict:
+    """The micro-batch of a run that was given none: its settings, and the reason. See process/fit.py.
+
+    The largest token budget that fits and leaves FEWEST_STEPS steps an epoch; four samples, where that would be less.
+    Layers are recomputed only where ENOUGH_TOKENS do not fit otherwise. lengths: positions of each training record
+    """
+    of_data, longest = int(lengths.sum()) // (FEWEST_STEPS * ranks * cfg.grad_accum), int(lengths.max())
+    is_small = of_data < max(SAMPLES * lengths.mean(), longest)
+    wanted = int(np.sort(lengths)[-SAMPLES:].sum()) if is_small else max(longest, min(of_data, ENOUGH_TOKENS))
+    planner = Planner(cfg, config, Workload(clones_of(config, clones_within(wanted)), ""))
+    training, modes = Training(cfg.lora_r, cfg.quantize), [cfg.activation_checkpointing or "none"]
+    modes += ["full"] * (cfg.activation_checkpointing is None)
+    for mode in modes:
+        option = planner.option(training, mode, ranks)
+        if option.spare(gpu) >= 0:
+            break
+    tokens, found = wanted, {"activation_checkpointing": mode}
+    needed = f"{_gb(option.found.needed)} needed for {option.tokens:,} positions"
+    reason = f"{needed} on each of {ranks} GPU(s), {_gb(gpu.memory_gib * 2**30)} free"
+    if option.spare(gpu) < 0:
+        tokens = planner.most_tokens(gpu, training, ranks, mode)
+        if not tokens:
+            return found | {"batch_size": 1, "reason": f"{reason}: it will hardly fit; bash launch.sh plan says what does"}
+    elif is_small:
+        return found | {"batch_size": SAMPLES, "reason": f"more would leave fewer than {FEWEST_STEPS} steps an epoch; {reason}"}
+    elif of_data > wanted and mode == modes[0]:
+        tokens = max(wanted, min(of_data, planner.most_tokens(gpu, training, ranks, mode)))
+    return found | {"max_tokens": tokens, "reason": reason}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,12 +373,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", default="1", help="numbers of GPUs to plan for, such as 1,8,64 (default: 1)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a card reaches (default: 0.4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a row for each way to train there, too")
+    parser.add_argument(
+        "--lengths", type=Path, help=argparse.SUPPRESS
+    )  # of process/fit.py: `choose` alone, for GPUs of so many
+    parser.add_argument("--room", type=int, help=argparse.SUPPRESS)  # bytes
     args, flags = parser.parse_known_args(argv)
     cfg = parse_config(flags, train_manifest="-", output_dir="-")
     cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))
     ranks, config = read_ranks(args.ranks), read_config(cfg)
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1, such as 0.4")
+    if args.lengths:
+        gpu = Gpu("here", 0, args.room / 2**30, math.nan, math.nan, math.nan)
+        content = json.dumps(choose(cfg, config, gpu, np.load(args.lengths), *ranks))
+        write_whole(args.json, lambda file: file.write(content.encode()))
+        return 0
     planner = Planner(cfg, config, read_workload(cfg, config))
     print(plan(planner, ranks, args.mfu))
     if args.json:
