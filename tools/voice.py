@@ -4,9 +4,10 @@
     bash launch.sh voice clips/ --name anna --language de             # a folder of clips, with or without transcripts
     bash launch.sh voice talk.wav --name anna --minutes 60 --lr 1e-4  # an hour of training; flags of training win
 
-Each stage is a command of its own, printed before it starts; everything goes to voices/NAME (--out). After a stop or a failure
-the same command goes on where it was. Where inputs or arguments have changed (a transcript in OUT/cuts.jsonl, say), the stages
-from there on are done again; what they had made moves to OUT/earlier-N. Without OUT/plan.json settings are chosen anew.
+Each stage is a command of its own, printed before it starts, and shows the time that is left. Everything goes to voices/NAME
+(--out). After a stop or a failure the same command goes on where it was. Where inputs or arguments have changed (a transcript in
+OUT/cuts.jsonl, say), the stages from there on are done again; what they had made moves to OUT/earlier-N. Without OUT/plan.json
+settings are chosen anew.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ def stages_of(args: argparse.Namespace, out: Path, kind: str, flags: Sequence[st
         read = ["prepare", "convert", *args.input, lines, "--speaker", args.name]
         add("read", "find clips and transcripts", read, ["lines.jsonl"], reads=args.input)
     check = ["prepare", "check", lines, "--report", out / "check.html"]
-    add("check", "open every clip, list what is wrong", check, ["check.html"], reads=[lines])
+    add("check", lambda: f"open {num_lines(lines)} clips, list what is wrong", check, ["check.html"], reads=[lines])
     pair = ["prepare", "pair", lines, out / "paired", "--val_share"]
     pair += [lambda: [f"{share_held_out(0.05, num_lines(lines), most=0.5):.3f}"]]  # four lines, each with a reference
     add("pair", "give references, hold lines out", pair, ["paired"], reads=[lines])
     encode = ["prepare", "encode", train, val, "--out", out / "codes", *codec]
-    add("encode", "turn sound into codes", encode, reads=[train, val], goes_on=True)
+    add("encode", lambda: f"turn {num_lines(train) + num_lines(val)} clips into codes", encode, reads=[train, val], goes_on=True)
     if args.gpu:
         of_plan = {"batch_size": args.batch_size, "ranks": args.ranks, "json": out / "plan.json"}
         add("plan", f"settings for {args.gpu}", ["plan", *data, *base, *codec, *to_argv(of_plan)], ["plan.json"])
@@ -80,7 +81,7 @@ def stages_of(args: argparse.Namespace, out: Path, kind: str, flags: Sequence[st
     of_judges |= {} if args.language in COMPARED else {"asr_model": "none", "language": "en"}  # what evaluate can compare
     models = to_argv({"ckpt": run / "final", "against": args.base_ckpt, "lines": val, "out": out / "evaluation"})
     compare = ["evaluate", *models, *codec, *to_argv(of_judges)]
-    add("evaluate", "the model against the base, on what was held out", compare, ["evaluation"])
+    add("evaluate", lambda: f"the model against the base, on {num_lines(val)} held-out lines", compare, ["evaluation"])
     return stages
 
 
