@@ -179,7 +179,7 @@ case "$COMMAND ${1:-}" in
 setup*) exit 0 ;;
 "test ") # all of it: a file of tests per process, two to four at a time
     cd "$ROOT" && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    exec "$PY" -m pytest -n $((CORES < 2 ? 1 : CORES > 4 ? 4 : CORES)) --dist loadfile tests/ ;;
+    exec "$PY" -m pytest -n $((CORES < 2 ? 1 : CORES > 4 ? 4 : CORES)) --dist loadfile --no-loadscope-reorder tests/ ;;
 test*) cd "$ROOT" && exec "$PY" -m pytest "$@" ;;
 bench*) alone "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
 train*) ;;

@@ -302,3 +302,12 @@ def _rank_main(queue, rank: int, world_size: int, port: int, timeout_sec: int, f
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
+
+
+# Files that take longest, first: with several processes (`--dist loadfile`), a long one at the end would run alone.
+LONG = ("readme", "resume", "signals", "train", "distributed", "faults", "plan", "stopped", "elastic", "audio", "samples")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}.py" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))

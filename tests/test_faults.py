@@ -75,6 +75,7 @@ def test_a_rank_that_hangs_is_given_up(toys, tmp_path):
     assert leaves_nothing_running(tmp_path / "o")
 
 
+@slow
 def test_torchrun_restarts_a_run_that_failed(toys, tmp_path):
     """Bare torchrun, no --resume: the second attempt goes on from the checkpoint of the first and finishes."""
     options = ("--max_restarts=1",)

@@ -271,7 +271,7 @@ def uninterrupted(toys, tmp_path_factory):
         (signal.SIGTERM, True),
         pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, True, marks=pytest.mark.slow),
-        (signal.SIGINT, False),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_the_run_goes_on_exactly(number, to_all, uninterrupted, toys, tmp_path):

@@ -148,6 +148,7 @@ def test_nohup_is_obeyed(toys, tmp_path):
     assert (tmp_path / "o" / "final").is_dir() and "received" not in error
 
 
+@pytest.mark.slow
 def test_a_stuck_loader_worker_does_not_hold_the_run(toys, tmp_path):
     """Rank 1 waits for a worker that sleeps: both ranks save within seconds, and the launcher does not restart them."""
     argv = endless(toys, tmp_path / "o", num_workers=1)

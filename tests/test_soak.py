@@ -38,7 +38,8 @@ def num_lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("num_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [1, 20])
 def test_killed_again_and_again(num_kills, toys, tmp_path):
     """Two ranks that save after every step are killed within a second of their next step; the finished model equals an
     uninterrupted run's to the bit, and no step is logged twice or not at all."""

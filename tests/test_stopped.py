@@ -15,12 +15,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from conftest import ROOT
 from test_cut import talk
 from test_mistakes import PAGE, ask, record_row  # noqa: F401
 from test_readme import main_of, program
@@ -36,7 +38,7 @@ STAGES = {  # command -> the function after whose first call Ctrl-C is typed
         "prepare.encode:measure"
     ),
     f"--train_manifest made/paired/train.jsonl --val_manifest made/paired/val.jsonl --codes_dir made/codes {SMALL} "
-    "--output_dir made/run --base_ckpt checkpoint --num_workers 0 --batch_size 2 --max_steps 3 --resume auto": "train:train_step",
+    "--output_dir made/run --base_ckpt checkpoint --num_workers 0 --batch_size 2 --max_steps 3 --sample_steps 0 --resume auto": "train:train_step",
     "report made/run": "tools.report:charts",
     "export made/run made/model": "export.write:_write_weights",
     f"generate --ckpt made/model --text Hello. --out made/hello.wav {SPEAK}": "generate.engine:Engine._add",
@@ -50,7 +52,7 @@ STAGES = {  # command -> the function after whose first call Ctrl-C is typed
 def folder(tmp_path_factory, loud_dir, codec_files, talking_whisper) -> Iterator[Path]:
     """A recording and what stands for the published models; made/, which stages fill; full/, a disk of its own if that may be."""
     folder = tmp_path_factory.mktemp("stopped")
-    soundfile.write(folder / "talk.wav", talk(-0.5, *(4, -2, 5, -2, 6, -2) * 3), 24000)
+    soundfile.write(folder / "talk.wav", talk(-0.5, *(3, -2) * 5), 24000)
     models = {"codec": codec_files, "bosonai": codec_files / "bosonai", "checkpoint": loud_dir, "whisper": talking_whisper}
     for name, target in models.items():
         (folder / name).symlink_to(target)
@@ -63,7 +65,7 @@ def folder(tmp_path_factory, loud_dir, codec_files, talking_whisper) -> Iterator
         subprocess.run(["umount", folder / "full"], check=True)
 
 
-@pytest.mark.parametrize("words", STAGES)
+@pytest.mark.parametrize("words", [pytest.param(words, marks=pytest.mark.slow if "evaluate" in words else ()) for words in STAGES])
 def test_a_stage_that_is_stopped(words, ask, folder, monkeypatch):  # noqa: F811
     monkeypatch.chdir(folder)
     name, argv = program(f"bash launch.sh {words}", ask)
@@ -122,3 +124,13 @@ def ctrl_c_after(name: str, patch: pytest.MonkeyPatch) -> None:
         return result
 
     patch.setattr(owner, last, called)
+
+
+def test_ctrl_c_while_python_imports(tmp_path):
+    """Ends what launch.sh started without a word, as it ends any other program."""
+    (tmp_path / "slow.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    command = [sys.executable, str(ROOT / "process" / "start.py"), str(tmp_path / "slow.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "" and process.returncode == -signal.SIGINT

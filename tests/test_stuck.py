@@ -18,11 +18,12 @@ import data
 import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "what", "culprit"),
     [
         ("worker stopped", r"waiting for data for \d+ s; its loader worker 0 \(process \d+\) is stopped", "_receive"),
-        pytest.param("hang", r"computing for \d+ s", "faulty_train.py", marks=pytest.mark.slow),
+        ("hang", r"computing for \d+ s", "faulty_train.py"),
     ],
 )
 def test_a_rank_that_stands_still_is_named(fault, what, culprit, toys, tmp_path):

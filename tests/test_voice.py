@@ -255,7 +255,7 @@ def test_from_clips_with_transcripts_to_a_voice(tmp_path, checkpoint_dir, codec_
     assert len(val) >= 4 and all(record["speaker"] == "anna" for record in val)
     samples = {path.parent.name for path in (out / "run" / "samples").glob("step_*/*")}
     assert {"step_0", "step_2"} <= samples
-    assert "wer_seedtts" in shown and f"anna: {out / 'model'}, of step " in shown
+    assert "wer_seedtts" in shown and f"anna: {out / 'model'}; {out / 'run'} is a run; its model is " in shown
     use = [shlex.split(line) for line in shown.split("use it:\n")[1].splitlines()]
     assert [words[2] for words in use] == ["generate", "generate", "merge"]
     assert (out / "reference.txt").read_text().startswith("line ")
