@@ -212,6 +212,6 @@ if __name__ == "__main__":
     status = pytest.main([__file__, "-q"])
     with open(new, "a") as file:
         file.write(STOPPED)
-    status = status or pytest.main([str(Path(__file__).with_name("test_stopped.py")), "-q", "-m", ""])
+    status = status or pytest.main([str(Path(__file__).with_name("test_stopped.py")), "-q"])
     shutil.move(new, PAGE) if status == 0 else new.unlink()
     sys.exit(status)

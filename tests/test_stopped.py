@@ -65,7 +65,7 @@ def folder(tmp_path_factory, loud_dir, codec_files, talking_whisper) -> Iterator
         subprocess.run(["umount", folder / "full"], check=True)
 
 
-@pytest.mark.parametrize("words", [pytest.param(words, marks=pytest.mark.slow if "evaluate" in words else ()) for words in STAGES])
+@pytest.mark.parametrize("words", STAGES)
 def test_a_stage_that_is_stopped(words, ask, folder, monkeypatch):  # noqa: F811
     monkeypatch.chdir(folder)
     name, argv = program(f"bash launch.sh {words}", ask)
