@@ -177,9 +177,9 @@ on_every_gpu() { # file, arguments...
 [ "$COMMAND" != demo ] || say "the demo: trains a tiny model on toy voices for some minutes, then lets it speak; needs no GPU"
 case "$COMMAND ${1:-}" in
 setup*) exit 0 ;;
-"test ") # all of it: a file of tests per process, three to five at a time, since many tests wait
+"test ") # all of it: a file of tests per process, two to four at a time
     cd "$ROOT" && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    exec "$PY" -m pytest -n $((CORES > 4 ? 5 : CORES + 1)) --dist loadfile --no-loadscope-reorder tests/ ;;
+    exec "$PY" -m pytest -n $((CORES < 2 ? 1 : CORES > 4 ? 4 : CORES)) --dist loadfile --no-loadscope-reorder tests/ ;;
 test*) cd "$ROOT" && exec "$PY" -m pytest "$@" ;;
 bench*) alone "$ROOT/benchmarks/$BENCHMARK.py" "$@" ;;
 train*) ;;

@@ -345,7 +345,7 @@ def test_what_launch_sh_starts(asked_of_python):
         "report runs/voice": "ROOT/tools/report.py runs/voice",
         "replay file": "ROOT/tools/replay.py file",
         "bench step --size mini": "ROOT/benchmarks/step.py --size mini",
-        "test": "-m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/",  # nproc obeys OMP_NUM_THREADS
+        "test": "-m pytest -n 1 --dist loadfile --no-loadscope-reorder tests/",  # nproc obeys OMP_NUM_THREADS
         "test tests/test_loss.py -k x": "-m pytest tests/test_loss.py -k x",
         "setup": "-m setup",
     }.items():
