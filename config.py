@@ -206,8 +206,15 @@ class Config:
         return base_revision(self.base_ckpt, self.base_revision)
 
     @property
-    def lora_target_list(self) -> list[str]:
-        return split_list(self.lora_targets)
+    def lora_settings(self) -> dict:
+        """What `model_patch.add_lora` takes."""
+        settings = {"r": self.lora_r, "alpha": self.lora_alpha, "dropout": self.lora_dropout}
+        return settings | {"targets": split_list(self.lora_targets), "use_rslora": self.use_rslora, "use_dora": self.use_dora}
+
+    @property
+    def samples(self) -> int:
+        """Of a micro-batch without --max_tokens."""
+        return self.batch_size or SAMPLES
 
     @property
     def codec(self) -> str:

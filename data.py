@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
 from common import SIGNALS, CollateError, ConfigError, DataError, listing, share_held_out, write_whole
-from config import SAMPLES, Config
+from config import Config
 from distributed import Dist, log, log_list
 from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
@@ -576,7 +576,7 @@ def build_loaders(
         lengths = None
         if cfg.max_tokens:
             dataset, lengths = fit_to_budget(cfg, dist, dataset, collator)
-        batching = Batching(cfg.batch_size or SAMPLES, cfg.max_tokens, lengths)
+        batching = Batching(cfg.samples, cfg.max_tokens, lengths)
         settings = {"num_workers": cfg.num_workers, "pin_memory": dist.device.type == "cuda"}
         ranks = dist.rank, dist.world_size
         return Loader(dataset, collator, batching, *ranks, grad_accum, cfg.seed, shuffle, **settings)

@@ -101,8 +101,7 @@ def construct_model(cfg: Config, dist: Dist, config: HiggsAudioConfig) -> Built:
     model = model_patch.patch_for_training(model_patch.build_on_meta(config))
     lora = None
     if cfg.lora_r:
-        of_lora = cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list, cfg.use_rslora, cfg.use_dora
-        lora = model_patch.add_lora(model, *of_lora)
+        lora = model_patch.add_lora(model, **cfg.lora_settings)
         lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     if cfg.freeze:
         model_patch.freeze(model, split_list(cfg.freeze))
@@ -524,8 +523,8 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     cfg = fit.choose(cfg, dist, lambda: measure_records(cfg, dist, config, tokenizer, records))
     loader, val_loader = build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, lora = dist.together(lambda: build_model(cfg, dist, config, base))
-    task = Task(model, build_optimizer(model, cfg), objective, LabelSpec.of(config), dist, cfg.grad_clip, cfg.seed)
-    task.scale = LossScale.of(cfg.mixed_precision)
+    labels, scale = LabelSpec.of(config), LossScale.of(cfg.mixed_precision)
+    task = Task(model, build_optimizer(model, cfg), objective, labels, dist, cfg.grad_clip, cfg.seed, scale)
     return Run(cfg, task, lora, loader, val_loader, config, tokenizer, base, resumed_from)
 
 

@@ -80,8 +80,8 @@ class Ours:
         self.model.train()
         self.optimizer = train.build_optimizer(self.model, cfg)
         objective, labels = train.build_objective(cfg, config), loss.LabelSpec.of(config)
-        self.task = train.Task(self.model, self.optimizer, objective, labels, dist, cfg.grad_clip, cfg.seed)
-        self.task.scale = LossScale.of(cfg.mixed_precision)
+        scale = LossScale.of(cfg.mixed_precision)
+        self.task = train.Task(self.model, self.optimizer, objective, labels, dist, cfg.grad_clip, cfg.seed, scale)
 
     def step(self, micro: Micro) -> float:
         """One optimizer step; returns its loss."""
@@ -98,7 +98,7 @@ class Reference:
         self.device, self.grad_clip = dist.device, cfg.grad_clip
         self.model = HiggsAudioModel.from_pretrained(cfg.base_ckpt, torch_dtype=dtype).to(self.device).train()
         if cfg.lora_r:
-            model_patch.add_lora(self.model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list)
+            model_patch.add_lora(self.model, **cfg.lora_settings)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=cfg.peak_lr, weight_decay=cfg.weight_decay, fused=True)
 

@@ -172,8 +172,7 @@ def _open_state(folder: Path) -> Full | Adapter:
         return Full.of_state(folder, stored, cfg, state.get("base", {}))
     companions = _companions(folder, cfg)
     model = model_patch.build_on_meta(checkpoint.read_base_config(companions))
-    of_lora = cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_list, cfg.use_rslora, cfg.use_dora
-    lora = model_patch.add_lora(model, *of_lora)
+    lora = model_patch.add_lora(model, **cfg.lora_settings)
     lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     parameters = [name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")]
     names = {adapter_name(name): _state_name(name, stored) for name in parameters}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common import read_json
-from config import SAMPLES, Config
+from config import SAMPLES, Config, to_argv
 from distributed import Dist, log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ def choose(cfg: Config, dist: Dist, measure: Callable[[], np.ndarray | None]) ->
 
     measure: gives the positions of each training record, None where batches are padded rows
     """
-    found = {"batch_size": cfg.batch_size or SAMPLES, "activation_checkpointing": cfg.activation_checkpointing or "none"}
+    found = {"batch_size": cfg.samples, "activation_checkpointing": cfg.activation_checkpointing or "none"}
     is_open = cfg.batch_size is None and not cfg.max_tokens
     if is_open and (room := min(dist.gather(free_bytes(dist.device)))) and (lengths := measure()) is not None:
         log(dist, "neither --batch_size nor --max_tokens is given: finding what fits, for a minute")
@@ -52,22 +52,10 @@ def ask(cfg: Config, lengths: np.ndarray, room: int, ranks: int) -> dict:
         settings, measured, answer = (Path(temporary, name) for name in ("config.json", "lengths.npy", "answer.json"))
         settings.write_text(json.dumps(dataclasses.asdict(cfg) | {"device": "cpu", "memory_snapshot": 0}))
         np.save(measured, lengths)
-        command = [
-            sys.executable,
-            ROOT / "tools/plan.py",
-            "--config",
-            settings,
-            "--lengths",
-            measured,
-            "--room",
-            room,
-            "--ranks",
-            ranks,
-        ]
+        told = {"config": settings, "lengths": measured, "room": room, "ranks": ranks, "json": answer}
+        command = [sys.executable, str(ROOT / "tools/plan.py"), *to_argv(told)]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "RANK": "0", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-        done = subprocess.run(
-            [*map(str, command), "--json", str(answer)], env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return read_json(answer)
     problem = (done.stderr.strip() or "it ended without a word").splitlines()[-1].removeprefix("error: ")

@@ -81,7 +81,7 @@ class Workload:
         if cfg.max_steps or self.lengths is None:
             return cfg.max_steps or None
         order = np.arange(len(self.lengths))
-        bounds = data.Batching(cfg.batch_size or SAMPLES, cfg.max_tokens, self.lengths).bounds(order)
+        bounds = data.Batching(cfg.samples, cfg.max_tokens, self.lengths).bounds(order)
         return cfg.epochs * math.ceil((len(bounds) - 1) / (world_size * cfg.grad_accum))
 
 
@@ -97,9 +97,7 @@ def clones_within(tokens: int) -> np.ndarray:
 def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
     """The manifest's largest micro-batch, with one clip of equal length for each sample; or clones without a manifest."""
     if not cfg.train_manifest:
-        seconds = (
-            clones_within(cfg.max_tokens) if cfg.max_tokens else synthetic.clone_durations(4096)[: cfg.batch_size or SAMPLES]
-        )
+        seconds = clones_within(cfg.max_tokens) if cfg.max_tokens else synthetic.clone_durations(4096)[: cfg.samples]
         return Workload(clones_of(config, seconds), f"{len(seconds)} clones, references of 3 to 10 s, targets of 2 to 20 s")
     records, _, _ = data.open_records(cfg.train_manifest, cfg.missing_audio == "skip")
     tokenizer = checkpoint.load_tokenizer(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
@@ -111,7 +109,7 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
         lengths, problems = data.measure_lengths(dataset, create_collator(config), num_workers=cfg.num_workers)
     report_problems(problems)
     order = data.epoch_order([len(lengths)], [1.0], cfg.seed, 0)
-    bounds = data.Batching(cfg.batch_size or SAMPLES, cfg.max_tokens, lengths).bounds(order)
+    bounds = data.Batching(cfg.samples, cfg.max_tokens, lengths).bounds(order)
     largest = max((lengths[order[a:b]] for a, b in pairwise(bounds)), key=np.sum)
     seconds = np.stack([np.zeros(len(largest)), largest / POSITIONS_PER_SEC], axis=1)
     about = f"{len(lengths)} records, the largest micro-batch of the first epoch: {len(largest)} of them"
@@ -373,10 +371,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", default="1", help="numbers of GPUs to plan for, such as 1,8,64 (default: 1)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a card reaches (default: 0.4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a row for each way to train there, too")
-    parser.add_argument(
-        "--lengths", type=Path, help=argparse.SUPPRESS
-    )  # of process/fit.py: `choose` alone, for GPUs of so many
-    parser.add_argument("--room", type=int, help=argparse.SUPPRESS)  # bytes
+    # Of process/fit.py: `choose` alone, for records of these lengths and GPUs with so many bytes free.
+    parser.add_argument("--lengths", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--room", type=int, help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args(argv)
     cfg = parse_config(flags, train_manifest="-", output_dir="-")
     cfg = dataclasses.replace(cfg, train_manifest=cfg.train_manifest.removeprefix("-"))

@@ -25,7 +25,7 @@ import soundfile
 import torch
 
 from common import ConfigError, read_json, share_held_out
-from config import AUDIO_TOKENIZER, BASE_CKPT, SAMPLES, parse_config, to_argv
+from config import AUDIO_TOKENIZER, BASE_CKPT, parse_config, to_argv
 from export.read import find_model
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.folders import Listing
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     out, args.gpu = args.out or Path("voices", args.name), ""
     if Path(args.name).name != args.name:
         raise ConfigError(f"--name {args.name}: a word, such as anna")
-    args.batch_size, args.ranks = cfg.batch_size or SAMPLES, int(os.environ.get("NPROC", 1))
+    args.batch_size, args.ranks = cfg.samples, int(os.environ.get("NPROC", 1))
     if on_gpu(cfg.device):
         args.ranks = int(os.environ.get("NPROC", torch.cuda.device_count()))
         args.memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
