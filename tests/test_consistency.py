@@ -29,7 +29,7 @@ def record(tmp_path, *turns, speaker: str | None = "ann"):
     toys = demo.Toybox(tmp_path, seed=0)
 
     def part(value):
-        return toys.say("abc", toys.house) if value is None else {"type": "text", "text": value}
+        return toys.clip(demo.speech("abc", toys.house)) if value is None else {"type": "text", "text": value}
 
     messages = [{"role": role, "content": [part(value) for value in values]} for role, *values in turns]
     named = {"speaker": speaker} if speaker else {}

@@ -9,8 +9,13 @@ import pytest
 import soundfile
 import torch
 
+from data import ChatMLDataset
 from generate.files import read_results, write_results
+from generate.lines import Chunking, line_of_request
+from generate.official import as_prompt
+from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
+from prepare.prompts import QUIET_ROOM
 from tools import demo
 from tools import toys as toybox
 from tools.vocoder import ToyVocoder
@@ -79,6 +84,53 @@ def test_any_codes_make_a_sound():
 # ---- the demo's files
 
 
+def asked(record: dict) -> dict:
+    """The request whose answer a test record's last clip is, as a line of `generate --lines`."""
+    *before, user, _ = record["messages"]
+    system = before[0]["content"] if before and before[0]["role"] == "system" else ""
+    clips = [part for part in system if part["type"] == "audio"] if isinstance(system, list) else []
+    transcripts = [turn["content"].split("] ")[-1] for turn in before if turn["role"] == "user"]
+    clips += [turn["content"] for turn in before if turn["role"] == "assistant"]
+    scene = QUIET_ROOM if QUIET_ROOM in system else None
+    request = {"text": user["content"], "ref_audio": [clip["audio_url"] for clip in clips], "scene": scene}
+    return request | ({"ref_text": transcripts} if transcripts else {})
+
+
+def test_the_demo_trains_on_the_tokens_that_inference_sends(toys, config, tokenizer):
+    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, 25.0, toys / "codes")
+    lines = [json.loads(line) for line in (toys / "test.jsonl").read_text().splitlines()]
+    trained = ChatMLDataset(read_manifest(toys / "test.jsonl"), tokenizer, store)
+    assert {line["misc"]["kind"] for line in lines} == {kind.name for kind in toybox.KINDS}
+    for record, sample in zip(lines, trained):
+        request = line_of_request(asked(record), "0", toys, "line 0", Chunking())
+        assert len(request.chunks) == 1
+        prompt = as_prompt(ChatMLDataset([request.record([], request.chunks[0])], tokenizer, store)[0], tokenizer)
+        count, num_frames = len(prompt.input_ids), prompt.audio_ids_concat.shape[1]
+        assert torch.equal(sample.input_ids[:count], prompt.input_ids)
+        assert torch.equal(sample.audio_ids_concat[:, :num_frames], prompt.audio_ids_concat)
+        assert tokenizer.decode(sample.input_ids[count:]) == "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"
+
+
+def test_turns_of_a_dialogue_are_those_of_its_speakers(toys):
+    """Every letter in its speaker's timbre, a frame of silence before another one begins, where the record tells it."""
+    found = 0
+    for record in map(json.loads, (toys / "test.jsonl").read_text().splitlines()):
+        turns = [turn.split("] ") for turn in record["messages"][-2]["content"].split("\n")]
+        if len(turns) < 2:
+            continue
+        codes = np.load(toys / record["messages"][-1]["content"]["audio_url"])
+        changes = [round(sec * 25) for sec in record["misc"]["speaker_changes_sec"]]
+        references = [np.load(toys / turn["content"]["audio_url"]) for turn in record["messages"][1:-2:2]]
+        assert len(turns) == len(references) == len(changes) + 1
+        for (_, text), start, end, reference in zip(turns, [0, *changes], [*changes, codes.shape[1] + 1], references):
+            assert np.array_equal(codes[:, start : end - 1], toybox.speech(text[:-1], toybox.Speaker("", (*reference[2:, 0],))))
+            assert codes.shape[1] == end - 1 or tuple(codes[:, end - 1]) == toybox.SILENCE
+        letters = "".join(text[:-1] for _, text in turns)
+        assert len(set(letters)) == len(letters)
+        found += 1
+    assert found == 20
+
+
 def generated_clips(manifest, folder, wrong: bool) -> None:
     """What `evaluate` writes for a model that is always right, or nearly always silent."""
     folder.mkdir()
@@ -131,10 +183,10 @@ def test_samples_of_training_get_sounds(tmp_path):
 def test_the_whole_demo(tmp_path, capfd):
     """Two steps and one record of each kind: demo.json has the figures that are printed, the report plays both models."""
     out = tmp_path / "demo"
-    counts = dict.fromkeys(toybox.NUM_TEST, 1)
+    kinds = tuple(kind._replace(num_tests=1) for kind in toybox.KINDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toybox, "NUM_TRAIN_SPEAKERS", 40)
-        patch.setattr(toybox, "NUM_TEST", counts)
+        patch.setattr(toybox, "KINDS", kinds)
         patch.setattr(toybox.make_demo, "__defaults__", (0, 40))
         argv = ["--output_dir", str(out), "--steps", "2", "--nproc", "1", "--num_workers", "0", "--num_samples", "1"]
         assert demo.main(argv) == 0
@@ -142,11 +194,11 @@ def test_the_whole_demo(tmp_path, capfd):
     found = json.loads((out / "demo.json").read_text())
     assert found.keys() == {"untrained", "trained"}
     for scores in found.values():
-        assert len(scores) == len(counts)
+        assert scores.keys() == {kind.name for kind in kinds}
         for kind, score in scores.items():
             assert score.keys() == {"code_match", "exact", "stops", "clips"} and score["clips"] == 1
             assert f"{kind:36} codes {score['code_match']:6.1%}   exact clips {score['exact']:2d}/1" in printed
     page = (out / "run" / "report.html").read_text()
-    assert page.count("data:audio/wav") >= 2 * len(counts) and "untrained" in page
+    assert page.count("data:audio/wav") >= 2 * len(kinds) and "untrained" in page
     assert demo.main(argv[:-8] + ["--output_dir", str(tmp_path)]) == 2, "a folder of something else"
     assert "holds files that no demo wrote" in capfd.readouterr().err

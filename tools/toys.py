@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +25,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast
 
 from common import ConfigError
-from prepare.audio import import_codec
+from prepare import prompts
+from prepare.audio import FRAME_RATE_HZ, import_codec
+from prepare.prompts import Voice
 
 SPECIAL_TOKENS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
@@ -34,7 +38,7 @@ SPECIAL_TOKENS = (
 # One token each, to keep the tiny model's sequences short; letters stay single tokens.
 WORDS = (
     *("system", "user", "assistant", "Generate", " audio", " following", " instruction", "SPEAKER0", "SPEAKER1"),
-    *("A quiet room.", "\n\n"),
+    *(prompts.QUIET_ROOM, "\n\n", "[SPEAKER0] ", "[SPEAKER1] ", "[SPEAKER2] "),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,8 +58,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 
-def tiny_config(tokenizer, **overrides) -> HiggsAudioConfig:
-    """The published configuration in miniature: dual FFN in every layer, 8 codebooks, delay pattern, audio-in tokens."""
+def tiny_config(tokenizer, *, text: Mapping = MappingProxyType({}), **overrides) -> HiggsAudioConfig:
+    """The published configuration in miniature: dual FFN in every layer, 8 codebooks, delay pattern, audio-in tokens.
+
+    text, overrides: other values, of the text model and of the rest
+    """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text_config = {
         "model_type": "llama",
@@ -73,7 +80,7 @@ def tiny_config(tokenizer, **overrides) -> HiggsAudioConfig:
         "eos_token_id": ids["<|end_of_text|>"],
     }
     values = {
-        "text_config": text_config,
+        "text_config": text_config | dict(text),
         "audio_encoder_config": {"model_type": "higgs_audio_encoder", "init_std": 0.02},
         "audio_adapter_type": "dual_ffn_fast_forward",
         "audio_dual_ffn_layers": [0, 1, 2],
@@ -147,6 +154,7 @@ def make_codec(folder: Path, full_size: bool = False, seed: int = 0) -> Path:
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 NUM_TIMBRES = 20
+SILENCE = (27, 54, *(NUM_TIMBRES,) * 6)  # a frame between two turns: in every codebook a code that no voice has
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,30 @@ def speech(text: str, speaker: Speaker) -> np.ndarray:
         for frame in range(2 if letter in "aeiou" else 1):
             columns.append((index, 2 * index + frame, *speaker.timbre))
     return np.array(columns, dtype=np.int16).T
+
+
+def script(texts: Sequence[str]) -> str:
+    """The text of a dialogue, or of one speaker; it ends as `prompts.normalise` has texts end."""
+    return f"{texts[0]}." if len(texts) == 1 else "\n".join(f"[SPEAKER{n}] {text}." for n, text in enumerate(texts))
+
+
+def joined(turns: Sequence[np.ndarray]) -> np.ndarray:
+    """The codes of a dialogue: its turns [8, T] with a frame of silence between them."""
+    silence = np.array([SILENCE], np.int16).T
+    return np.concatenate([piece for turn in turns for piece in (silence, turn)][1:], axis=1)
+
+
+class Kind(NamedTuple):
+    """A kind of record, phrased as the official inference does."""
+
+    name: str
+    num_references: int  # one of each speaker
+    in_system: bool  # references are in the system turn, else each is an earlier exchange
+    fewest: int  # letters of a turn
+    most: int
+    longest: int  # the most of a turn in training: its further letters cost less there than another prompt
+    share: float  # of the training data
+    num_tests: int
 
 
 class Toybox:
@@ -185,21 +217,19 @@ class Toybox:
                 self.used_timbres.add(timbre)
                 return Speaker(name, timbre)
 
-    def text(self, shortest: int = 5, longest: int = 9) -> str:
-        """A text that occurs nowhere else: different letters, with a space in those of more than six."""
+    def texts(self, fewest: int, most: int, count: int = 1) -> list[str]:
+        """Texts of so many letters that occur nowhere else: all their letters differ, with a space in those of more than six."""
         while True:
-            letters = self.random.permutation(26)[: self.random.integers(shortest, longest + 1)]
-            text = "".join(LETTERS[i] for i in letters)
-            if len(text) > 6:
-                cut = int(self.random.integers(2, len(text) - 2))
-                text = f"{text[:cut]} {text[cut + 1 :]}"
-            if text not in self.used_texts:
-                self.used_texts.add(text)
-                return text
-
-    def reference(self) -> str:
-        """A text short enough for a reference clip."""
-        return self.text(4, 6)
+            letters = "".join(LETTERS[i] for i in self.random.permutation(26))
+            ends = np.cumsum(self.random.integers(fewest, most + 1, size=count)).tolist()
+            texts = [letters[start:end] for start, end in zip([0, *ends], ends)]
+            for n, text in enumerate(texts):
+                if len(text) > 6:
+                    cut = int(self.random.integers(2, len(text) - 2))
+                    texts[n] = f"{text[:cut]} {text[cut + 1 :]}"
+            if not self.used_texts.intersection(texts):
+                self.used_texts.update(texts)
+                return texts
 
     def clip(self, codes: np.ndarray) -> dict:
         """Write codes and return the audio part that refers to them."""
@@ -208,82 +238,41 @@ class Toybox:
         np.save(self.folder / name, codes)
         return {"type": "audio", "audio_url": name}
 
-    def say(self, text: str, speaker: Speaker) -> dict:
-        """The audio part of a new clip with this text."""
-        return self.clip(speech(text, speaker))
+    def record(self, kind: Kind, name: str, most: int) -> dict:
+        """A ChatML record with new texts, of turns of so many letters, and new speakers: `name`, `name`-1 and so on.
 
-    # The phrasings of the official inference (examples/generation.py, serve_engine.py upstream)
-
-    def clone_after_exchange(self, speaker: Speaker) -> dict:
-        """The reference is an earlier exchange: its transcript from the user, its audio from the assistant."""
-        reference, text = self.reference(), self.text()
-        return {
-            "messages": [
-                {"role": "user", "content": reference},
-                {"role": "assistant", "content": self.say(reference, speaker)},
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": self.say(text, speaker)},
-            ],
-            "start_index": 3,
-            "speaker": speaker.name,
-            "misc": {"kind": "clone, reference as an exchange"},
-        }
-
-    def clone_from_system(self, speaker: Speaker) -> dict:
-        """The reference is part of the system turn's scene description."""
-        text = self.text()
-        scene = [
-            {"type": "text", "text": "Generate audio following instruction.\n\n<|scene_desc_start|>\nSPEAKER0: "},
-            self.say(self.reference(), speaker),
-            {"type": "text", "text": "\n<|scene_desc_end|>"},
-        ]
-        return {
-            "messages": [
-                {"role": "system", "content": scene},
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": self.say(text, speaker)},
-            ],
-            "speaker": speaker.name,
-            "misc": {"kind": "clone, reference in the system turn"},
-        }
-
-    def without_reference(self, speaker: Speaker | None = None) -> dict:
-        """No reference: a scene or nothing at all; always the house voice, for the prompt names no other."""
-        text = self.text()
-        scene = "Generate audio following instruction.\n\n<|scene_desc_start|>\nA quiet room.\n<|scene_desc_end|>"
-        system = [{"role": "system", "content": scene}] if self.random.random() < 0.5 else []
-        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": self.say(text, self.house)}]
-        return {"messages": system + turns, "speaker": "house", "misc": {"kind": "no reference"}}
-
-    def dialogue(self, speaker: Speaker) -> dict:
-        """Two speakers, one exchange each as reference, then both in one clip."""
-        voices = (speaker, self.speaker(f"{speaker.name}-partner"))
-        messages = []
-        for number, voice in enumerate(voices):
-            reference = self.reference()
-            messages.append({"role": "user", "content": f"[SPEAKER{number}] {reference}"})
-            messages.append({"role": "assistant", "content": self.say(reference, voice)})
-        texts = [self.text(4, 6) for _ in voices]
-        script = "\n".join(f"[SPEAKER{number}] {text}" for number, text in enumerate(texts))
-        codes = np.concatenate([speech(text, voice) for text, voice in zip(texts, voices)], axis=1)
-        messages.append({"role": "user", "content": script})
-        messages.append({"role": "assistant", "content": self.clip(codes)})
-        kind = {"kind": "dialogue of two speakers"}
-        return {"messages": messages, "start_index": 5, "speaker": speaker.name, "misc": kind}
+        The house speaks without a reference.
+        """
+        speakers = [self.speaker(f"{name}-{n}" if n else name) for n in range(kind.num_references)]
+        transcripts = [text for _ in speakers for text in self.texts(4, 6)]
+        clips = [self.clip(speech(text, speaker)) for text, speaker in zip(transcripts, speakers)]
+        voices = [Voice(clip, None if kind.in_system else text) for clip, text in zip(clips, transcripts)]
+        speakers = speakers or [self.house]
+        texts = self.texts(kind.fewest, most, count=len(speakers))
+        turns = [speech(text, speaker) for text, speaker in zip(texts, speakers)]
+        scene = prompts.QUIET_ROOM if not voices and self.random.random() < 0.5 else ""
+        made = prompts.record(script(texts), self.clip(joined(turns)), voices, scene, speaker=speakers[0].name)
+        begins = np.cumsum([turn.shape[1] + 1 for turn in turns[:-1]]) / FRAME_RATE_HZ
+        return made | {"misc": {"kind": kind.name, "speaker_changes_sec": begins.tolist()}}
 
     def records(self, num_speakers: int, group: str) -> list[dict]:
-        """One record of each of so many new speakers, in the demo's mixture of phrasings."""
-        kinds = (self.clone_after_exchange, self.clone_from_system, self.without_reference, self.dialogue)
-        chosen = self.random.choice(4, size=num_speakers, p=MIXTURE)
-        return [kinds[kind](self.speaker(f"{group}-{index}")) for index, kind in enumerate(chosen)]
+        """So many records in the demo's mixture of kinds."""
+        chosen = self.random.choice(len(KINDS), size=num_speakers, p=[kind.share for kind in KINDS])
+        return [self.record(KINDS[kind], f"{group}-{index}", KINDS[kind].longest) for index, kind in enumerate(chosen)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo's data
 
-MIXTURE = (0.38, 0.28, 0.2, 0.14)
-NUM_TRAIN_SPEAKERS = 8000  # one record each: timbres that never return have to be copied, not learned
-NUM_TEST = {"clone_after_exchange": 20, "clone_from_system": 20, "without_reference": 10, "dialogue": 10}
+KINDS = (
+    Kind("clone, reference as an exchange", 1, False, 5, 9, 14, share=0.31, num_tests=20),
+    Kind("clone, reference in the system turn", 1, True, 5, 9, 14, share=0.24, num_tests=20),
+    Kind("no reference", 0, False, 5, 9, 14, share=0.15, num_tests=10),
+    Kind("dialogue of two speakers", 2, False, 4, 6, 10, share=0.15, num_tests=10),
+    Kind("dialogue of three speakers", 3, False, 4, 5, 8, share=0.15, num_tests=10),
+)
+SHAPE = {"rope_theta": 1000.0, "num_key_value_heads": 4}  # of its model; contexts are short
+NUM_TRAIN_SPEAKERS = 8000  # records: timbres that never return have to be copied, not learned
 MARKER = ".made-by-demo"
 
 
@@ -297,12 +286,12 @@ def make_demo(folder: Path, seed: int = 0, num_speakers: int = NUM_TRAIN_SPEAKER
     manifests = {
         "train": toys.records(num_speakers, "train"),
         "val": toys.records(32, "val"),
-        "test": [getattr(toys, kind)(toys.speaker(f"test-{kind}-{i}")) for kind, n in NUM_TEST.items() for i in range(n)],
+        "test": [toys.record(kind, f"test-{n}-{i}", kind.most) for n, kind in enumerate(KINDS) for i in range(kind.num_tests)],
     }
     for name, records in manifests.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(lines)
-    return folder / "train.jsonl", make_checkpoint(folder / "checkpoint", seed)
+    return folder / "train.jsonl", make_checkpoint(folder / "checkpoint", seed, text=SHAPE)
 
 
 def start_afresh(folder: Path) -> None:

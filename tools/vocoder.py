@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from tools.toys import LETTERS, NUM_TIMBRES
+from tools.toys import LETTERS, NUM_TIMBRES, SILENCE
 
 # Formants in Hz of the vowels; other letters get their own pair from a grid.
 VOWELS = {"a": (750, 1250), "e": (480, 1950), "i": (290, 2350), "o": (450, 850), "u": (320, 680)}
@@ -58,7 +58,8 @@ def _controls(codes: np.ndarray) -> list[np.ndarray]:
     f2 = np.array([v[1] if v else 900 + 330 * (i // 6) for v, i in zip(vowels, letter)])
     f3 = 2300 + 25 * detail
     scale = 0.85 + 0.3 * size
-    loudness = np.where(letter == LETTERS.index(" "), 0.0, np.where([v is not None for v in vowels], 1.0, 0.6))
+    is_silent = np.isin(letter, (LETTERS.index(" "), SILENCE[0]))
+    loudness = np.where(is_silent, 0.0, np.where([v is not None for v in vowels], 1.0, 0.6))
     return [f1 * scale, f2 * scale, f3 * scale, loudness, 85 * 2 ** (1.6 * pitch), vibrato, tilt, hollow, 3 * breath]
 
 
