@@ -220,7 +220,7 @@ class Toybox:
     def texts(self, fewest: int, most: int, count: int = 1) -> list[str]:
         """Texts of so many letters that occur nowhere else: all their letters differ, with a space in those of more than six."""
         while True:
-            letters = "".join(LETTERS[i] for i in self.random.permutation(26))
+            letters = "".join(LETTERS[i] for i in self.random.permutation(16))
             ends = np.cumsum(self.random.integers(fewest, most + 1, size=count)).tolist()
             texts = [letters[start:end] for start, end in zip([0, *ends], ends)]
             for n, text in enumerate(texts):
@@ -265,13 +265,13 @@ class Toybox:
 # The demo's data
 
 KINDS = (
-    Kind("clone, reference as an exchange", 1, False, 5, 9, 14, share=0.31, num_tests=20),
-    Kind("clone, reference in the system turn", 1, True, 5, 9, 14, share=0.24, num_tests=20),
-    Kind("no reference", 0, False, 5, 9, 14, share=0.15, num_tests=10),
-    Kind("dialogue of two speakers", 2, False, 4, 6, 10, share=0.15, num_tests=10),
-    Kind("dialogue of three speakers", 3, False, 4, 5, 8, share=0.15, num_tests=10),
+    Kind("clone, reference as an exchange", 1, False, 5, 9, 9, share=0.25, num_tests=20),
+    Kind("clone, reference in the system turn", 1, True, 5, 9, 9, share=0.20, num_tests=20),
+    Kind("no reference", 0, False, 5, 9, 9, share=0.10, num_tests=10),
+    Kind("dialogue of two speakers", 2, False, 4, 6, 6, share=0.20, num_tests=10),
+    Kind("dialogue of three speakers", 3, False, 4, 5, 5, share=0.25, num_tests=10),
 )
-SHAPE = {"rope_theta": 1000.0, "num_key_value_heads": 4}  # of its model; contexts are short
+SHAPE = {"rope_theta": 100.0, "num_key_value_heads": 4}  # of its model; contexts are short
 NUM_TRAIN_SPEAKERS = 8000  # records: timbres that never return have to be copied, not learned
 MARKER = ".made-by-demo"
 
