@@ -62,7 +62,7 @@ from generate.pictures import media
 from generate.samples import Sampler, build_sampler, describe
 from layers import nf4
 from layers.adapters import init_lora
-from layers.optimizer import AveragingAdamW, LossScale, averaged, update
+from layers.optimizer import AveragingAdamW, LossScale, RowsAdamW, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
@@ -267,7 +267,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
             groups.setdefault((is_matrix, ratio), settings)["params"].append(p)
     groups = list(groups.values())
     settings = {"lr": cfg.peak_lr, "betas": (0.9, cfg.beta2), "fused": True}
-    return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else torch.optim.AdamW(groups, **settings)
+    return AveragingAdamW(groups, cfg.ema, **settings) if cfg.ema else RowsAdamW(groups, **settings)
 
 
 def lr_at(done: float, warmup: float, decayed: float, cfg: Config) -> float:

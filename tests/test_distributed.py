@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_sample, open_dataset, run_ranks
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import checkpoint
 import data
@@ -18,6 +18,7 @@ import model_patch
 import train
 from collate import create_collator
 from common import ConfigError, DataError
+from layers.optimizer import RowsAdamW, update
 from tools import toys as demo
 
 
@@ -243,3 +244,17 @@ def test_too_many_bad_steps_stop_the_run_with_a_checkpoint(toys, checkpoint_dir,
         run_ranks(poisoned_run, 2, *args)
     assert (tmp_path / "o" / "checkpoints" / "step_2" / "state.json").is_file()
     assert not (tmp_path / "o" / "final").exists()
+
+
+def test_adamw_on_own_rows_is_adamw_on_sharded_tensors():
+    """To the bit: weights and moments after steps of changing learning rates, one of them skipped by the device."""
+    mesh, kept = train.setup_distributed("cpu").mesh, []
+    for kind in (torch.optim.AdamW, RowsAdamW):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])) for _ in range(2)]
+        optimizer = kind(parameters, weight_decay=0.1, fused=True)
+        for step in range(4):
+            sum((p * torch.randn(())).pow(2).sum() for p in parameters).full_tensor().backward()
+            update(optimizer, 0.1 / (1 + step), grad_clip=1.0, has_targets=torch.tensor(step != 2))
+        kept.append([full(t) for p in parameters for t in (p, *optimizer.state[p].values())])
+    assert len(kept[0]) == 8 and all(map(torch.equal, *kept))
