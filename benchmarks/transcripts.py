@@ -29,7 +29,7 @@ from tools.toys import KINDS, Toybox  # noqa: E402
 def write_swapped(folder: Path, num_records: int, share: float, seed: int = 77) -> tuple[Path, set[str]]:
     """A manifest of clones, and the texts in it that belong to other clips."""
     box = Toybox(folder, seed)
-    records = [box.record(KINDS[0], f"speaker {number}", KINDS[0].most) for number in range(num_records)]
+    records = [box.record(KINDS[0], f"speaker {number}") for number in range(num_records)]
     chosen = np.random.default_rng(seed).permutation(num_records)[: max(2, round(share * num_records))]
     texts = [records[number]["messages"][-2]["content"] for number in chosen]
     for number, text in zip(chosen, texts[1:] + texts[:1]):

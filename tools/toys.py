@@ -192,7 +192,6 @@ class Kind(NamedTuple):
     in_system: bool  # references are in the system turn, else each is an earlier exchange
     fewest: int  # letters of a turn
     most: int
-    longest: int  # the most of a turn in training: its further letters cost less there than another prompt
     share: float  # of the training data
     num_tests: int
 
@@ -238,8 +237,8 @@ class Toybox:
         np.save(self.folder / name, codes)
         return {"type": "audio", "audio_url": name}
 
-    def record(self, kind: Kind, name: str, most: int) -> dict:
-        """A ChatML record with new texts, of turns of so many letters, and new speakers: `name`, `name`-1 and so on.
+    def record(self, kind: Kind, name: str) -> dict:
+        """A ChatML record with new texts and new speakers: `name`, `name`-1 and so on.
 
         The house speaks without a reference.
         """
@@ -248,7 +247,7 @@ class Toybox:
         clips = [self.clip(speech(text, speaker)) for text, speaker in zip(transcripts, speakers)]
         voices = [Voice(clip, None if kind.in_system else text) for clip, text in zip(clips, transcripts)]
         speakers = speakers or [self.house]
-        texts = self.texts(kind.fewest, most, count=len(speakers))
+        texts = self.texts(kind.fewest, kind.most, count=len(speakers))
         turns = [speech(text, speaker) for text, speaker in zip(texts, speakers)]
         scene = prompts.QUIET_ROOM if not voices and self.random.random() < 0.5 else ""
         made = prompts.record(script(texts), self.clip(joined(turns)), voices, scene, speaker=speakers[0].name)
@@ -258,18 +257,18 @@ class Toybox:
     def records(self, num_speakers: int, group: str) -> list[dict]:
         """So many records in the demo's mixture of kinds."""
         chosen = self.random.choice(len(KINDS), size=num_speakers, p=[kind.share for kind in KINDS])
-        return [self.record(KINDS[kind], f"{group}-{index}", KINDS[kind].longest) for index, kind in enumerate(chosen)]
+        return [self.record(KINDS[kind], f"{group}-{index}") for index, kind in enumerate(chosen)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo's data
 
 KINDS = (
-    Kind("clone, reference as an exchange", 1, False, 5, 9, 9, share=0.25, num_tests=20),
-    Kind("clone, reference in the system turn", 1, True, 5, 9, 9, share=0.20, num_tests=20),
-    Kind("no reference", 0, False, 5, 9, 9, share=0.10, num_tests=10),
-    Kind("dialogue of two speakers", 2, False, 4, 6, 6, share=0.20, num_tests=10),
-    Kind("dialogue of three speakers", 3, False, 4, 5, 5, share=0.25, num_tests=10),
+    Kind("clone, reference as an exchange", 1, False, 5, 9, share=0.12, num_tests=20),
+    Kind("clone, reference in the system turn", 1, True, 5, 9, share=0.12, num_tests=20),
+    Kind("no reference", 0, False, 5, 9, share=0.06, num_tests=10),
+    Kind("dialogue of two speakers", 2, False, 4, 5, share=0.28, num_tests=10),
+    Kind("dialogue of three speakers", 3, False, 3, 4, share=0.42, num_tests=10),
 )
 SHAPE = {"rope_theta": 100.0, "num_key_value_heads": 4}  # of its model; contexts are short
 NUM_TRAIN_SPEAKERS = 8000  # records: timbres that never return have to be copied, not learned
@@ -286,7 +285,7 @@ def make_demo(folder: Path, seed: int = 0, num_speakers: int = NUM_TRAIN_SPEAKER
     manifests = {
         "train": toys.records(num_speakers, "train"),
         "val": toys.records(32, "val"),
-        "test": [toys.record(kind, f"test-{n}-{i}", kind.most) for n, kind in enumerate(KINDS) for i in range(kind.num_tests)],
+        "test": [toys.record(kind, f"test-{n}-{i}") for n, kind in enumerate(KINDS) for i in range(kind.num_tests)],
     }
     for name, records in manifests.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
