@@ -536,10 +536,8 @@ def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
 def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixture | None) -> None:
     """ConfigError, on all ranks, unless all of them have the same settings, manifests and code. Collective."""
     root = Path(__file__).parent
-    files = [
-        path for folder in (".", "layers", "prepare", "generate", "export") for path in sorted((root / folder).glob("*.py"))
-    ]
-    code = b"".join(path.read_bytes() for path in files)
+    folders = (".", "layers", "process", "prepare", "generate", "export")
+    code = b"".join(path.read_bytes() for folder in folders for path in sorted((root / folder).glob("*.py")))
     mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()} | {
         f"the content of {cfg.train_manifest}": records.digest,
         f"the content of {cfg.val_manifest}": val_records and val_records.digest,

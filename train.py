@@ -33,7 +33,6 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 import checkpoint
 import data
 import distributed
-import lineage
 import loss
 import metrics
 import model_patch
@@ -66,7 +65,7 @@ from layers.optimizer import AveragingAdamW, LossScale, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Monitor, Totals
 from prepare.audio import codec_frame_rate_hz
-from process import fit
+from process import fit, lineage
 from process.command import says_errors
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import checkpoint
-import lineage
 import model_patch
 from checkpoint import Stored
 from common import CheckpointError, read_json
 from config import Config
 from export import layouts
+from process import lineage
 
 ADAPTER_PREFIX = "base_model.model."  # PEFT's, before the name of a module
 

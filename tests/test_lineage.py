@@ -16,10 +16,10 @@ from test_resume import logged, settings
 import checkpoint
 import collate
 import data
-import lineage
 import train
 from config import parse_config
 from export.__main__ import main as export_main
+from process import lineage
 
 
 def steps(output_dir: Path) -> list[str]:

@@ -19,14 +19,16 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import checkpoint
 from checkpoint import COMPANIONS, weight_files
 from common import CheckpointError, read_json
 from config import OPEN, SAMPLES, Config, checked, code_commit
-from data import Loader
 from distributed import Dist, log
+
+if TYPE_CHECKING:
+    from data import Loader
 
 # Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
 SAME = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_targets", "quantize", "freeze", "ema")
