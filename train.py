@@ -63,12 +63,13 @@ from layers import nf4
 from layers.adapters import init_lora
 from layers.optimizer import AveragingAdamW, LossScale, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
-from metrics import Monitor, Totals
+from metrics import Totals
 from prepare.audio import codec_frame_rate_hz
 from process import fit, lineage
 from process.command import says_errors
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output
+from process.monitor import Monitor
 from process.watchdog import watching
 
 # ---------------------------------------------------------------------------------------------------------------------

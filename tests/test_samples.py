@@ -27,7 +27,7 @@ from generate.judges import SpeakerSimilarity, Transcriber
 from generate.pictures import DIFFERS, codes_figure, enlarge, media
 from generate.samples import Sampler, describe
 from generate.scores import Score, word_errors, words_of
-from metrics import Monitor
+from process.monitor import Monitor
 from tools import toys as demo
 
 # ---- teacher-forced and free-running, on any number of ranks

@@ -36,10 +36,10 @@ from collate import Batch, create_collator
 from common import ConfigError, write_whole
 from config import BASE_NAMES, CHECKPOINTING_MODES, SAMPLES, Config, parse_config
 from layers import nf4
-from metrics import GPUS, Gpu, find_gpu
 from prepare.audio import AudioStore, codec_frame_rate_hz
 from prepare.manifest import report_problems
 from process.command import says_errors
+from process.gpu import GPUS, Gpu, find_gpu
 from tools import synthetic
 from tools.estimate import FRAGMENTATION, RESERVED, Estimate, clones_of, estimate
 
