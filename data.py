@@ -39,11 +39,11 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
 from common import SIGNALS, CollateError, ConfigError, DataError, listing, share_held_out, write_whole
 from config import Config
 from distributed import Dist, log, log_list
+from export import pretrained
 from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
 from prepare.encode import encode_missing
@@ -636,7 +636,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise SystemExit("usage: python data.py MANIFEST BASE_CKPT")
     manifest, folder = map(Path, argv)
-    config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
+    config, tokenizer = pretrained.read_base_config(folder), pretrained.load_tokenizer(folder)
     store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, manifest.parent / "codes")
     dataset = ChatMLDataset(read_manifest(manifest), tokenizer, store, config.encode_whisper_embed)
     for sample in itertools.islice(dataset, 5):

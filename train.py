@@ -51,6 +51,7 @@ from common import (
 from config import OPEN, Config, parse_config, recipe
 from data import build_loaders, check_agreement, measure_records, read_records
 from distributed import Dist, detail, log, log_list, progress_bar, setup_distributed
+from export import pretrained
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate import best
@@ -83,8 +84,8 @@ def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path)
     """Construct and load. No rank ever holds a full copy: weights go from the files into each rank's own rows."""
     model, lora = construct_model(cfg, dist, config)
     model_patch.materialize(model, dist.device, cpu_offload=cfg.cpu_offload)
-    unused = dist.together(lambda: checkpoint.check_base(model, folder))
-    checkpoint.load_base(model, folder)
+    unused = dist.together(lambda: pretrained.check_base(model, folder))
+    pretrained.load_base(model, folder)
     if unused:
         log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
     init_lora(model, cfg.seed)
@@ -516,8 +517,8 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     cfg = choose_precision(cfg, dist)
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
-    base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
-    read = checkpoint.read_base_config, checkpoint.weight_files, checkpoint.load_tokenizer
+    base = dist.main_first(lambda: pretrained.find_base(cfg.base_ckpt, cfg.revision))
+    read = pretrained.read_base_config, pretrained.weight_files, pretrained.load_tokenizer
     config, _, tokenizer = dist.together(lambda: [function(base) for function in read])
     objective = dist.together(lambda: build_objective(cfg, config))
     cfg = fit.choose(cfg, dist, lambda: measure_records(cfg, dist, config, tokenizer, records))

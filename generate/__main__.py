@@ -32,10 +32,10 @@ from pathlib import Path
 import soundfile
 import torch
 
-from checkpoint import find_base
 from common import ConfigError, suggestion
 from config import Config
 from distributed import Dist, log, setup_distributed
+from export.pretrained import find_base
 from export.read import Full, find_model, open_model
 from generate.engine import Engine, Job
 from generate.files import SOUND_SUFFIXES, add_result, read_results, write_both, write_only, write_results

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from boson_multimodal.data_types import TextContent
 
-import checkpoint
 import data
 from collate import ExtendedHiggsAudioSampleCollator, create_collator
 from common import DataError, MissingAudioError, write_whole
 from config import Config
+from export import pretrained
 from prepare import prompts
 from prepare.audio import AudioStore
 from prepare.clips import Clip, Key, inspect_clips, key_of
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     manifest, conversion = open_manifest(args.manifest, True, reading_of(args))
-    folder = checkpoint.find_base(args.base_ckpt, args.base_revision or None) if args.base_ckpt else None
-    config = checkpoint.read_base_config(folder) if folder else None
+    folder = pretrained.find_base(args.base_ckpt, args.base_revision or None) if args.base_ckpt else None
+    config = pretrained.read_base_config(folder) if folder else None
     speed = args.tokens_per_sec or (speed_of(args.like) if args.like else 0.0)
     report = Report()
     if conversion:
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         describe_transcripts(records, clips, report, args)
     dataset, lengths = data.ChatMLDataset(records, None, None), None
     if config:
-        dataset = data.ChatMLDataset(records, checkpoint.load_tokenizer(folder), KnownFrames(config, clips))
+        dataset = data.ChatMLDataset(records, pretrained.load_tokenizer(folder), KnownFrames(config, clips))
         dataset, lengths = describe_lengths(dataset, create_collator(config), report, args)
     describe_epoch(dataset, lengths, report, args, speed)
     if args.trim:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import data
 from collate import create_collator
 from common import DataError
 from config import BASE_CKPT, Config
+from export import pretrained
 from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
 from prepare.forms import open_manifest
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.record < len(manifest):
         raise DataError(f"{args.manifest}: no record {args.record}; there are {len(manifest)}, from 0")
     record = manifest[args.record]
-    folder = checkpoint.find_base(args.base_ckpt, args.base_revision or None)
-    config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
+    folder = pretrained.find_base(args.base_ckpt, args.base_revision or None)
+    config, tokenizer = pretrained.read_base_config(folder), pretrained.load_tokenizer(folder)
     use_color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     mark = Marker(use_color)
 

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import checkpoint
-from checkpoint import COMPANIONS, weight_files
+from checkpoint import COMPANIONS
 from common import CheckpointError, read_json
 from config import OPEN, SAMPLES, Config, checked, code_commit
 from distributed import Dist, log
+from export import pretrained
 
 if TYPE_CHECKING:
     from data import Loader
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 # Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
 SAME = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_targets", "quantize", "freeze", "ema")
 LAG_SEC = 120.0  # how long a shared folder may show different files to different nodes
-NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for a base's fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The output folder
@@ -209,7 +209,7 @@ def identify(cfg: Config, loader: Loader, val_loader: Loader | None, base: Path,
 
     raises: CheckpointError, on all ranks, if they see different base checkpoints
     """
-    prints = dist.gather(fingerprint(base))
+    prints = dist.gather(pretrained.fingerprint(base))
     if len(set(prints)) > 1:
         raise CheckpointError(f"--base_ckpt {cfg.base_ckpt}: rank {_first_other(prints)} has other weights there than rank 0")
     lengths = loader.batching.lengths
@@ -309,18 +309,3 @@ def prepare_folder(output_dir: Path, base: Path) -> None:
         os.replace(temporary, output_dir / COMPANIONS)
     except OSError as error:
         raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
-
-
-def fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint's configuration and weights: headers, sizes, and samples of each file, within a second."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(f"{path.name} {size} ".encode() + file.read(min(header, size)))
-            first, room = 8 + header, max(0, size - 8 - header - SAMPLE_BYTES)
-            for i in range(NUM_SAMPLES):
-                file.seek(first + room * i // (NUM_SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

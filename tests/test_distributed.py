@@ -11,13 +11,13 @@ import torch
 from conftest import make_model, make_sample, open_dataset, run_ranks
 from torch.distributed.tensor import DTensor
 
-import checkpoint
 import data
 import loss
 import model_patch
 import train
 from collate import create_collator
 from common import ConfigError, DataError
+from export import pretrained
 from tools import toys as demo
 
 
@@ -33,7 +33,7 @@ def train_a_little(
     returns: losses, gradient norms and the trained parameters
     """
     folder = Path(checkpoint_dir)
-    config, tokenizer = checkpoint.read_base_config(folder), demo.make_tokenizer()
+    config, tokenizer = pretrained.read_base_config(folder), demo.make_tokenizer()
     argv = ["--train_manifest", "m", "--output_dir", "o", "--mixed_precision", "no"]
     argv += ["--lora_r", str(lora_r), "--lora_dropout", str(dropout), *flags]
     cfg = train.parse_config(argv)

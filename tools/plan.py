@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
-import checkpoint
 import data
 from collate import Batch, create_collator
 from common import ConfigError, write_whole
 from config import BASE_NAMES, CHECKPOINTING_MODES, SAMPLES, Config, parse_config
+from export import pretrained
 from layers import nf4
 from prepare.audio import AudioStore, codec_frame_rate_hz
 from prepare.manifest import report_problems
@@ -100,7 +100,7 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
         seconds = clones_within(cfg.max_tokens) if cfg.max_tokens else synthetic.clone_durations(4096)[: cfg.samples]
         return Workload(clones_of(config, seconds), f"{len(seconds)} clones, references of 3 to 10 s, targets of 2 to 20 s")
     records, _, _ = data.open_records(cfg.train_manifest, cfg.missing_audio == "skip")
-    tokenizer = checkpoint.load_tokenizer(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    tokenizer = pretrained.load_tokenizer(pretrained.find_base(cfg.base_ckpt, cfg.revision))
     with tempfile.TemporaryDirectory() as folder:
         rate = codec_frame_rate_hz(cfg.audio_tokenizer)
         codes_dir = Path(cfg.codes_dir or folder)
@@ -347,7 +347,7 @@ def read_config(cfg: Config) -> HiggsAudioConfig:
     published = synthetic.make_config("real")
     if cfg.base_ckpt in BASE_NAMES:
         return published
-    config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    config = pretrained.read_base_config(pretrained.find_base(cfg.base_ckpt, cfg.revision))
     for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):
         setattr(config, name, getattr(published, name))
     if not config.skip_audio_tower:

@@ -27,6 +27,7 @@ from collate import Batch, Packing
 from common import ConfigError
 from config import Config
 from distributed import setup_distributed
+from export import pretrained
 from loss import IGNORE_INDEX, LabelSpec
 from metrics import read_dump
 from process.command import says_errors
@@ -80,8 +81,8 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
     known = {f.name for f in dataclasses.fields(Config)}
     cfg = Config(**{name: value for name, value in about["config"].items() if name in known})
     dist = setup_distributed(device or cfg.device)
-    folder = checkpoint.find_base(cfg.base_ckpt, cfg.revision)
-    config = checkpoint.read_base_config(folder)
+    folder = pretrained.find_base(cfg.base_ckpt, cfg.revision)
+    config = pretrained.read_base_config(folder)
     model, _ = train.build_model(cfg, dist, config, folder)
     optimizer = train.build_optimizer(model, cfg)
     start = resume or about["resume"] or "base"
