@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from common import CheckpointError, read_json, sha256_of, write_whole
+from common import CheckpointError, read_json, sha256_of, write_text
 from distributed import gather, own_rows
 from export import pretrained
 from export.pretrained import DCP_PIECES, STATE_FILE
@@ -143,8 +143,7 @@ class Saver:
 
     def _write_state(self, folder: Path, state: dict) -> None:
         state = json.loads(json.dumps(state | self.identity | {"format": FORMAT}))  # as it will be read
-        content = json.dumps(state | {"sha256": _checksum(state)}, indent=2).encode()
-        write_whole(folder / STATE_FILE, lambda file: file.write(content))
+        write_text(folder / STATE_FILE, json.dumps(state | {"sha256": _checksum(state)}, indent=2))
         _fsync(folder / STATE_FILE)
 
     def _remove_old(self) -> None:

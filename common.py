@@ -124,3 +124,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # of a full disk, say, which names no file itself
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same with a text in UTF-8, which cannot hold half of a surrogate pair: that becomes an escape."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def write_lines(path: Path, values: Iterable[dict]) -> None:
+    """The same with JSONL."""
+    lines = (f"{json.dumps(value, ensure_ascii=False)}\n" for value in values)
+    write_whole(path, lambda file: file.writelines(line.encode("utf-8", "backslashreplace") for line in lines))

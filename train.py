@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,9 +44,8 @@ from common import (
     Interrupted,
     listing,
     split_list,
-    write_whole,
 )
-from config import OPEN, Config, parse_config, recipe
+from config import OPEN, Config, parse_config
 from data import build_loaders, check_agreement, measure_records, read_records
 from distributed import Dist, detail, log, log_list, progress_bar, setup_distributed
 from export import pretrained
@@ -554,7 +551,7 @@ def start(run: Run) -> TrainState:
         identity["started_from"] = dist.main_first(lambda: start_from(task.model, run.lora, cfg.init_adapter))
         log(dist, "the adapter starts from {folder}, which was trained on {base}".format(**identity["started_from"]))
     dist.together(lambda: lineage.prepare_folder(run.output_dir, run.base) if dist.is_main else None)
-    settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
+    settings = lineage.write_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
     redo = [split for split, last in (("val", state.evaluated), ("sample", state.sampled)) if last < state.step]
     run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main, redo))
     if cfg.sample_steps != 0:
@@ -612,24 +609,6 @@ def resume(run: Run, identity: dict) -> dict:
     aside = dist.together(lambda: lineage.set_aside(run.output_dir, kept["step"]) if dist.is_main else [])
     log_list(dist, f"{len(aside)} later checkpoints are set aside, for you to remove", list(map(str, aside)))
     return kept
-
-
-def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
-    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too; and recipe.yaml. Collective."""
-    packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
-    record = dataclasses.asdict(cfg) | {
-        "lr": cfg.peak_lr,
-        **facts,
-        "world_size": dist.world_size,
-        "device": dist.device.type,
-        "git_commit": lineage.code_commit(),
-        "versions": {name: version(name) for name in packages},
-        "launch": distributed.launch_id(),
-    }
-    if dist.is_main:
-        for name, content in {"config.json": json.dumps(record, indent=2) + "\n", "recipe.yaml": recipe(cfg)}.items():
-            write_whole(Path(cfg.output_dir) / name, lambda file, content=content: file.write(content.encode()))
-    return record
 
 
 # ---------------------------------------------------------------------------------------------------------------------

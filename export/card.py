@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-from common import read_json, write_whole
+from common import read_json, write_text
 from config import AUDIO_TOKENIZER, BASE_CKPT, REVISIONS, Config, base_revision, to_argv
 from export import layouts
 
@@ -49,8 +49,7 @@ NOTHING = About()
 def write(folder: Path, make: Callable[[], str]) -> None:
     """The card of a finished model, after its weights: whatever fails here is a warning, never an error."""
     try:
-        text = make()
-        write_whole(folder / "README.md", lambda file: file.write(text.encode()))
+        write_text(folder / "README.md", make())
     except Exception as error:
         print(f"warning: {folder}: the model is whole, but has no model card: {error!r}", file=sys.stderr, flush=True)
 

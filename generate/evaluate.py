@@ -41,10 +41,10 @@ import soundfile
 import torch
 from torch import Tensor
 
-from common import ConfigError, DataError, json_safe, write_whole
+from common import ConfigError, DataError, json_safe, write_lines, write_text
 from distributed import Dist, log_list, setup_distributed
 from generate import __main__ as generate
-from generate.files import RESULTS_FILE, decode, read_results, write_lines
+from generate.files import RESULTS_FILE, decode, read_results
 from generate.judges import SpeakerSimilarity, Transcriber
 from generate.lines import Chunking, Line, read_lines
 from generate.page import render, short_names
@@ -373,10 +373,8 @@ def main(argv: Sequence[str]) -> int:
     judged_by = {"asr_model": args.asr_model, "sv_model": args.sv_model} if options[0].codec else {}
     about = {"lines": str(args.lines), "num_lines": len(takes[0]), "models": args.titles, "judged_by": judged_by}
     content = about | {"figures": {name: asdict(figure) for name, figure in figures.items()}, "takes": takes}
-    text = json.dumps(json_safe(content), ensure_ascii=False, indent=1) + "\n"
-    write_whole(args.out / "evaluation.json", lambda file: file.write(text.encode()))
-    page = render(about, rows, takes, lines_of(args), args.out)
-    write_whole(args.out / "evaluation.html", lambda file: file.write(page.encode()))
+    write_text(args.out / "evaluation.json", json.dumps(json_safe(content), ensure_ascii=False, indent=1) + "\n")
+    write_text(args.out / "evaluation.html", render(about, rows, takes, lines_of(args), args.out))
     what = "both takes of each" if args.against else "the take of each"
     print(f"{render_text(rows)}\n{len(takes[0])} lines; {what}, worst first: {args.out / 'evaluation.html'}")
     for title, each in zip(args.titles, takes):

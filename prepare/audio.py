@@ -37,7 +37,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 
-from common import DataError, read_json, reason, sha256_of, write_whole
+from common import DataError, read_json, reason, sha256_of, write_text
 from config import REVISIONS
 from prepare import hub
 from prepare.codes_cache import CacheWriter, CodesCache, digest
@@ -449,8 +449,7 @@ def _note_codec(folder: Path, name: str, info: CodecInfo) -> None:
     """Write the codec's figures beside the cache, so that reading the cache does not need the codec."""
     path = folder / CODEC_NOTE
     names = {name, *(_read_note(path)[0] if path.exists() else ())}
-    content = json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n"
-    write_whole(path, lambda file: file.write(content.encode()))
+    write_text(path, json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

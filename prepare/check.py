@@ -23,7 +23,7 @@ from boson_multimodal.data_types import TextContent
 
 import data
 from collate import ExtendedHiggsAudioSampleCollator, create_collator
-from common import DataError, MissingAudioError, write_whole
+from common import DataError, MissingAudioError, write_text
 from config import Config
 from export import pretrained
 from prepare import prompts
@@ -98,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
         report.figures["trimmed"] = trim(records, clips, args.trim)
     print(render_text(report))
     if args.report:
-        content = RENDERERS[args.report.suffix](report, f"{args.manifest}")
-        write_whole(args.report, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
+        write_text(args.report, RENDERERS[args.report.suffix](report, f"{args.manifest}"))
     return 0 if report.trainable else 1
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,14 +19,15 @@ import socket
 import sys
 import time
 import uuid
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import checkpoint
 from checkpoint import COMPANIONS
-from common import CheckpointError, read_json
-from config import OPEN, SAMPLES, Config, checked, code_commit
-from distributed import Dist, log
+from common import CheckpointError, read_json, write_text
+from config import OPEN, SAMPLES, Config, checked, code_commit, recipe
+from distributed import Dist, launch_id, log
 from export import pretrained
 
 if TYPE_CHECKING:
@@ -190,6 +192,24 @@ def set_aside(output_dir: Path, step: int) -> list[Path]:
             aside.parent.mkdir(exist_ok=True)
             moved.append(old.rename(aside))
     return moved
+
+
+def write_config(cfg: Config, dist: Dist, **facts: object) -> dict:
+    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too; and recipe.yaml. Collective."""
+    packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
+    record = dataclasses.asdict(cfg) | {
+        "lr": cfg.peak_lr,
+        **facts,
+        "world_size": dist.world_size,
+        "device": dist.device.type,
+        "git_commit": code_commit(),
+        "versions": {name: version(name) for name in packages},
+        "launch": launch_id(),
+    }
+    if dist.is_main:
+        write_text(Path(cfg.output_dir) / "config.json", json.dumps(record, indent=2) + "\n")
+        write_text(Path(cfg.output_dir) / "recipe.yaml", recipe(cfg))
+    return record
 
 
 def read_config(output_dir: Path) -> dict:

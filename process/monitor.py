@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import soundfile
 
-from common import ConfigError, json_safe, write_whole
+from common import ConfigError, json_safe, write_text
 
 if TYPE_CHECKING:
     from generate.pictures import Medium
@@ -53,7 +53,7 @@ class Monitor:
         if is_main and self.path.exists():  # a resumed run repeats the steps after its checkpoint
             lines = self.path.read_text().splitlines()
             kept = "".join(f"{line}\n" for line in lines if _is_done(line, steps_done, redo))
-            write_whole(self.path, lambda file: file.write(kept.encode()))
+            write_text(self.path, kept)
         if is_main and importlib.util.find_spec("tensorboard"):
             folder = output_dir / "tensorboard"
             self._try("TensorBoard", lambda: self.sinks.append(TensorBoard(folder, settings, steps_done)))

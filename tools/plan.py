@@ -32,7 +32,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 import data
 from collate import Batch, create_collator
-from common import ConfigError, write_whole
+from common import ConfigError, write_text
 from config import BASE_NAMES, CHECKPOINTING_MODES, SAMPLES, Config, parse_config
 from export import pretrained
 from layers import nf4
@@ -382,13 +382,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1, such as 0.4")
     if args.lengths:
         gpu = Gpu("here", 0, args.room / 2**30, math.nan, math.nan, math.nan)
-        content = json.dumps(choose(cfg, config, gpu, np.load(args.lengths), *ranks))
-        write_whole(args.json, lambda file: file.write(content.encode()))
+        write_text(args.json, json.dumps(choose(cfg, config, gpu, np.load(args.lengths), *ranks)))
         return 0
     planner = Planner(cfg, config, read_workload(cfg, config))
     print(plan(planner, ranks, args.mfu))
     if args.json:
-        write_whole(args.json, lambda file: file.write(as_json(planner, ranks, args.mfu).encode()))
+        write_text(args.json, as_json(planner, ranks, args.mfu))
     return 0
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common import DataError, write_whole
+from common import DataError, write_text
 from config import Config
 from generate.files import read_results
 from generate.pictures import figure
@@ -486,10 +486,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="default: report.html in that folder")
     parser.add_argument("--occasions", type=int, default=6, help="most samplings to show, the first and last included")
     args = parser.parse_args(argv)
-    content = page(read_run(args.output_dir), max(1, args.occasions)).encode()
     out = args.out or args.output_dir / "report.html"
-    write_whole(out, lambda file: file.write(content))
-    print(f"{out}: {len(content) / 1e6:.1f} MB")
+    write_text(out, page(read_run(args.output_dir), max(1, args.occasions)))
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
