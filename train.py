@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import shutil
 import sys
 import time
@@ -64,7 +63,7 @@ from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Totals
 from prepare.audio import codec_frame_rate_hz
 from process import fit, lineage
-from process.command import says_errors
+from process.command import leave, says_errors
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output
 from process.monitor import Monitor
@@ -138,7 +137,6 @@ class StepResult:
     """Of one optimizer step, over all ranks and on the host."""
 
     total: Totals
-    grad_norm: float
     culprits: list[str]  # samples that made the loss not finite; if there are any, nothing was updated on any rank
     has_targets: bool = True  # without any, nothing was updated either
     overflow: bool = False  # of the scaled gradient in float16: nothing was updated, and the scale is halved
@@ -219,18 +217,18 @@ def train_step(task: Task, batches: Sequence[Batch], step: int, lr: float) -> St
     total.grad_norm = (norm if dist.is_main else torch.zeros_like(norm)).to(dist.device, non_blocking=True)
     total.pace = dist.pace()
     total = total.sum_over(dist)
-    grad_norm = total.grad_norm.item()
+    grad_norm = total.grad_norm = total.grad_norm.item()
     has_targets = total.losses.text.targets.sum() + total.losses.audio.targets.sum() + num_voices > 0
     if math.isfinite(grad_norm) or not has_targets:
         if task.scale:
             task.scale.grow()
-        return StepResult(total, grad_norm, [], bool(has_targets))
+        return StepResult(total, [], bool(has_targets))
     bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
     culprits = [source for part in dist.gather(bad) for source in part]
     overflow = not culprits and task.scale is not None and task.scale.shrink()
     if not culprits and not overflow:
         culprits = ["(every loss is finite, the gradient is not)"]
-    return StepResult(total, grad_norm, culprits, overflow=overflow)
+    return StepResult(total, culprits, overflow=overflow)
 
 
 def count_targets(batches: Sequence[Batch], dist: Dist) -> tuple[Tensor, Tensor]:
@@ -393,13 +391,11 @@ class TrainState:
     saved: int = 0
     bad_in_a_row: int = 0
 
-    KEPT = ("step", "position", "warm", "bad_steps", "bad_samples", "clamped", "broken", "spikes", "losses")
-    KEPT += ("best", "samples", "evaluated", "sampled", "val_loss", "scale")
-
     @classmethod
     def of(cls, kept: dict) -> TrainState:
         """From what `kept` gave; a checkpoint of an earlier version has no `clamped`."""
-        values, fresh = {name: kept[name] for name in cls.KEPT if name in kept}, cls()
+        fresh = cls()
+        values = {name: kept[name] for name in fresh.kept() if name in kept}
         kinds = {list: list, data.Position: list, dict: dict, type(None): (float, type(None))}
         for name, value in values.items():
             if not isinstance(value, kinds.get(type(getattr(fresh, name)), (int, float))):
@@ -408,7 +404,7 @@ class TrainState:
         return cls(**done | values | {"position": data.Position(*kept["position"])})
 
     def kept(self) -> dict:
-        return {name: getattr(self, name) for name in self.KEPT}
+        return {name: value for name, value in vars(self).items() if name not in ("saved", "bad_in_a_row")}
 
     def add_loss(self, value: float, threshold: float) -> bool:
         """Note the loss of a step; returns whether it is a spike among the last ones."""
@@ -695,7 +691,7 @@ def loop(run: Run, state: TrainState) -> bool:
         problems = gather_problems(*mine, result.total, f"step {state.step}", dist)
         is_spike = note(run, state, result, values, problems)
         counts = {name: getattr(state, name) for name in ("bad_steps", "bad_samples", "clamped", "spikes")}
-        about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.grad_norm}
+        about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.total.grad_norm}
         scaling = {"loss_scale": task.scale.value, "overflows": task.scale.overflows} if task.scale else {}
         run.monitor.write(**about, **counts, **values, **scaling)
         if straggler := stragglers.add(values["data_wait_sec"], seconds):
@@ -852,7 +848,7 @@ def keep_batches(run: Run, state: TrainState, result: StepResult, value: float, 
         log(dist, f"step {state.step}: loss {value:.4f} is far above the median of the last steps")
     if state.bad_steps + state.spikes > metrics.MAX_DUMPS:
         return
-    about = {"step": state.step, "loss": value, "grad_norm": result.grad_norm, "alignment": [labels.text, labels.audio]}
+    about = {"step": state.step, "loss": value, "grad_norm": result.total.grad_norm, "alignment": [labels.text, labels.audio]}
     about |= {"resume": str(run.saver.newest or run.resumed_from or ""), "config": dataclasses.asdict(cfg)}
     about |= {"rank": dist.rank, "world_size": dist.world_size}
     folder = run.output_dir / "spikes"
@@ -925,9 +921,7 @@ def run_and_exit(argv: Sequence[str]) -> None:
         get_error_handler().record_exception(error)  # for the launcher, which repeats it last
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taking process groups down in good order can hang (NCCL) or abort (gloo)
+    leave(status)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import itertools
 import math
-import os
 import sys
 import tempfile
 import time
@@ -46,7 +45,7 @@ from generate.scores import Score, table
 from generate.voices import VOICES, read_text
 from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
 from prepare.manifest import Record
-from process.command import says_errors
+from process.command import leave, parser_of, says_errors
 
 MOST = 2**63  # of seeds, in upstream's sampling
 OF_REQUESTS = ("normalize", "chunk_method", "chunk_words", "chunk_turns", "chunk_context", "context_frames", "voices")
@@ -75,13 +74,8 @@ def parse_args(argv: Sequence[str], others: Iterable[str] = ()) -> argparse.Name
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh generate",
-        usage="bash launch.sh generate --ckpt CKPT (--text TEXT | --text_file FILE | --lines FILE) [--FLAG VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "bash launch.sh generate --ckpt CKPT (--text TEXT | --text_file FILE | --lines FILE) [--FLAG VALUE ...]"
+    parser = parser_of("generate", __doc__, usage=usage)
     add = parser.add_argument
     add("--ckpt", required=True, help="a full model, adapter, run (its best model) or checkpoints/step_N, here or on the Hub")
     add("--base_ckpt", default="", help="an adapter's base; default: the one it was trained on")
@@ -370,7 +364,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taking a gloo group down in good order can abort
+    leave(main(sys.argv[1:]))

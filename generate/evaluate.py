@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -53,7 +52,7 @@ from generate.seedtts import Errors, read_meta
 from prepare.audio import CodecInfo, codec_folder, load_codec, read_codes, read_waveform
 from prepare.manifest import AudioPart, Record
 from prepare.prompts import TAG
-from process.command import says_errors
+from process.command import leave, parser_of, says_errors
 
 LANGUAGES = {"en": "english", "zh": "chinese"}
 NUM_DRAWS = 2000
@@ -261,12 +260,7 @@ def speak(options: argparse.Namespace, dist: Dist) -> tuple[Path, list[dict], fl
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
     """(arguments, those of `generate` for each model); raises ConfigError."""
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("evaluate", __doc__)
     parser.add_argument("--ckpt", required=True, help="the model or run, as for generate, or a folder of its results")
     parser.add_argument("--against", help="another, to compare it with")
     parser.add_argument("--lines", type=Path, required=True, help="texts or records as for generate --lines, or a meta.lst")
@@ -387,7 +381,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taking a gloo group down in good order can abort
+    leave(main(sys.argv[1:]))

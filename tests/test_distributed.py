@@ -51,7 +51,7 @@ def train_a_little(
         result = train.train_step(task, batches, step, lr=1e-3)
         assert not result.culprits
         losses.append(task.objective.metrics(result.total.losses)["loss"])
-        norms.append(result.grad_norm)
+        norms.append(result.total.grad_norm)
     return losses, norms, {n: full(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -147,7 +147,7 @@ def uneven_step(dist, kinds: list[str], tower: bool):
     with train.evaluating(model):  # there as well every rank has to enter every sharded module
         train.forward(model, mine[0], labels)
     result = train.train_step(task, mine, step=0, lr=1e-3)
-    return objective.metrics(result.total.losses)["loss"], result.grad_norm
+    return objective.metrics(result.total.losses)["loss"], result.total.grad_norm
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from export import pretrained
 from layers import nf4
 from prepare.audio import AudioStore, codec_frame_rate_hz
 from prepare.manifest import report_problems
-from process.command import says_errors
+from process.command import parser_of, says_errors
 from process.gpu import GPUS, Gpu, find_gpu
 from tools import synthetic
 from tools.estimate import FRAGMENTATION, RESERVED, Estimate, clones_of, estimate
@@ -365,9 +365,7 @@ def read_ranks(value: str) -> list[int]:
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("plan", __doc__)
     parser.add_argument("--ranks", default="1", help="numbers of GPUs to plan for, such as 1,8,64 (default: 1)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a card reaches (default: 0.4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a row for each way to train there, too")

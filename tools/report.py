@@ -10,7 +10,6 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import dataclasses
 import html
@@ -33,7 +32,7 @@ from config import Config
 from generate.files import read_results
 from generate.pictures import figure
 from prepare.manifest import Record, read_manifest, split_weights
-from process.command import says_errors
+from process.command import parser_of, says_errors
 from tools import verdicts
 from tools.verdicts import points, show
 
@@ -479,9 +478,7 @@ def page(run: Run, max_shown: int = 6) -> str:
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("report", __doc__)
     parser.add_argument("output_dir", type=Path, help="the folder of a run")
     parser.add_argument("--out", type=Path, help="default: report.html in that folder")
     parser.add_argument("--occasions", type=int, default=6, help="most samplings to show, the first and last included")

@@ -31,7 +31,7 @@ from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.folders import Listing
 from prepare.manifest import AudioPart
 from prepare.rows import WAVEFORM_SUFFIXES
-from process.command import says_errors
+from process.command import parser_of, says_errors
 from process.gpu import on_gpu
 from tools.stages import STATE, Stage, follow, shown
 
@@ -172,12 +172,7 @@ def show_end(args: argparse.Namespace, out: Path) -> None:
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh voice",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("voice", __doc__)
     parser.add_argument("input", nargs="+", type=Path, help="recordings; or one folder or table of clips")
     parser.add_argument("--name", required=True, help="of the voice")
     parser.add_argument("--language", default="en", help="(default: en)")
