@@ -58,6 +58,7 @@ MAX_CLIP_SEC, MAX_CLIP_SAMPLES = 900, 45_000_000  # of one channel: 15 minutes a
 MAX_TRANSCRIBED_SEC = 30  # what Whisper takes at once; longer recordings are cut first
 MAX_FILE_BYTES, MAX_CODES_BYTES = 2**34, 2**27  # a day of 16-bit stereo at 48 kHz, and of codes in 64 bits
 BLOCK_SAMPLES = 2**20  # of all channels, decoded at once
+UNREADABLE = (soundfile.LibsndfileError, RuntimeError, OSError, TypeError)  # what opening and reading a file may raise
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Codec
@@ -283,21 +284,34 @@ def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
     try:
         with open_audio(part) as file:
             rate, start, stop = file.samplerate, *checked_span(part, file)
-            file.seek(start)
-            samples, done = np.empty(max(0, stop - start), np.float32), 0
-            while len(block := file.read(min(len(samples) - done, BLOCK_SAMPLES // file.channels), "float32", True)):
+            if stop <= start:
+                raise DataError(f"{name}: no audio left after offset and duration")
+            samples, done = np.empty(stop - start, np.float32), 0
+            for block in blocks_of(file, start, stop, BLOCK_SAMPLES // file.channels, name):
                 samples[done : done + len(block)] = block.mean(axis=1)
                 done += len(block)
-            samples = samples[:done]
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{name} is not readable audio: {error}") from None
-    if stop <= start:
-        raise DataError(f"{name}: no audio left after offset and duration")
-    if len(samples) < (1 - MAX_CUT_OFF) * (stop - start):
-        raise DataError(f"{name} is cut off: {len(samples) / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
-    if not np.isfinite(samples).all():
-        raise DataError(f"{name} holds samples that are no finite numbers")
-    return samples, rate
+    return samples[:done], rate
+
+
+def blocks_of(file: soundfile.SoundFile, start: int, stop: int, size: int, name: str) -> Iterator[np.ndarray]:
+    """[n, channels] float32 of each block of `size` samples, the last one shorter.
+
+    raises: DataError for a file that cannot be read to its end, is cut off, or holds NaN or infinity
+    """
+    rate, done = file.samplerate, 0
+    try:
+        file.seek(start)
+        while len(block := file.read(min(size, stop - start - done), "float32", True)):
+            if not np.isfinite(block).all():
+                raise DataError(f"{name} holds samples that are no finite numbers")
+            done += len(block)
+            yield block
+    except UNREADABLE as error:
+        raise DataError(f"{name} is not readable audio{f' from {done / rate:.0f} s on' * (done > 0)}: {error}") from None
+    if done < (1 - MAX_CUT_OFF) * (stop - start):
+        raise DataError(f"{name} is cut off: {done / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
 
 
 def duration_sec(part: AudioPart) -> float:
@@ -306,7 +320,7 @@ def duration_sec(part: AudioPart) -> float:
         with open_audio(part) as file:
             start, stop = span(part, file.samplerate, len(file))
             return max(0, stop - start) / file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError):  # ValueError: a name no file can have
+    except (*UNREADABLE, ValueError):  # ValueError: a name no file can have
         return 0.0
 
 
