@@ -38,7 +38,7 @@ from config import Config
 from distributed import Dist, log, log_list
 from export import pretrained
 from loss import IGNORE_INDEX
-from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
+from prepare.audio import AudioStore, read_lengths, read_waveform, starts
 from prepare.encode import encode_missing
 from prepare.forms import open_records
 from prepare.manifest import Mixture, Record, read_manifest, report_problems
@@ -495,9 +495,7 @@ def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixt
 
 
 def open_store(cfg: Config, config: HiggsAudioConfig) -> AudioStore:
-    folder = Path(cfg.codes_dir or Path(cfg.output_dir) / "codes")
-    frames = config.audio_num_codebooks, config.audio_codebook_size, codec_frame_rate_hz(cfg.audio_tokenizer)
-    return AudioStore(*frames, cache_dir=folder, codec=cfg.codec)
+    return AudioStore.of(config, Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"), cfg.audio_tokenizer)
 
 
 def build_loaders(
@@ -581,7 +579,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit("usage: python data.py MANIFEST BASE_CKPT")
     manifest, folder = map(Path, argv)
     config, tokenizer = pretrained.read_base_config(folder), pretrained.load_tokenizer(folder)
-    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, manifest.parent / "codes")
+    store = AudioStore.of(config, manifest.parent / "codes", "none")
     dataset = ChatMLDataset(read_manifest(manifest), tokenizer, store, config.encode_whisper_embed)
     for sample in itertools.islice(dataset, 5):
         labels, codes = (sample.label_ids != IGNORE_INDEX).sum().item(), tuple(sample.audio_ids_concat.shape)

@@ -61,7 +61,6 @@ from layers.adapters import init_lora
 from layers.optimizer import AveragingAdamW, LossScale, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Totals
-from prepare.audio import codec_frame_rate_hz
 from process import fit, lineage
 from process.command import leave, says_errors
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
@@ -614,7 +613,7 @@ def resume(run: Run, identity: dict) -> dict:
 def loop(run: Run, state: TrainState) -> bool:
     """Evaluate, sample, save, stop, step, log, always in that order; returns whether the run came to its end. Collective."""
     cfg, task, dist = run.cfg, run.task, run.task.dist
-    flops, frame_rate_hz = metrics.Flops.of(task.model), codec_frame_rate_hz(cfg.audio_tokenizer)
+    flops, frame_rate_hz = metrics.Flops.of(task.model), run.loader.dataset.store.frame_rate_hz
     bar = progress_bar(dist, desc="train", unit="step", total=run.num_steps, initial=state.step)
     steps = dist.iterate(iter_steps(run.loader, state.position))
     checked, failure, stragglers = False, None, metrics.Stragglers()

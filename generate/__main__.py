@@ -43,7 +43,7 @@ from generate.models import load_model
 from generate.official import Sampling
 from generate.scores import Score, table
 from generate.voices import VOICES, read_text
-from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
+from prepare.audio import AudioStore, load_codec
 from prepare.manifest import Record
 from process.command import leave, parser_of, says_errors
 
@@ -231,8 +231,7 @@ def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record],
     where = str(folder), args.base_ckpt, args.base_revision or None
     is_quantized = args.quantize == "nf4"
     model, tokenizer = dist.main_first(lambda: load_model(*where, dtype, dist.device, args.merge_lora, is_quantized))
-    K, size = model.config.audio_num_codebooks, model.config.audio_codebook_size
-    store = AudioStore(K, size, codec_frame_rate_hz(args.audio_tokenizer), scratch, args.codec)
+    store = AudioStore.of(model.config, scratch, args.audio_tokenizer)
     needed = dist.together(lambda: store.missing(records)) or (args.codec and args.out.suffix != ".npy")
     codec = dist.main_first(lambda: load_codec(args.codec, dist.device)) if needed else None
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})

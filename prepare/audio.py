@@ -493,6 +493,12 @@ class AudioStore:
         self.cache_dir = Path(cache_dir)
         self.codec = codec
 
+    @classmethod
+    def of(cls, config: Any, cache_dir: Path, codec: str) -> AudioStore:
+        """For a checkpoint with this `HiggsAudioConfig`. codec: as --audio_tokenizer names it, or none"""
+        frames = config.audio_num_codebooks, config.audio_codebook_size, codec_frame_rate_hz(codec)
+        return cls(*frames, cache_dir, "" if codec == "none" else codec)
+
     @functools.cached_property
     def codec_info(self) -> CodecInfo:
         """raises: DataError if the codec cannot be found, or does not fit the checkpoint"""

@@ -31,7 +31,7 @@ from prepare.audio import AudioStore
 from prepare.clips import Clip, Key, inspect_clips, key_of
 from prepare.findings import odd_scripts, place, script_of, sound_faults, text_faults
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Manifest, Record, scan, shown
+from prepare.manifest import AudioPart, Manifest, Record, parts_of, scan, shown
 from prepare.overlap import transcripts
 from prepare.report import MAX_ON_PAGE, RENDERERS, Finding, Report, histogram, render_text
 from prepare.rows import add_reading_arguments, reading_of
@@ -194,7 +194,7 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
     if not clips:
         return
     figures, notices = report.figures, report.notices
-    figures["minutes of training audio"] = sum(clips[key_of(part)].sec for record in records for part in targets(record)) / 60
+    figures["minutes of training audio"] = sum(clips[key_of(part)].sec for record in records for part in record.trained()) / 60
     figures["minutes of different audio"] = sum({clip.digest: clip.sec for clip in clips.values()}.values()) / 60
     figures["seconds of a clip"] = spread([clip.sec for clip in clips.values()])
     figures["frames of a clip"] = spread([clip.num_frames for clip in clips.values()])
@@ -202,7 +202,7 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
     figures["clips by sample rate"] = dict(rates.most_common())
     seconds: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        seconds[record.chatml.speaker or "no speaker"] += [clips[key_of(part)].sec for part in targets(record)]
+        seconds[record.chatml.speaker or "no speaker"] += [clips[key_of(part)].sec for part in record.trained()]
     largest = sorted(seconds.items(), key=lambda item: -sum(item[1]))
     figures["minutes of the largest speakers"] = {name: sum(sec) / 60 for name, sec in largest[:NUM_SPEAKERS]}
     report.speakers = [
@@ -256,12 +256,6 @@ def finding(key: Key, text: str, clips: dict[Key, Clip], what: str) -> Finding:
     return Finding.of(place(clip.name, text, clip.sec, what), clip.path, *key[1:])
 
 
-def targets(record: Record) -> list[AudioPart]:
-    """The clips that train."""
-    num_before = len(record.cropped(record.chatml.start_index or 0).audio)
-    return [part for part in record.audio[num_before:] if part.is_output]
-
-
 def find_duplicates(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
     """Records whose clips have the same content as those of an earlier record, with the same text or another."""
     first: dict[tuple, tuple[str, list[str]]] = {}
@@ -313,16 +307,12 @@ def describe_prompt(record: Record, report: Report) -> None:
     known, turns = transcripts(record), record.chatml.messages
     if not known or not record.audio:
         return
-    before = [(turn.role, "".join(map(shown_part, as_list(turn.content)))) for turn in turns[:-2]]
+    before = [(turn.role, "".join(map(shown_part, parts_of(turn.content)))) for turn in turns[:-2]]
     if odd := prompts.oddity(before, known[-1]):
         report.notices["prompts that `generate` phrases in another way"].append(f"{record.source}: {odd}")
     if (sent := prompts.normalise(known[-1])) != known[-1]:
         what = f"{record.source}: {shown(known[-1])} is sent as {shown(sent)}"
         report.notices["texts that `generate` changes before it sends them, unless --normalize no is given"].append(what)
-
-
-def as_list(content: Any) -> list:
-    return content if isinstance(content, list) else [content]
 
 
 def shown_part(part: Any) -> str:

@@ -84,8 +84,12 @@ class Record:
 
     def parts(self) -> list[str | TextContent | AudioContent]:
         """The content parts of all turns, in order."""
-        contents = (turn.content for turn in self.chatml.messages)
-        return [part for content in contents for part in (content if isinstance(content, list) else [content])]
+        return [part for turn in self.chatml.messages for part in parts_of(turn.content)]
+
+    def trained(self) -> list[AudioPart]:
+        """The clips that train."""
+        num_before = len(self.cropped(self.chatml.start_index or 0).audio)
+        return [part for part in self.audio[num_before:] if part.is_output]
 
     def cropped(self, num_turns: int) -> Record:
         """The record's first turns alone, with their clips."""
@@ -521,10 +525,14 @@ class _Parser:
 def audio_parts(record: dict) -> Iterator[dict]:
     """The audio parts of a ChatML record that is decoded JSON, to be changed in place."""
     for turn in record["messages"]:
-        content = turn["content"]
-        for part in content if isinstance(content, list) else [content]:
+        for part in parts_of(turn["content"]):
             if isinstance(part, dict) and part.get("type") == "audio":
                 yield part
+
+
+def parts_of(content: Any) -> list:
+    """The parts of a turn's content, which may be one that is not in a list."""
+    return content if isinstance(content, list) else [content]
 
 
 def leaves_folder(path: str) -> bool:
@@ -533,8 +541,7 @@ def leaves_folder(path: str) -> bool:
 
 
 def _has_content(content: Any) -> bool:
-    parts = content if isinstance(content, list) else [content]
-    return any(part if isinstance(part, str) else isinstance(part, AudioContent) or part.text for part in parts)
+    return any(part if isinstance(part, str) else isinstance(part, AudioContent) or part.text for part in parts_of(content))
 
 
 def _absent_if_nan(value: Any) -> Any:

@@ -48,10 +48,9 @@ class Line:
 def read_lines(manifest: Manifest) -> Iterator[Line]:
     for index, record in enumerate(manifest):
         texts = transcripts(record)
-        num_before = len(record.cropped(record.chatml.start_index or 0).audio)
-        context, targets = [], []
-        for number, part in enumerate(record.audio):
-            spans = targets if part.is_output and number >= num_before else context
+        context, targets, trained = [], [], record.trained()
+        for part in record.audio:
+            spans = targets if part in trained else context
             spans += [span_of(clip) for clip in (part, part.label) if clip is not None]
         is_plain = len(texts) == len(record.audio) == 1
         speaker = record.chatml.speaker

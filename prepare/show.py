@@ -24,7 +24,7 @@ from export import pretrained
 from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Record
+from prepare.manifest import AudioPart, Record, parts_of
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     print(record.source, *([f"speaker {printable(record.chatml.speaker)}"] if record.chatml.speaker else []), sep="\n")
     with tempfile.TemporaryDirectory() as nowhere:
-        K, size = config.audio_num_codebooks, config.audio_codebook_size
-        store = AudioStore(K, size, FRAME_RATE_HZ, args.codes_dir or Path(nowhere), args.audio_tokenizer)
+        store = AudioStore.of(config, args.codes_dir or Path(nowhere), args.audio_tokenizer)
         show_turns(record, store, mark)
         dataset = data.ChatMLDataset([record], tokenizer, store, with_waveforms=config.encode_whisper_embed)
         show_tokens(*dataset.ids(record), tokenizer, mark)
@@ -93,7 +92,7 @@ def show_turns(record: Record, store: AudioStore, mark: Marker) -> None:
     for index, turn in enumerate(record.chatml.messages):
         trains = turn.role == "assistant" and index >= (record.chatml.start_index or 0)
         shown = []
-        for part in turn.content if isinstance(turn.content, list) else [turn.content]:
+        for part in parts_of(turn.content):
             text = part if isinstance(part, str) else getattr(part, "text", None)
             shown.append(describe_clip(next(clips), store, record.source) if text is None else printable(text))
         print(f"  {mark(turn.role, trains):12} {' '.join(shown)}")

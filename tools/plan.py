@@ -36,7 +36,7 @@ from common import ConfigError, write_text
 from config import BASE_NAMES, CHECKPOINTING_MODES, SAMPLES, Config, parse_config
 from export import pretrained
 from layers import nf4
-from prepare.audio import AudioStore, codec_frame_rate_hz
+from prepare.audio import AudioStore
 from prepare.manifest import report_problems
 from process.command import parser_of, says_errors
 from process.gpu import GPUS, Gpu, find_gpu
@@ -102,9 +102,7 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
     records, _, _ = data.open_records(cfg.train_manifest, cfg.missing_audio == "skip")
     tokenizer = pretrained.load_tokenizer(pretrained.find_base(cfg.base_ckpt, cfg.revision))
     with tempfile.TemporaryDirectory() as folder:
-        rate = codec_frame_rate_hz(cfg.audio_tokenizer)
-        codes_dir = Path(cfg.codes_dir or folder)
-        store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, rate, codes_dir, cfg.codec)
+        store = AudioStore.of(config, Path(cfg.codes_dir or folder), cfg.audio_tokenizer)
         dataset = data.ChatMLDataset(records, tokenizer, store)
         lengths, problems = data.measure_lengths(dataset, create_collator(config), num_workers=cfg.num_workers)
     report_problems(problems)
