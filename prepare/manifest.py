@@ -51,12 +51,12 @@ class AudioPart:
     """One clip a record refers to; times in seconds."""
 
     path: Path | None  # None: `raw_audio` holds the waveform
-    offset_sec: float | None
-    duration_sec: float | None
-    is_output: bool  # of an assistant turn
-    field: str  # of the record, for messages
+    offset_sec: float | None = None
+    duration_sec: float | None = None  # None: up to the end
+    is_output: bool = True  # of an assistant turn
+    field: str = ""  # of the record, for messages
     label_path: Path | None = None
-    raw_audio: bytes | None = field(default=None, repr=False)
+    raw_audio: bytes | None = dataclasses.field(default=None, repr=False)  # `field` is one of its own
 
     @property
     def holds_codes(self) -> bool:

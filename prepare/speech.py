@@ -79,7 +79,7 @@ def decoded(source: Path, flac: Path) -> Path:
 def opened(path: Path) -> soundfile.SoundFile:
     """raises: DataError"""
     try:
-        return open_audio(AudioPart(path, None, None, True, ""))
+        return open_audio(AudioPart(path))
     except UNREADABLE as error:
         raise DataError(f"{path} is not readable audio: {error}") from None
 

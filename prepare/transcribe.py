@@ -122,7 +122,7 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path, self.listing = path, Listing(path)
-        self.clips = [clip for clip in self.listing.clips if not AudioPart(Path(clip), None, None, True, "").holds_codes]
+        self.clips = [clip for clip in self.listing.clips if not AudioPart(Path(clip)).holds_codes]
         self.num_clips = len(self.clips)
         self.new: dict[str, Transcript] = {}
         if not self.clips:

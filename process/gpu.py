@@ -54,7 +54,7 @@ def find_gpu(driver_name: str) -> Gpu | None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether it computes in bfloat16; `torch.cuda.is_bf16_supported` counts GPUs that emulate it."""
+    """Whether it computes in bfloat16, as from Ampere on; `torch.cuda.is_bf16_supported` counts GPUs that emulate it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

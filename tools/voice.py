@@ -136,7 +136,7 @@ def kind_of(inputs: Sequence[Path]) -> str:
     files = Listing(inputs[0]).files if inputs[0].is_dir() else []
     if not files or not all(name.lower().endswith(WAVEFORM_SUFFIXES) for name in files):
         return "dataset"
-    longest = max(duration_sec(AudioPart(inputs[0] / name, None, None, True, "")) for name in files)
+    longest = max(duration_sec(AudioPart(inputs[0] / name)) for name in files)
     return "recordings" if longest > MAX_TRANSCRIBED_SEC else "clips"
 
 
