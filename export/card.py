@@ -20,6 +20,7 @@ import checkpoint
 from common import read_json, write_text
 from config import AUDIO_TOKENIZER, BASE_CKPT, REVISIONS, Config, base_revision, to_argv
 from export import layouts
+from process.monitor import read_lines
 
 LOSSES = ("step", "loss", "text_loss", "audio_loss", "eos_loss", "eos_accuracy", "copy_share")
 PUBLISHED = (BASE_CKPT, "bosonai/higgs-tts-2-3b-base")  # two names of one repository
@@ -163,9 +164,8 @@ def _license(base: str) -> str:
 
 def _read_metrics(path: Path, last_step: float) -> dict[str, list[dict]]:
     """The lines up to `last_step` by split; none for a run without a step of its own, or a checkpoint that was copied."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in lines if line["step"] <= last_step]
-    return {split: [line for line in lines if line["split"] == split] for split in ("train", "val", "sample")}
+    lines = read_lines(path) if path.exists() else {}
+    return {split: [line for line in lines.get(split, []) if line["step"] <= last_step] for split in ("train", "val", "sample")}
 
 
 def _data(run: dict, train: list[dict]) -> dict:

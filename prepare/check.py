@@ -10,7 +10,6 @@ Tokens are counted by the checkpoint's tokenizer, given by --base_ckpt. The time
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -36,6 +35,7 @@ from prepare.overlap import transcripts
 from prepare.report import MAX_ON_PAGE, RENDERERS, Finding, Report, histogram, render_text
 from prepare.rows import add_reading_arguments, reading_of
 from prepare.trim import trim
+from process.monitor import read_lines
 
 OUTLIER = 6.0  # robust deviations (of the log of characters per second) from the median
 PAST_END_SEC = 0.1  # spans may go beyond their file by this much: times are rounded
@@ -128,8 +128,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def speed_of(output_dir: Path) -> float:
     """Median tokens per second of a run."""
     try:
-        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        return statistics.median(line["tokens_per_sec"] for line in lines if line["split"] == "train")
+        lines = read_lines(output_dir / "metrics.jsonl").get("train", [])
+        return statistics.median(line["tokens_per_sec"] for line in lines)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--like {output_dir}: no speed to be read from its metrics.jsonl: {error}") from None
 

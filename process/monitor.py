@@ -106,6 +106,22 @@ def _is_done(text: str, steps_done: int, redo: Collection[str]) -> bool:
         return False
 
 
+def read_lines(path: Path) -> dict[str, list[dict]]:
+    """The lines of a metrics.jsonl by split, but for a last one that is cut off: the run was killed, or is still writing.
+
+    raises: OSError, ValueError
+    """
+    texts, found = path.read_text(encoding="utf-8").splitlines(), {}
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            found.setdefault(line["split"], []).append(line)
+        except (ValueError, KeyError, TypeError):
+            if number < len(texts):
+                raise ValueError(f"{path} line {number}: not an object with `split` and `step`") from None
+    return found
+
+
 def flatten(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers among values, those in lists by their index."""
     for name, value in values.items():
