@@ -406,9 +406,6 @@ class Loader:
             raise DataError(f"{done} samples of the epoch are no whole number of micro-batches; --max_tokens must not change")
         return order[done:], bounds[bounds >= done] - done
 
-    def steps_in_epoch(self, epoch: int = 0) -> int:
-        return self.num_steps(Position(epoch, 0), epoch + 1)
-
     def num_steps(self, first: Position, epochs: int) -> int:
         """Optimizer steps from a position to the end of so many epochs."""
         positions = [first, *(Position(epoch, 0) for epoch in range(first.epoch + 1, epochs))][: max(0, epochs - first.epoch)]

@@ -415,7 +415,7 @@ def describe_epoch(
         return
     batching = data.Batching(args.batch_size, args.max_tokens if lengths is not None else 0, lengths)
     loader = data.Loader(dataset, None, batching, world_size=args.world_size, grad_accum=args.grad_accum)
-    steps = loader.steps_in_epoch()
+    steps = loader.num_steps(data.Position(0, 0), 1)
     report.figures["steps of an epoch"] = steps
     report.figures["samples of a step"] = len(dataset) / steps
     if lengths is None:

@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any, TypeVar
 
 from boson_multimodal.data_types import AudioContent, Message, TextContent
+from scipy.cluster.hierarchy import DisjointSet
 
 from common import sha256_of
 from prepare.manifest import AudioPart, Manifest, Record
@@ -158,21 +159,14 @@ def overlapping(spans: Iterable[tuple[Span, T]], contents: Contents) -> Iterator
 
 def group_lines(lines: Sequence[Line]) -> None:
     """Set the group of each line. Lines share a group if they share audio, or speaker and text, also through others."""
-    parents = list(range(len(lines)))
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
-
+    groups = DisjointSet(range(len(lines)))
     first: dict[Any, int] = {}
     for number, line in enumerate(lines):
         for text in filter(None, line.texts):
-            parents[root(number)] = root(first.setdefault((line.speaker, text), number))
+            groups.merge(first.setdefault((line.speaker, text), number), number)
     spans = ((span, number) for number, line in enumerate(lines) for span in line.spans)
     for numbers in overlapping(spans, Contents(lines)):
         for number in numbers[1:]:
-            parents[root(number)] = root(numbers[0])
+            groups.merge(numbers[0], number)
     for number, line in enumerate(lines):
-        line.group = root(number)
+        line.group = groups[number]
