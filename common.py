@@ -7,16 +7,11 @@ import hashlib
 import json
 import math
 import os
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-FEW = 4  # records are the least that evaluation should have
 MAX_SHOWN = 20  # items of a list in one message
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)  # of schedulers, shells and closed terminals
-PREEMPTED = os.EX_TEMPFAIL  # exit status, 75, of a run that a signal ended: start it again
-EARLY_END = "received {}: ended before a first step; what was written whole is kept"
 
 
 class UserError(ValueError):
@@ -82,11 +77,6 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
 def split_list(text: str) -> list[str]:
     """The items of a comma-separated list, without blanks."""
     return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def share_held_out(share: float, count: int, most: float = 0.1) -> float:
-    """The share of so many records to hold out, so that they are at least FEW, or `most` of all where that is less."""
-    return max(share, min(FEW / count, most))
 
 
 def json_safe(value: Any) -> Any:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
-from common import CollateError, ConfigError, DataError, listing, share_held_out, write_whole
+from common import CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
 from distributed import Dist, log, log_list
 from export import pretrained
@@ -41,7 +41,7 @@ from loss import IGNORE_INDEX
 from prepare.audio import AudioStore, read_lengths, read_waveform, starts
 from prepare.encode import encode_missing
 from prepare.forms import open_records
-from prepare.manifest import Mixture, Record, read_manifest, report_problems
+from prepare.manifest import Mixture, Record, read_manifest, report_problems, share_held_out
 from process import workers
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SP
 # The tokens that upstream puts between turns and around clips. <|AUDIO|> and <|AUDIO_OUT|> in a text are the collator's to find.
 CONTROL = re.compile(r"<\|(audio_(out_)?bos|audio_eos|begin_of_text|end_of_text|(start|end)_header_id|eo[mt]_id|recipient)\|>")
 
+FEW = 4  # records are the least that evaluation should have
 MAX_SEC = 1e7  # about four months
 MAX_RECORD_BYTES = 2**26  # of a record's JSON, with the clips that are in it
 MAX_TEXT_BYTES = 2**30  # of a file that is read as a whole: tables, JSON lists
@@ -272,6 +273,11 @@ def scan(manifest: Manifest) -> tuple[Manifest, list[DataError]]:
             errors.append(error)
             kept[index] = False
     return manifest.subset(kept) if errors else manifest, errors
+
+
+def share_held_out(share: float, count: int, most: float = 0.1) -> float:
+    """The share of so many records to hold out, so that they are at least FEW, or `most` of all where that is less."""
+    return max(share, min(FEW / count, most))
 
 
 def report_problems(problems: Sequence[str], what: str = "records cannot be used") -> None:

@@ -33,11 +33,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from common import FEW, DataError, share_held_out, split_list, write_lines, write_text
+from common import DataError, split_list, write_lines, write_text
 from prepare import dialogues, prompts
 from prepare.convert import move_paths
 from prepare.forms import open_manifest
-from prepare.manifest import Manifest, check
+from prepare.manifest import FEW, Manifest, check, share_held_out
 from prepare.overlap import Contents, Line, group_lines, overlapping, read_lines, sole, sole_text
 from prepare.prompts import Phrasing, Voice
 from prepare.rows import Reading

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import EARLY_END, PREEMPTED, SIGNALS, Interrupted
+from common import Interrupted
 
 if TYPE_CHECKING:
     from distributed import Dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)  # of schedulers, shells and closed terminals
+PREEMPTED = os.EX_TEMPFAIL  # exit status, 75, of a run that a signal ended: start it again
+EARLY_END = "received {}: ended before a first step; what was written whole is kept"
 
 
 class Signals:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import psutil
 from torch.utils.data import DataLoader
 
-from common import SIGNALS
+from process.signals import SIGNALS
 
 T = TypeVar("T")
 

@@ -20,9 +20,9 @@ from test_train import main_error, metrics
 
 import checkpoint
 import train
-from common import share_held_out
 from config import Config, to_argv
 from prepare.__main__ import main as prepare
+from prepare.manifest import share_held_out
 from process import fit, lineage
 
 

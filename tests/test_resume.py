@@ -23,8 +23,9 @@ from torch.distributed.fsdp import fully_shard
 import checkpoint
 import data
 import train
-from common import PREEMPTED, CheckpointError
+from common import CheckpointError
 from config import to_argv
+from process.signals import PREEMPTED
 
 
 def settings(toys: Path, output_dir: Path, lora_r: int = 4, **extra) -> list[str]:

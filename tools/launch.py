@@ -25,8 +25,8 @@ from pathlib import Path
 
 import psutil
 
-from common import EARLY_END, PREEMPTED, SIGNALS
 from process.log import keep_output
+from process.signals import EARLY_END, PREEMPTED, SIGNALS
 
 USER_ERROR = 2
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import PREEMPTED, write_text
+from common import write_text
+from process.signals import PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "voice.json"

@@ -24,12 +24,12 @@ from pathlib import Path
 import soundfile
 import torch
 
-from common import ConfigError, read_json, share_held_out
+from common import ConfigError, read_json
 from config import AUDIO_TOKENIZER, BASE_CKPT, parse_config, to_argv
 from export.read import find_model
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.folders import Listing
-from prepare.manifest import AudioPart
+from prepare.manifest import AudioPart, share_held_out
 from prepare.rows import WAVEFORM_SUFFIXES
 from process.command import parser_of, says_errors
 from process.gpu import on_gpu
