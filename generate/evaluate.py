@@ -315,16 +315,17 @@ def _choose_judges(args: argparse.Namespace, codec: str) -> None:
             raise ConfigError(f"--fail_if_worse {name}: needs {'--' + judge if codec else 'waveforms, so --audio_tokenizer'}")
 
 
-def lines_of(args: argparse.Namespace) -> list[Line]:
-    """The lines with their texts as they were given; raises DataError."""
-    return read_lines(args.spoken, Chunking(normalize=False), args.voices)
-
-
-def evaluate(args: argparse.Namespace, options: Sequence[argparse.Namespace], dist: Dist) -> tuple[dict, list[list[dict]]]:
-    """(figures, takes of each model); raises UserError. Collective."""
+def lines_of(args: argparse.Namespace, dist: Dist) -> list[Line]:
+    """The lines with their texts as they were given, of a meta.lst too; raises DataError. Collective."""
     if args.spoken != args.lines:
         dist.together(lambda: write_lines(args.spoken, read_meta(args.lines)) if dist.is_main else None)
-    lines = dist.together(lambda: lines_of(args))
+    return dist.together(lambda: read_lines(args.spoken, Chunking(normalize=False), args.voices))
+
+
+def evaluate(
+    args: argparse.Namespace, options: Sequence[argparse.Namespace], lines: Sequence[Line], dist: Dist
+) -> tuple[dict, list[list[dict]]]:
+    """(figures, takes of each model); raises UserError. Collective."""
     texts = dist.together(lambda: [text_of(line, args) for line in lines])
     spoken = [speak(each, dist) for each in options]
     judges = dist.main_first(lambda: Judges.load(args, options[0].codec, dist.device))
@@ -360,7 +361,8 @@ def text_of(line: Line, args: argparse.Namespace) -> str:
 def main(argv: Sequence[str]) -> int:
     args, options = parse_args(argv)
     dist = setup_distributed(options[0].device)
-    figures, takes = evaluate(args, options, dist)
+    lines = lines_of(args, dist)
+    figures, takes = evaluate(args, options, lines, dist)
     if not dist.is_main:
         return 0
     rows = table(figures, short_names(args.titles))
@@ -368,7 +370,7 @@ def main(argv: Sequence[str]) -> int:
     about = {"lines": str(args.lines), "num_lines": len(takes[0]), "models": args.titles, "judged_by": judged_by}
     content = about | {"figures": {name: asdict(figure) for name, figure in figures.items()}, "takes": takes}
     write_text(args.out / "evaluation.json", json.dumps(json_safe(content), ensure_ascii=False, indent=1) + "\n")
-    write_text(args.out / "evaluation.html", render(about, rows, takes, lines_of(args), args.out))
+    write_text(args.out / "evaluation.html", render(about, rows, takes, lines, args.out))
     what = "both takes of each" if args.against else "the take of each"
     print(f"{render_text(rows)}\n{len(takes[0])} lines; {what}, worst first: {args.out / 'evaluation.html'}")
     for title, each in zip(args.titles, takes):
