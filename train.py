@@ -484,8 +484,8 @@ class Run:
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
-    held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
-    with dist.signals, held or contextlib.nullcontext(), Log(Path(cfg.output_dir) / "log.txt", dist.rank, cfg.verbose):
+    folder = Path(cfg.output_dir)
+    with dist.signals, lineage.locked(folder, dist), Log(folder / "log.txt", dist.rank, cfg.verbose):
         run = build_run(cfg, dist)
         state = TrainState() if cfg.dry_run else start(run)
         announce(run, state)

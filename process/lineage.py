@@ -7,6 +7,7 @@ is compared with all of that (`compare`). Later checkpoints of the branch that i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -63,6 +64,11 @@ def lock(output_dir: Path) -> IO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def locked(output_dir: Path, dist: Dist) -> contextlib.AbstractContextManager:
+    """The context in which the folder is this run's. Collective. raises: CheckpointError, on all ranks; see `lock`"""
+    return dist.together(lambda: lock(output_dir) if dist.is_main else contextlib.nullcontext())
 
 
 def choose_resume(cfg: Config, dist: Dist) -> Path | None:
