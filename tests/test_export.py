@@ -366,11 +366,11 @@ def test_the_card_says_how_to_make_it_again(lora_run):
 
 
 def test_the_card_of_an_earlier_step(lora_run, tmp_path, capsys):
-    """Only what had happened by then counts; what was heard counts too."""
+    """Only what had happened by then counts; what was heard counts too, and a last line that was cut off does not."""
     run = tmp_path / "run"
     shutil.copytree(lora_run, run)
     heard = [json.dumps({"split": "sample", "step": step, "epoch": 0, "stop_rate": step / 8}) for step in (1, 3)]
-    (run / "metrics.jsonl").write_text("\n".join([*heard, (run / "metrics.jsonl").read_text()]))
+    (run / "metrics.jsonl").write_text("\n".join([*heard, (run / "metrics.jsonl").read_text()]) + '{"split": "tra')
     command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
     text = (tmp_path / "2" / "README.md").read_text()
     assert "| steps | 2 |" in text and "| validation step | 2 |" in text and "| samples: stop_rate | 0.125 |" in text
