@@ -248,7 +248,7 @@ def open_dataset(manifest: Path, config: HiggsAudioConfig, tokenizer) -> data.Ch
 # Ranks
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train", "tools.toys"])
+_context.set_forkserver_preload(["train", "tools.toys", "torch.utils.tensorboard"])
 
 
 def run_ranks(function, world_size: int, *args, timeout_sec: int = 120) -> list:
@@ -305,7 +305,7 @@ def _rank_main(queue, rank: int, world_size: int, port: int, timeout_sec: int, f
 
 
 # Files that take longest, first: with several processes (`--dist loadfile`), a long one at the end would run alone.
-LONG = ("readme", "resume", "signals", "train", "distributed", "faults", "plan", "stopped", "elastic", "audio", "samples")
+LONG = ("plan", "readme", "signals", "resume", "distributed", "audio", "batched_generation", "train", "places", "lineage", "elastic")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,10 +47,10 @@ def cosine(share: float, peak: float = 1e-3) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_every_sample_twice_on_one_two_and_one_ranks(warmup, toys, tmp_path):
+def test_every_sample_twice_on_one_two_and_one_ranks(toys, tmp_path):
     """Two epochs in three pieces, each with another global batch: nothing is lost or doubled, the rate stays on its curve,
     and the run ends where an uninterrupted one ends."""
+    warmup = 3
     common = {"warmup_steps": warmup, "val_steps": 0, "save_steps": 100, "resume": "auto"}
     pieces = [(1, 5, {"batch_size": 2, "grad_accum": 2}), (2, 6, {"batch_size": 3, "grad_accum": 1}), (1, 0, {"batch_size": 4})]
     steps = []

@@ -84,7 +84,7 @@ def run_and_stop(dist, argv: list[str], after: int) -> None:
         train.train_step = original
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("lora_r", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_resume_is_exact_to_the_bit(lora_r, toys, tmp_path):
     """N + M steps against N, stop, M on two ranks: every parameter bit and every logged value; then on one rank.
 
@@ -262,7 +262,7 @@ def test_two_runs_cannot_share_a_folder(toys, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def uninterrupted(toys, tmp_path_factory):
     """A whole run: its settings beyond the usual, its folder, its parameters."""
-    whole, extra = tmp_path_factory.mktemp("runs") / "whole", {"epochs": 6, "save_steps": 1000}
+    whole, extra = tmp_path_factory.mktemp("runs") / "whole", {"epochs": 3, "save_steps": 1000}
     return extra, whole, run_ranks(run, 2, settings(toys, whole, 4, **extra))[0]
 
 
@@ -314,6 +314,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(number, to_all, uninterrupte
     [
         ({"lora_r": 0}, "lora_r was 4 and is 0"),
         ({"seed": 1}, "seed was 0 and is 1"),
+        ({"quantize": "nf4"}, "quantize was 'none' and is 'nf4'"),
         ({"lora_targets": "q_proj"}, "lora_targets was 'self_attn,mlp,audio_mlp' and is 'q_proj'"),
         ({"val_manifest": ""}, "training_samples was 31 and is 30"),
     ],
@@ -367,12 +368,12 @@ def run_and_terminate_while_saving(dist, argv: list[str]) -> None:
 
 def test_sigterm_while_saving(toys, tmp_path):
     """The checkpoint on its way is finished, the step too, and the run goes on from there to the bit."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = run_ranks(run, 1, settings(toys, whole, 4, save_steps=2))[0]
-    run_ranks(run_and_terminate_while_saving, 1, settings(toys, parts, 4, save_steps=2))
+    whole, parts, extra = tmp_path / "whole", tmp_path / "parts", {"save_steps": 2, "max_steps": 5}
+    expected = run_ranks(run, 1, settings(toys, whole, 4, **extra))[0]
+    run_ranks(run_and_terminate_while_saving, 1, settings(toys, parts, 4, **extra))
     kept = checkpoint.list_states(parts / "checkpoints")
     assert kept and not (parts / "final").exists() and all(checkpoint.find_damage(path) is None for path in kept)
-    found = run_ranks(run, 1, settings(toys, parts, 4, save_steps=2, resume="auto"))[0]
+    found = run_ranks(run, 1, settings(toys, parts, 4, **extra, resume="auto"))[0]
     assert all(torch.equal(found[n], p) for n, p in expected.items())
     assert logged(parts) == logged(whole)
 

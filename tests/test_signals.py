@@ -89,7 +89,11 @@ def test_while_waiting_for_other_nodes(is_host, tmp_path):
         port = sock.getsockname()[1]
     options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x")
     process = start(tmp_path, ROOT / "tools" / "launch.py", *options, f"--rdzv_conf=is_host={str(is_host).lower()}", "train.py")
-    time.sleep(12)
+    if is_host:  # it listens, and soon waits
+        while not any(found.laddr.port == port for found in psutil.Process(process.pid).net_connections("tcp")):
+            assert process.poll() is None
+            time.sleep(0.1)
+    time.sleep(1 if is_host else 12)
     assert process.poll() is None
     error = end(process, signal.SIGUSR1, within_sec=5)
     assert process.returncode == PREEMPTED and f"received SIGUSR1: {EARLY}" in error
@@ -135,6 +139,7 @@ def test_a_closed_terminal_saves(toys, tmp_path):
     assert checkpoint.find_damage(newest) is None
 
 
+@pytest.mark.slow
 def test_nohup_is_obeyed(toys, tmp_path):
     """SIGHUP that is ignored from the start reaches nobody, neither launcher nor rank."""
     argv = endless(toys, tmp_path / "o", max_steps=6)
@@ -161,6 +166,18 @@ def test_a_stuck_loader_worker_does_not_hold_the_run(toys, tmp_path):
     assert checkpoint.list_states(tmp_path / "o" / "checkpoints")
 
 
+SAMPLED = {"max_steps": 5, "val_steps": 2, "sample_steps": 2, "num_samples": 2, "audio_tokenizer": "none", "ema": 0.5}
+
+
+@pytest.fixture(scope="module")
+def sampled_run(toys, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A run that nothing interrupts: its folder and its parameters."""
+    folder = tmp_path_factory.mktemp("sampled") / "whole"
+    expected = run(train.setup_distributed("cpu"), settings(toys, folder, 4, **SAMPLED))
+    torch.distributed.destroy_process_group()
+    return folder, expected
+
+
 def interrupted_in(dist, argv: list[str], module, name: str, call: int) -> None:
     """A run that gets SIGTERM in a call of that number of a function."""
     original, calls = getattr(module, name), [0]
@@ -182,24 +199,23 @@ def interrupted_in(dist, argv: list[str], module, name: str, call: int) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        (train, "evaluate", 1),  # before its first batch
+        pytest.param(train, "evaluate", 1, marks=pytest.mark.slow),  # before its first batch
         (train, "forward", 3 * 2 + 3),  # in the second batch of the first evaluation: a look at the first batch, two steps
         (Batch, "step", 3),  # while samples of the base are generated
         pytest.param(train, "sample", 2, marks=pytest.mark.slow),  # ... of step 2
         (train, "evaluate", 3),  # at the end
     ],
 )
-def test_while_evaluating_and_sampling(module, name, call, toys, tmp_path):
+def test_while_evaluating_and_sampling(module, name, call, sampled_run, toys, tmp_path):
     """What was cut short is done after the resume: the log is that of an uninterrupted run, and so is every bit."""
-    extra = {"max_steps": 5, "val_steps": 2, "sample_steps": 2, "num_samples": 2, "audio_tokenizer": "none", "ema": 0.5}
-    whole, parts = (settings(toys, tmp_path / folder, 4, **extra) for folder in ("whole", "parts"))
+    whole, expected = sampled_run
     dist = train.setup_distributed("cpu")
-    expected = run(dist, whole)
+    parts = settings(toys, tmp_path / "parts", 4, **SAMPLED)
     interrupted_in(dist, parts, module, name, call)
     assert not (tmp_path / "parts" / "final").exists()
     found = run(dist, [*parts, "--resume", "auto"])
     assert all(torch.equal(found[n], p) for n, p in expected.items())
-    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert logged(tmp_path / "parts") == logged(whole)
 
 
 # ---- SLURM

@@ -70,19 +70,16 @@ def test_lora_command(toys, tmp_path):
     assert "input_ids" in done.stderr and "torch.int64" in done.stderr and "text loss" in done.stderr
 
 
-def test_validation_and_checkpoints_command(toys, tmp_path):
+def test_validation_and_checkpoints(toys, tmp_path, capsys):
     manifest, output, base = toys / "long.jsonl", tmp_path / "o", toys / "checkpoint"
     manifest.write_text((toys / "train.jsonl").read_text() * 3)
-    done = run_shell(
-        f"torchrun --nproc_per_node=2 train.py --train_manifest {manifest} --output_dir {output} --base_ckpt {base} "
-        "--batch_size 4 --lr 2e-4 --epochs 1 --grad_accum 2 --val_steps 5 --save_steps 5 --audio_tokenizer none"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 training records are held out" in done.stderr
+    flags = f"--train_manifest {manifest} --output_dir {output} --base_ckpt {base} --device cpu --num_workers 0 --batch_size 4 "
+    flags += "--lr 2e-4 --epochs 1 --grad_accum 4 --val_steps 5 --save_steps 5 --sample_steps 0 --audio_tokenizer none"
+    assert train.main(flags.split()) == 0
+    assert "2 training records are held out" in capsys.readouterr().err
     assert [line["step"] for line in metrics(output, "val")] == [5, 6]
     assert [p.name for p in checkpoint.list_states(output / "checkpoints")] == ["step_5", "step_6"]
     assert (output / "final" / "adapter_model.safetensors").is_file()
-    assert json.loads((output / "config.json").read_text())["world_size"] == 2
 
 
 # ---- in this process
