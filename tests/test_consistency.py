@@ -244,9 +244,11 @@ def test_steps_without_rivals_are_those_without_the_loss():
 
 def test_a_run_logs_it(toys, tmp_path):
     """From a manifest to metrics.jsonl, of a step and an evaluation."""
-    val = toys / "few.jsonl"
-    val.write_text("".join((toys / "val.jsonl").read_text().splitlines(keepends=True)[:8]))
-    extra = {"consistency_loss_weight": 1.0, "max_steps": 1, "batch_size": 4, "val_manifest": val}
+    extra = {"consistency_loss_weight": 1.0, "max_steps": 1, "batch_size": 4}
+    for name in ("train", "val"):
+        records = [json.loads(line) for line in (toys / f"{name}.jsonl").read_text().splitlines()]
+        clones = [record for record in records if record["misc"]["kind"].startswith("clone")]
+        extra[f"{name}_manifest"] = write_manifest(toys / f"clones-{name}.jsonl", clones)
     assert train.main(settings(toys, tmp_path, 0, **extra)) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["split"] for line in lines] == ["train", "val"]
