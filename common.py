@@ -7,16 +7,11 @@ import hashlib
 import json
 import math
 import os
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-FEW = 4  # records are the least that evaluation should have
 MAX_SHOWN = 20  # items of a list in one message
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)  # of schedulers, shells and closed terminals
-PREEMPTED = os.EX_TEMPFAIL  # exit status, 75, of a run that a signal ended: start it again
-EARLY_END = "received {}: ended before a first step; what was written whole is kept"
 
 
 class UserError(ValueError):
@@ -84,11 +79,6 @@ def split_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def share_held_out(share: float, count: int, most: float = 0.1) -> float:
-    """The share of so many records to hold out, so that they are at least FEW, or `most` of all where that is less."""
-    return max(share, min(FEW / count, most))
-
-
 def json_safe(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null."""
     if isinstance(value, dict):
@@ -124,3 +114,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # of a full disk, say, which names no file itself
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same with a text in UTF-8, which cannot hold half of a surrogate pair: that becomes an escape."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def write_lines(path: Path, values: Iterable[dict]) -> None:
+    """The same with JSONL."""
+    lines = (f"{json.dumps(value, ensure_ascii=False)}\n" for value in values)
+    write_whole(path, lambda file: file.writelines(line.encode("utf-8", "backslashreplace") for line in lines))

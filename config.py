@@ -234,7 +234,7 @@ BASIC = (
     *("activation_checkpointing", "device", "output_dir", "val_steps", "sample_steps", "num_samples", "sample_texts"),
     *("save_steps", "keep_last", "final", "resume", "seed", "dry_run"),
 )
-# What a run notes in config.json beside its settings; see train.write_run_config.
+# What a run notes in config.json beside its settings; see lineage.write_config.
 FACTS = ("training_samples", "run_id", "world_size", "git_commit", "versions", "launch")
 # Where they are not given, a run that is continued keeps its own: earlier versions had other defaults.
 OPEN = ("val_steps", "sample_steps", "save_steps", "warmup_steps", "batch_size", "max_tokens", "activation_checkpointing")

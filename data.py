@@ -14,43 +14,35 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import checkpoint
 from collate import Batch, ExtendedHiggsAudioSampleCollator, create_collator
-from common import SIGNALS, CollateError, ConfigError, DataError, listing, share_held_out, write_whole
+from common import CollateError, ConfigError, DataError, listing, write_whole
 from config import Config
 from distributed import Dist, log, log_list
+from export import pretrained
 from loss import IGNORE_INDEX
-from prepare.audio import FRAME_RATE_HZ, AudioStore, codec_frame_rate_hz, read_lengths, read_waveform, starts
+from prepare.audio import AudioStore, read_lengths, read_waveform, starts
 from prepare.encode import encode_missing
 from prepare.forms import open_records
-from prepare.manifest import Mixture, Record, read_manifest, report_problems
-
-T = TypeVar("T")
+from prepare.manifest import Mixture, Record, read_manifest, report_problems, share_held_out
+from process import workers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records -> samples
@@ -183,7 +175,7 @@ def measure_lengths(
     """
     lengths, problems = np.zeros(len(dataset), np.int32), []
     mine = range(rank, len(dataset), world_size)
-    settings = {"batch_size": 256, "collate_fn": list, **_workers(num_workers)}
+    settings = {"batch_size": 256, "collate_fn": list, **workers.settings(num_workers)}
     settings["generator"] = torch.Generator()  # not the global one: this must not change the run
     loader = DataLoader(_Lengths(dataset, collator), sampler=mine, **settings)
     for index, found in zip(mine, itertools.chain.from_iterable(loader)):
@@ -363,48 +355,6 @@ class _EpochSampler(Sampler):
         return (indices for step in self.steps for indices in step)
 
 
-def _receive(batches: Iterator[T]) -> T:
-    """The next item from a loader's workers; one that was killed shows as a broken connection, which is put into words."""
-    try:
-        return next(batches)
-    except (EOFError, ConnectionError) as error:
-        raise RuntimeError("a loader worker has died; the system kills processes when memory runs out") from error
-
-
-def _workers(num_workers: int) -> dict:
-    """A DataLoader's arguments for so many processes, forked from a server instead of from this process.
-
-    This process has threads (gloo, NCCL, saving). A child that is forked while one of them holds a lock may wait for it
-    forever: seen in CPython 3.11 right after a collective. The server imports what the workers need, once.
-    """
-    if not num_workers:
-        return {}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "data"])
-    # The server and the tracker of semaphores inherit this: they survive signals, and the tracker removes what it finds
-    # after a process that ended at once without a warning.
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    here = os.getcwd()
-    os.chdir(Path(__file__).parent)  # the server and the tracker import modules from the current folder first
-    forkserver.ensure_running()
-    os.chdir(here)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _live_with_parent}
-
-
-def _live_with_parent(worker: int) -> None:
-    """A worker ends when the process that reads from it ends, and not before: signals are ignored.
-
-    PyTorch gives it a handler for SIGTERM, and lets it check only that its server is alive, which lives as long as workers do.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 @dataclass(eq=False)
 class Loader:
     """Micro-batches of this rank, grouped by optimizer step.
@@ -439,7 +389,7 @@ class Loader:
             persistent_workers=self.num_workers > 0,
             prefetch_factor=4 if self.num_workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # not the global one: workers must not change the run
-            **_workers(self.num_workers),
+            **workers.settings(self.num_workers),
         )
 
     def plan(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
@@ -456,9 +406,6 @@ class Loader:
             raise DataError(f"{done} samples of the epoch are no whole number of micro-batches; --max_tokens must not change")
         return order[done:], bounds[bounds >= done] - done
 
-    def steps_in_epoch(self, epoch: int = 0) -> int:
-        return self.num_steps(Position(epoch, 0), epoch + 1)
-
     def num_steps(self, first: Position, epochs: int) -> int:
         """Optimizer steps from a position to the end of so many epochs."""
         positions = [first, *(Position(epoch, 0) for epoch in range(first.epoch + 1, epochs))][: max(0, epochs - first.epoch)]
@@ -467,13 +414,7 @@ class Loader:
 
     def find_faults(self) -> list[str]:
         """Its worker processes that neither run nor wait to."""
-        found = []
-        for number, worker in enumerate(getattr(self._loader._iterator, "_workers", [])):
-            with contextlib.suppress(psutil.Error):
-                status = psutil.Process(worker.pid).status() if psutil.pid_exists(worker.pid) else "gone"
-                if status not in (psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING, psutil.STATUS_IDLE):
-                    found.append(f"its loader worker {number} (process {worker.pid}) is {status}")
-        return found
+        return workers.find_faults(self._loader)
 
     def epoch(self, position: Position) -> Iterator[tuple[list[Batch], Position]]:
         """The optimizer steps of an epoch from `position` on; raises DataError for samples that make no batch."""
@@ -484,7 +425,7 @@ class Loader:
         batches = iter(self._loader)
         done = position.samples_done
         for step in plan_steps(order, bounds, world_size, self.grad_accum):
-            micro_batches = [_receive(batches) for _ in step[rank::world_size]]
+            micro_batches = [workers.receive(batches) for _ in step[rank::world_size]]
             for micro_batch in micro_batches:
                 if isinstance(micro_batch, Exception):
                     raise micro_batch
@@ -536,10 +477,8 @@ def read_records(cfg: Config, dist: Dist) -> tuple[Mixture, Mixture | None]:
 def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixture | None) -> None:
     """ConfigError, on all ranks, unless all of them have the same settings, manifests and code. Collective."""
     root = Path(__file__).parent
-    files = [
-        path for folder in (".", "layers", "prepare", "generate", "export") for path in sorted((root / folder).glob("*.py"))
-    ]
-    code = b"".join(path.read_bytes() for path in files)
+    folders = (".", "layers", "process", "prepare", "generate", "export")
+    code = b"".join(path.read_bytes() for folder in folders for path in sorted((root / folder).glob("*.py")))
     mine = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items()} | {
         f"the content of {cfg.train_manifest}": records.digest,
         f"the content of {cfg.val_manifest}": val_records and val_records.digest,
@@ -553,9 +492,7 @@ def check_agreement(cfg: Config, dist: Dist, records: Mixture, val_records: Mixt
 
 
 def open_store(cfg: Config, config: HiggsAudioConfig) -> AudioStore:
-    folder = Path(cfg.codes_dir or Path(cfg.output_dir) / "codes")
-    frames = config.audio_num_codebooks, config.audio_codebook_size, codec_frame_rate_hz(cfg.audio_tokenizer)
-    return AudioStore(*frames, cache_dir=folder, codec=cfg.codec)
+    return AudioStore.of(config, Path(cfg.codes_dir or Path(cfg.output_dir) / "codes"), cfg.audio_tokenizer)
 
 
 def build_loaders(
@@ -638,8 +575,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise SystemExit("usage: python data.py MANIFEST BASE_CKPT")
     manifest, folder = map(Path, argv)
-    config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
-    store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, FRAME_RATE_HZ, manifest.parent / "codes")
+    config, tokenizer = pretrained.read_base_config(folder), pretrained.load_tokenizer(folder)
+    store = AudioStore.of(config, manifest.parent / "codes", "none")
     dataset = ChatMLDataset(read_manifest(manifest), tokenizer, store, config.encode_whisper_embed)
     for sample in itertools.islice(dataset, 5):
         labels, codes = (sample.label_ids != IGNORE_INDEX).sum().item(), tuple(sample.audio_ids_concat.shape)

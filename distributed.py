@@ -1,16 +1,13 @@
-"""This process among the others: ranks that fail together, agree with each other, and stop when a signal asks for it."""
+"""This process among the others: ranks that fail together, agree with each other, and say what they do."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +18,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from common import EARLY_END, PREEMPTED, SIGNALS, ConfigError, Interrupted, UserError, listing
+from common import ConfigError, Interrupted, UserError, listing
 from process.gpu import on_gpu
 from process.log import DETAILS, show
+from process.signals import Signals
 
 T = TypeVar("T")
 
@@ -54,7 +52,7 @@ class Dist:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
-    signals: Signals = field(default_factory=lambda: Signals(), compare=False)
+    signals: Signals = field(default_factory=Signals, compare=False)
     progress: Progress = field(default_factory=lambda: Progress(), compare=False)
 
     @property
@@ -201,71 +199,6 @@ def lost_others(error: Exception) -> bool:
     return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
 
 
-class Signals:
-    """SIGTERM, SIGUSR1 (schedulers announce preemption so), SIGHUP (a closed terminal) and SIGINT.
-
-    Before the first step there is nothing to save: they end the process at once. From then on they ask the run to save and
-    end after its step; evaluation, samples and waiting for data are cut short. A second SIGINT ends it at once. A signal that
-    is ignored from the start, as nohup ignores SIGHUP, stays ignored.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self.obeyed: signal.Signals | None = None  # the one that ended the run, on this rank or another
-        self._has_begun = self._may_interrupt = False
-
-    def __enter__(self) -> Signals:
-        self.__init__()
-        watched = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._handle) for number in watched}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def begin(self, dist: Dist) -> None:
-        """From now on signals are noted; says so to tools/launch.py once every rank does. Collective."""
-        self._has_begun = True
-        dist.any(False)
-        if note := _launch_note():
-            note.touch()
-
-    def _handle(self, number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        if not self._has_begun:
-            if _launch_note() is None:
-                print(EARLY_END.format(name), file=sys.stderr, flush=True)
-            os._exit(0 if number == signal.SIGINT else PREEMPTED)
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        if self._may_interrupt:
-            raise Interrupted(name)
-
-    @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Within this context a signal, also one received before, raises Interrupted."""
-        self._may_interrupt = True
-        try:
-            if self.received:
-                raise Interrupted(self.received.name)
-            yield
-        finally:
-            self._may_interrupt = False
-
-    def status(self) -> int:
-        """The exit status: 0 for a finished run and after Ctrl-C, PREEMPTED after other signals.
-
-        torchrun would restart a rank that ends with PREEMPTED: under it the rank ends with 0, and tools/launch.py is told.
-        """
-        if self.obeyed in (None, signal.SIGINT):
-            return 0
-        if note := _launch_note():
-            note.write_text("preempted")
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
-
-
 WAITING = "waiting for other ranks"
 
 
@@ -285,11 +218,6 @@ class Progress:
         if self.doing == "waiting for data":
             self.data_wait_sec = now - self.since
         self.doing, self.since, self.step = doing, now, self.step if step is None else step
-
-
-def _launch_note() -> Path | None:
-    """The file in which this rank tells tools/launch.py that it takes signals, and whether one has ended it."""
-    return Path(os.environ["LAUNCH_FOLDER"]) / str(os.getpid()) if "LAUNCH_FOLDER" in os.environ else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,16 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
-import os
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +30,6 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 import checkpoint
 import data
 import distributed
-import lineage
 import loss
 import metrics
 import model_patch
@@ -47,11 +43,11 @@ from common import (
     Interrupted,
     listing,
     split_list,
-    write_whole,
 )
-from config import OPEN, Config, parse_config, recipe
+from config import OPEN, Config, parse_config
 from data import build_loaders, check_agreement, measure_records, read_records
 from distributed import Dist, detail, log, log_list, progress_bar, setup_distributed
+from export import pretrained
 from export.final import write_final
 from export.merge import describe_changes, relative_changes
 from generate import best
@@ -64,12 +60,12 @@ from layers import nf4
 from layers.adapters import init_lora
 from layers.optimizer import AveragingAdamW, LossScale, averaged, update
 from loss import LabelSpec, LossSums, Objective, Tally
-from metrics import Monitor, Totals
-from prepare.audio import codec_frame_rate_hz
-from process import fit
-from process.command import says_errors
+from metrics import Totals
+from process import fit, lineage
+from process.command import leave, says_errors
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output
+from process.monitor import Monitor
 from process.watchdog import watching
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,8 +79,8 @@ def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path)
     """Construct and load. No rank ever holds a full copy: weights go from the files into each rank's own rows."""
     model, lora = construct_model(cfg, dist, config)
     model_patch.materialize(model, dist.device, cpu_offload=cfg.cpu_offload)
-    unused = dist.together(lambda: checkpoint.check_base(model, folder))
-    checkpoint.load_base(model, folder)
+    unused = dist.together(lambda: pretrained.check_base(model, folder))
+    pretrained.load_base(model, folder)
     if unused:
         log(dist, f"{len(unused)} tensors of the checkpoint are not part of the model, first {unused[0]}")
     init_lora(model, cfg.seed)
@@ -140,7 +136,6 @@ class StepResult:
     """Of one optimizer step, over all ranks and on the host."""
 
     total: Totals
-    grad_norm: float
     culprits: list[str]  # samples that made the loss not finite; if there are any, nothing was updated on any rank
     has_targets: bool = True  # without any, nothing was updated either
     overflow: bool = False  # of the scaled gradient in float16: nothing was updated, and the scale is halved
@@ -221,18 +216,18 @@ def train_step(task: Task, batches: Sequence[Batch], step: int, lr: float) -> St
     total.grad_norm = (norm if dist.is_main else torch.zeros_like(norm)).to(dist.device, non_blocking=True)
     total.pace = dist.pace()
     total = total.sum_over(dist)
-    grad_norm = total.grad_norm.item()
+    grad_norm = total.grad_norm = total.grad_norm.item()
     has_targets = total.losses.text.targets.sum() + total.losses.audio.targets.sum() + num_voices > 0
     if math.isfinite(grad_norm) or not has_targets:
         if task.scale:
             task.scale.grow()
-        return StepResult(total, grad_norm, [], bool(has_targets))
+        return StepResult(total, [], bool(has_targets))
     bad = [source for value, batch in zip(values, batches) if not value.isfinite() for source in batch.sources]
     culprits = [source for part in dist.gather(bad) for source in part]
     overflow = not culprits and task.scale is not None and task.scale.shrink()
     if not culprits and not overflow:
         culprits = ["(every loss is finite, the gradient is not)"]
-    return StepResult(total, grad_norm, culprits, overflow=overflow)
+    return StepResult(total, culprits, overflow=overflow)
 
 
 def count_targets(batches: Sequence[Batch], dist: Dist) -> tuple[Tensor, Tensor]:
@@ -395,13 +390,11 @@ class TrainState:
     saved: int = 0
     bad_in_a_row: int = 0
 
-    KEPT = ("step", "position", "warm", "bad_steps", "bad_samples", "clamped", "broken", "spikes", "losses")
-    KEPT += ("best", "samples", "evaluated", "sampled", "val_loss", "scale")
-
     @classmethod
     def of(cls, kept: dict) -> TrainState:
         """From what `kept` gave; a checkpoint of an earlier version has no `clamped`."""
-        values, fresh = {name: kept[name] for name in cls.KEPT if name in kept}, cls()
+        fresh = cls()
+        values = {name: kept[name] for name in fresh.kept() if name in kept}
         kinds = {list: list, data.Position: list, dict: dict, type(None): (float, type(None))}
         for name, value in values.items():
             if not isinstance(value, kinds.get(type(getattr(fresh, name)), (int, float))):
@@ -410,7 +403,7 @@ class TrainState:
         return cls(**done | values | {"position": data.Position(*kept["position"])})
 
     def kept(self) -> dict:
-        return {name: getattr(self, name) for name in self.KEPT}
+        return {name: value for name, value in vars(self).items() if name not in ("saved", "bad_in_a_row")}
 
     def add_loss(self, value: float, threshold: float) -> bool:
         """Note the loss of a step; returns whether it is a spike among the last ones."""
@@ -491,8 +484,8 @@ class Run:
 
 def train(cfg: Config, dist: Dist) -> model_patch.TrainableHiggsAudioModel:
     """The whole run; returns the trained, sharded model."""
-    held = dist.together(lambda: lineage.lock(Path(cfg.output_dir)) if dist.is_main else None)
-    with dist.signals, held or contextlib.nullcontext(), Log(Path(cfg.output_dir) / "log.txt", dist.rank, cfg.verbose):
+    folder = Path(cfg.output_dir)
+    with dist.signals, lineage.locked(folder, dist), Log(folder / "log.txt", dist.rank, cfg.verbose):
         run = build_run(cfg, dist)
         state = TrainState() if cfg.dry_run else start(run)
         announce(run, state)
@@ -516,8 +509,8 @@ def build_run(cfg: Config, dist: Dist) -> Run:
     cfg = choose_precision(cfg, dist)
     records, val_records = read_records(cfg, dist)
     check_agreement(cfg, dist, records, val_records)
-    base = dist.main_first(lambda: checkpoint.find_base(cfg.base_ckpt, cfg.revision))
-    read = checkpoint.read_base_config, checkpoint.weight_files, checkpoint.load_tokenizer
+    base = dist.main_first(lambda: pretrained.find_base(cfg.base_ckpt, cfg.revision))
+    read = pretrained.read_base_config, pretrained.weight_files, pretrained.load_tokenizer
     config, _, tokenizer = dist.together(lambda: [function(base) for function in read])
     objective = dist.together(lambda: build_objective(cfg, config))
     cfg = fit.choose(cfg, dist, lambda: measure_records(cfg, dist, config, tokenizer, records))
@@ -553,7 +546,7 @@ def start(run: Run) -> TrainState:
         identity["started_from"] = dist.main_first(lambda: start_from(task.model, run.lora, cfg.init_adapter))
         log(dist, "the adapter starts from {folder}, which was trained on {base}".format(**identity["started_from"]))
     dist.together(lambda: lineage.prepare_folder(run.output_dir, run.base) if dist.is_main else None)
-    settings = write_run_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
+    settings = lineage.write_config(cfg, dist, training_samples=run.loader.num_samples, run_id=identity["run_id"])
     redo = [split for split, last in (("val", state.evaluated), ("sample", state.sampled)) if last < state.step]
     run.monitor = dist.together(lambda: Monitor(run.output_dir, settings, state.step, cfg.wandb, dist.is_main, redo))
     if cfg.sample_steps != 0:
@@ -613,24 +606,6 @@ def resume(run: Run, identity: dict) -> dict:
     return kept
 
 
-def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
-    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too; and recipe.yaml. Collective."""
-    packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
-    record = dataclasses.asdict(cfg) | {
-        "lr": cfg.peak_lr,
-        **facts,
-        "world_size": dist.world_size,
-        "device": dist.device.type,
-        "git_commit": lineage.code_commit(),
-        "versions": {name: version(name) for name in packages},
-        "launch": distributed.launch_id(),
-    }
-    if dist.is_main:
-        for name, content in {"config.json": json.dumps(record, indent=2) + "\n", "recipe.yaml": recipe(cfg)}.items():
-            write_whole(Path(cfg.output_dir) / name, lambda file, content=content: file.write(content.encode()))
-    return record
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loop
 
@@ -638,7 +613,7 @@ def write_run_config(cfg: Config, dist: Dist, **facts: object) -> dict:
 def loop(run: Run, state: TrainState) -> bool:
     """Evaluate, sample, save, stop, step, log, always in that order; returns whether the run came to its end. Collective."""
     cfg, task, dist = run.cfg, run.task, run.task.dist
-    flops, frame_rate_hz = metrics.Flops.of(task.model), codec_frame_rate_hz(cfg.audio_tokenizer)
+    flops, frame_rate_hz = metrics.Flops.of(task.model), run.loader.dataset.store.frame_rate_hz
     bar = progress_bar(dist, desc="train", unit="step", total=run.num_steps, initial=state.step)
     steps = dist.iterate(iter_steps(run.loader, state.position))
     checked, failure, stragglers = False, None, metrics.Stragglers()
@@ -715,7 +690,7 @@ def loop(run: Run, state: TrainState) -> bool:
         problems = gather_problems(*mine, result.total, f"step {state.step}", dist)
         is_spike = note(run, state, result, values, problems)
         counts = {name: getattr(state, name) for name in ("bad_steps", "bad_samples", "clamped", "spikes")}
-        about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.grad_norm}
+        about = {"split": "train", "step": state.step, "epoch": epoch, "lr": lr, "grad_norm": result.total.grad_norm}
         scaling = {"loss_scale": task.scale.value, "overflows": task.scale.overflows} if task.scale else {}
         run.monitor.write(**about, **counts, **values, **scaling)
         if straggler := stragglers.add(values["data_wait_sec"], seconds):
@@ -872,7 +847,7 @@ def keep_batches(run: Run, state: TrainState, result: StepResult, value: float, 
         log(dist, f"step {state.step}: loss {value:.4f} is far above the median of the last steps")
     if state.bad_steps + state.spikes > metrics.MAX_DUMPS:
         return
-    about = {"step": state.step, "loss": value, "grad_norm": result.grad_norm, "alignment": [labels.text, labels.audio]}
+    about = {"step": state.step, "loss": value, "grad_norm": result.total.grad_norm, "alignment": [labels.text, labels.audio]}
     about |= {"resume": str(run.saver.newest or run.resumed_from or ""), "config": dataclasses.asdict(cfg)}
     about |= {"rank": dist.rank, "world_size": dist.world_size}
     folder = run.output_dir / "spikes"
@@ -945,9 +920,7 @@ def run_and_exit(argv: Sequence[str]) -> None:
         get_error_handler().record_exception(error)  # for the launcher, which repeats it last
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taking process groups down in good order can hang (NCCL) or abort (gloo)
+    leave(status)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
 import loss  # noqa: E402
 import metrics  # noqa: E402
@@ -52,6 +51,7 @@ from collate import Batch, create_collator  # noqa: E402
 from common import write_whole  # noqa: E402
 from config import Config, parse_config, to_argv  # noqa: E402
 from distributed import Dist, setup_distributed  # noqa: E402
+from export import pretrained  # noqa: E402
 from layers.optimizer import LossScale  # noqa: E402
 from loss import IGNORE_INDEX  # noqa: E402
 from tools import synthetic  # noqa: E402
@@ -173,7 +173,7 @@ class Samples:
     """Micro-batches of train.py's own loader, collated for both contenders."""
 
     def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
-        tokenizer = checkpoint.load_tokenizer(Path(cfg.base_ckpt))
+        tokenizer = pretrained.load_tokenizer(Path(cfg.base_ckpt))
         records, _ = data.read_records(cfg, dist)
         self.loader, _ = data.build_loaders(cfg, dist, config, tokenizer, records, None)
         self.collators = create_collator(config), official_collator(config)
@@ -358,7 +358,7 @@ def table(figures: dict[str, Figures]) -> str:
 def compare(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str:
     cfg = prepare(folder, args.size, flags, args.samples)
     dist = setup_distributed(cfg.device)
-    config = checkpoint.read_base_config(Path(cfg.base_ckpt))
+    config = pretrained.read_base_config(Path(cfg.base_ckpt))
     samples = Samples(cfg, dist, config)
     shuffled = samples.shuffled(args.steps)
     alone = args.no_reference or dist.world_size > 1
@@ -412,7 +412,7 @@ def scaling(args: argparse.Namespace, flags: Sequence[str], folder: Path) -> str
     ):
         cfg = prepare(folder, args.size, [*flags, "--batch_size", str(batch)], args.samples, stretch)
         dist = setup_distributed(cfg.device)
-        config = checkpoint.read_base_config(Path(cfg.base_ckpt))
+        config = pretrained.read_base_config(Path(cfg.base_ckpt))
         ours = Ours(cfg, dist, config)
         micros = Samples(cfg, dist, config).shuffled(args.steps)
         found, peak = measure({name: (ours, micros)}, metrics.Flops.of(ours.model), dist)

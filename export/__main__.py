@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from checkpoint import Stored
 from common import CheckpointError, ConfigError
 from config import AUDIO_TOKENIZER
-from export import card, layouts, parity, push
+from export import card, layouts, parity, pretrained, push
 from export.merge import average, convert, merge
 from export.read import Adapter, Full, find_model, open_model
 from process.command import says_errors
@@ -41,7 +40,7 @@ def describe(folder: Path) -> str:
         return f"{folder}: a run, {finished}; checkpoints: {', '.join(states) or 'none'}{chosen}"
     if (folder / checkpoint.STATE_FILE).is_file():
         state = {name: value for name, value in checkpoint.read_state(folder).items() if name != "files"}
-        shapes, lines = Stored(folder).shapes, ["a training state", json.dumps(state, indent=2)]
+        shapes, lines = pretrained.Stored(folder).shapes, ["a training state", json.dumps(state, indent=2)]
     else:
         model = open_model(folder)
         shapes, lines = model.shapes, _describe_model(model)
@@ -66,7 +65,7 @@ def _describe_model(model: Full | Adapter) -> list[str]:
 
 def choose_model(name: str, revision: str | None = None) -> Full | Adapter:
     """Open the model that was asked for; says which one it is where a run's folder was named."""
-    model, note = find_model(checkpoint.find_base(name, revision))
+    model, note = find_model(pretrained.find_base(name, revision))
     print(note, end="\n" * bool(note))
     return open_model(model)
 
@@ -95,7 +94,7 @@ def base_of(adapter: Adapter, name: str | None, out: Path) -> Full:
     named = adapter.lora.base_model_name_or_path
     if not (name or named):
         raise CheckpointError(f"{adapter.folder} does not name its base: bash launch.sh merge {adapter.folder} BASE {out}")
-    return Full(checkpoint.find_base(name or named, adapter.lora.revision if name in (None, named) else None))
+    return Full(pretrained.find_base(name or named, adapter.lora.revision if name in (None, named) else None))
 
 
 def _merge(args: argparse.Namespace, about: card.About) -> None:

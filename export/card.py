@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-from common import read_json, write_whole
+from common import read_json, write_text
 from config import AUDIO_TOKENIZER, BASE_CKPT, REVISIONS, Config, base_revision, to_argv
 from export import layouts
+from process.monitor import read_lines
 
 LOSSES = ("step", "loss", "text_loss", "audio_loss", "eos_loss", "eos_accuracy", "copy_share")
 PUBLISHED = (BASE_CKPT, "bosonai/higgs-tts-2-3b-base")  # two names of one repository
@@ -49,8 +50,7 @@ NOTHING = About()
 def write(folder: Path, make: Callable[[], str]) -> None:
     """The card of a finished model, after its weights: whatever fails here is a warning, never an error."""
     try:
-        text = make()
-        write_whole(folder / "README.md", lambda file: file.write(text.encode()))
+        write_text(folder / "README.md", make())
     except Exception as error:
         print(f"warning: {folder}: the model is whole, but has no model card: {error!r}", file=sys.stderr, flush=True)
 
@@ -164,9 +164,8 @@ def _license(base: str) -> str:
 
 def _read_metrics(path: Path, last_step: float) -> dict[str, list[dict]]:
     """The lines up to `last_step` by split; none for a run without a step of its own, or a checkpoint that was copied."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in lines if line["step"] <= last_step]
-    return {split: [line for line in lines if line["split"] == split] for split in ("train", "val", "sample")}
+    lines = read_lines(path) if path.exists() else {}
+    return {split: [line for line in lines.get(split, []) if line["step"] <= last_step] for split in ("train", "val", "sample")}
 
 
 def _data(run: dict, train: list[dict]) -> dict:

@@ -12,11 +12,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from checkpoint import COMPANIONS, is_lora
+from checkpoint import COMPANIONS
 from common import CheckpointError
 from distributed import gather, whole
 from export import card
 from export.merge import merge
+from export.pretrained import is_lora
 from export.read import Full, adapter_name, open_model
 from export.write import write_adapter, write_full
 

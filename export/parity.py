@@ -26,7 +26,7 @@ from export.read import Adapter, Full
 from generate.models import insert_adapter, load_full
 from generate.official import as_prompt, generate_one
 from loss import IGNORE_INDEX
-from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
+from prepare.audio import AudioStore, load_codec
 from prepare.forms import open_manifest
 from prepare.manifest import Record
 
@@ -79,9 +79,7 @@ def compare(
 ) -> Report:
     """The report on the manifest's first records; DataError if they cannot be read."""
     config = base.config
-    rate = codec_frame_rate_hz(audio_tokenizer)
-    shape = config.audio_num_codebooks, config.audio_codebook_size
-    store = AudioStore(*shape, rate, cache_dir=manifest.parent / "codes", codec=audio_tokenizer)
+    store = AudioStore.of(config, manifest.parent / "codes", audio_tokenizer)
     records = list(itertools.islice(open_manifest(manifest)[0], num_records))
     clips = store.missing(records)
     for problem in store.encode(lambda: load_codec(audio_tokenizer, "cpu"), clips) if clips else ():

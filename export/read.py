@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import checkpoint
-import lineage
 import model_patch
-from checkpoint import Stored
 from common import CheckpointError, read_json
 from config import Config
-from export import layouts
+from export import layouts, pretrained
+from export.pretrained import Stored
 
 ADAPTER_PREFIX = "base_model.model."  # PEFT's, before the name of a module
 
@@ -34,8 +33,8 @@ class Full:
     def __init__(self, folder: Path):
         self.folder = self.config_folder = folder
         self.base = ""  # the name of the base on the Hub, if it has one
-        self.config = checkpoint.read_base_config(folder)
-        self.tokenizer = checkpoint.load_tokenizer(folder)
+        self.config = pretrained.read_base_config(folder)
+        self.tokenizer = pretrained.load_tokenizer(folder)
         stored = Stored(folder)
         self._take({layouts.rename(name, "boson"): (stored, name) for name in stored.shapes})
 
@@ -44,8 +43,8 @@ class Full:
         """The full model of a training checkpoint; what did not train comes from the base."""
         self = cls.__new__(cls)
         self.folder, self.config_folder, self.base = folder, _companions(folder, cfg), cfg.base_ckpt
-        self.config = checkpoint.read_base_config(self.config_folder)
-        self.tokenizer = checkpoint.load_tokenizer(self.config_folder)
+        self.config = pretrained.read_base_config(self.config_folder)
+        self.tokenizer = pretrained.load_tokenizer(self.config_folder)
         # Float32 master weights are written in the base's dtype, as at the end of training.
         self.dtype = self.config.torch_dtype or torch.float32
         names = [name for name, _ in model_patch.build_on_meta(self.config).named_parameters()]
@@ -157,7 +156,7 @@ def open_model(folder: Path) -> Full | Adapter:
     if lora is None:
         raise CheckpointError(f"{folder}: a {kind} adapter, expected LORA")
     stored = Stored(folder)
-    tokenizer = checkpoint.load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
+    tokenizer = pretrained.load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
     return Adapter(lora, {name: name for name in stored.shapes}, stored, tokenizer)
 
 
@@ -171,12 +170,12 @@ def _open_state(folder: Path) -> Full | Adapter:
     if not cfg.lora_r:
         return Full.of_state(folder, stored, cfg, state.get("base", {}))
     companions = _companions(folder, cfg)
-    model = model_patch.build_on_meta(checkpoint.read_base_config(companions))
+    model = model_patch.build_on_meta(pretrained.read_base_config(companions))
     lora = model_patch.add_lora(model, **cfg.lora_settings)
     lora.base_model_name_or_path, lora.revision = cfg.base_ckpt, cfg.revision
     parameters = [name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")]
     names = {adapter_name(name): _state_name(name, stored) for name in parameters}
-    return Adapter(lora, names, stored, checkpoint.load_tokenizer(companions))
+    return Adapter(lora, names, stored, pretrained.load_tokenizer(companions))
 
 
 def _read_settings(folder: Path, state: dict) -> Config:
@@ -192,14 +191,14 @@ def _read_settings(folder: Path, state: dict) -> Config:
 def _companions(folder: Path, cfg: Config) -> Path:
     """Where the base's configuration and tokenizer are: in the checkpoint, or for format 1 in the base itself."""
     own = folder / checkpoint.COMPANIONS
-    return own if own.is_dir() else checkpoint.find_base(cfg.base_ckpt, cfg.revision)
+    return own if own.is_dir() else pretrained.find_base(cfg.base_ckpt, cfg.revision)
 
 
 def _find_base(folder: Path, cfg: Config, base: dict) -> Path:
     """The base that a training checkpoint was made from; CheckpointError if it is another one now."""
     known = Path(base.get("folder", ""))
-    found = known if known.is_absolute() and known.is_dir() else checkpoint.find_base(cfg.base_ckpt, cfg.revision)
-    if base.get("fingerprint", fingerprint := lineage.fingerprint(found)) != fingerprint:
+    found = known if known.is_absolute() and known.is_dir() else pretrained.find_base(cfg.base_ckpt, cfg.revision)
+    if base.get("fingerprint", fingerprint := pretrained.fingerprint(found)) != fingerprint:
         raise CheckpointError(f"{folder}: {found} is not the base that it was trained from: its weights have changed")
     return found
 

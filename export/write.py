@@ -21,9 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import checkpoint
 from common import CheckpointError
-from export import layouts
+from export import layouts, pretrained
 
 MAX_FILE_BYTES = 5_000_000_000
 # Files beside the weights that are written for one layout.
@@ -140,7 +139,7 @@ def _write_weights(folder: Path, named: Named, stem: str) -> None:
     def flush() -> None:
         nonlocal pending, pending_bytes, num_files
         num_files += 1
-        checkpoint.save_tensors(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
+        pretrained.save_tensors(pending, folder / f"{stem}-part{num_files}", metadata={"format": "pt"})
         file_of.update(dict.fromkeys(pending, num_files))
         pending, pending_bytes = {}, 0
 

@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import itertools
 import math
-import os
 import sys
 import tempfile
 import time
@@ -32,10 +31,10 @@ from pathlib import Path
 import soundfile
 import torch
 
-from checkpoint import find_base
 from common import ConfigError, suggestion
 from config import Config
 from distributed import Dist, log, setup_distributed
+from export.pretrained import find_base
 from export.read import Full, find_model, open_model
 from generate.engine import Engine, Job
 from generate.files import SOUND_SUFFIXES, add_result, read_results, write_both, write_only, write_results
@@ -44,9 +43,9 @@ from generate.models import load_model
 from generate.official import Sampling
 from generate.scores import Score, table
 from generate.voices import VOICES, read_text
-from prepare.audio import AudioStore, codec_frame_rate_hz, load_codec
+from prepare.audio import AudioStore, load_codec
 from prepare.manifest import Record
-from process.command import says_errors
+from process.command import leave, parser_of, says_errors
 
 MOST = 2**63  # of seeds, in upstream's sampling
 OF_REQUESTS = ("normalize", "chunk_method", "chunk_words", "chunk_turns", "chunk_context", "context_frames", "voices")
@@ -75,13 +74,8 @@ def parse_args(argv: Sequence[str], others: Iterable[str] = ()) -> argparse.Name
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh generate",
-        usage="bash launch.sh generate --ckpt CKPT (--text TEXT | --text_file FILE | --lines FILE) [--FLAG VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "bash launch.sh generate --ckpt CKPT (--text TEXT | --text_file FILE | --lines FILE) [--FLAG VALUE ...]"
+    parser = parser_of("generate", __doc__, usage=usage)
     add = parser.add_argument
     add("--ckpt", required=True, help="a full model, adapter, run (its best model) or checkpoints/step_N, here or on the Hub")
     add("--base_ckpt", default="", help="an adapter's base; default: the one it was trained on")
@@ -237,8 +231,7 @@ def load_engine(args: argparse.Namespace, dist: Dist, records: Sequence[Record],
     where = str(folder), args.base_ckpt, args.base_revision or None
     is_quantized = args.quantize == "nf4"
     model, tokenizer = dist.main_first(lambda: load_model(*where, dtype, dist.device, args.merge_lora, is_quantized))
-    K, size = model.config.audio_num_codebooks, model.config.audio_codebook_size
-    store = AudioStore(K, size, codec_frame_rate_hz(args.audio_tokenizer), scratch, args.codec)
+    store = AudioStore.of(model.config, scratch, args.audio_tokenizer)
     needed = dist.together(lambda: store.missing(records)) or (args.codec and args.out.suffix != ".npy")
     codec = dist.main_first(lambda: load_codec(args.codec, dist.device)) if needed else None
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
@@ -370,7 +363,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taking a gloo group down in good order can abort
+    leave(main(sys.argv[1:]))

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -41,10 +40,10 @@ import soundfile
 import torch
 from torch import Tensor
 
-from common import ConfigError, DataError, json_safe, write_whole
+from common import ConfigError, DataError, json_safe, write_lines, write_text
 from distributed import Dist, log_list, setup_distributed
 from generate import __main__ as generate
-from generate.files import RESULTS_FILE, decode, read_results, write_lines
+from generate.files import RESULTS_FILE, decode, read_results
 from generate.judges import SpeakerSimilarity, Transcriber
 from generate.lines import Chunking, Line, read_lines
 from generate.page import render, short_names
@@ -53,7 +52,7 @@ from generate.seedtts import Errors, read_meta
 from prepare.audio import CodecInfo, codec_folder, load_codec, read_codes, read_waveform
 from prepare.manifest import AudioPart, Record
 from prepare.prompts import TAG
-from process.command import says_errors
+from process.command import leave, parser_of, says_errors
 
 LANGUAGES = {"en": "english", "zh": "chinese"}
 NUM_DRAWS = 2000
@@ -261,12 +260,7 @@ def speak(options: argparse.Namespace, dist: Dist) -> tuple[Path, list[dict], fl
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
     """(arguments, those of `generate` for each model); raises ConfigError."""
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("evaluate", __doc__)
     parser.add_argument("--ckpt", required=True, help="the model or run, as for generate, or a folder of its results")
     parser.add_argument("--against", help="another, to compare it with")
     parser.add_argument("--lines", type=Path, required=True, help="texts or records as for generate --lines, or a meta.lst")
@@ -321,16 +315,17 @@ def _choose_judges(args: argparse.Namespace, codec: str) -> None:
             raise ConfigError(f"--fail_if_worse {name}: needs {'--' + judge if codec else 'waveforms, so --audio_tokenizer'}")
 
 
-def lines_of(args: argparse.Namespace) -> list[Line]:
-    """The lines with their texts as they were given; raises DataError."""
-    return read_lines(args.spoken, Chunking(normalize=False), args.voices)
-
-
-def evaluate(args: argparse.Namespace, options: Sequence[argparse.Namespace], dist: Dist) -> tuple[dict, list[list[dict]]]:
-    """(figures, takes of each model); raises UserError. Collective."""
+def lines_of(args: argparse.Namespace, dist: Dist) -> list[Line]:
+    """The lines with their texts as they were given, of a meta.lst too; raises DataError. Collective."""
     if args.spoken != args.lines:
         dist.together(lambda: write_lines(args.spoken, read_meta(args.lines)) if dist.is_main else None)
-    lines = dist.together(lambda: lines_of(args))
+    return dist.together(lambda: read_lines(args.spoken, Chunking(normalize=False), args.voices))
+
+
+def evaluate(
+    args: argparse.Namespace, options: Sequence[argparse.Namespace], lines: Sequence[Line], dist: Dist
+) -> tuple[dict, list[list[dict]]]:
+    """(figures, takes of each model); raises UserError. Collective."""
     texts = dist.together(lambda: [text_of(line, args) for line in lines])
     spoken = [speak(each, dist) for each in options]
     judges = dist.main_first(lambda: Judges.load(args, options[0].codec, dist.device))
@@ -366,17 +361,16 @@ def text_of(line: Line, args: argparse.Namespace) -> str:
 def main(argv: Sequence[str]) -> int:
     args, options = parse_args(argv)
     dist = setup_distributed(options[0].device)
-    figures, takes = evaluate(args, options, dist)
+    lines = lines_of(args, dist)
+    figures, takes = evaluate(args, options, lines, dist)
     if not dist.is_main:
         return 0
     rows = table(figures, short_names(args.titles))
     judged_by = {"asr_model": args.asr_model, "sv_model": args.sv_model} if options[0].codec else {}
     about = {"lines": str(args.lines), "num_lines": len(takes[0]), "models": args.titles, "judged_by": judged_by}
     content = about | {"figures": {name: asdict(figure) for name, figure in figures.items()}, "takes": takes}
-    text = json.dumps(json_safe(content), ensure_ascii=False, indent=1) + "\n"
-    write_whole(args.out / "evaluation.json", lambda file: file.write(text.encode()))
-    page = render(about, rows, takes, lines_of(args), args.out)
-    write_whole(args.out / "evaluation.html", lambda file: file.write(page.encode()))
+    write_text(args.out / "evaluation.json", json.dumps(json_safe(content), ensure_ascii=False, indent=1) + "\n")
+    write_text(args.out / "evaluation.html", render(about, rows, takes, lines, args.out))
     what = "both takes of each" if args.against else "the take of each"
     print(f"{render_text(rows)}\n{len(takes[0])} lines; {what}, worst first: {args.out / 'evaluation.html'}")
     for title, each in zip(args.titles, takes):
@@ -389,7 +383,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taking a gloo group down in good order can abort
+    leave(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from common import write_whole
+from common import write_lines, write_whole
 
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 RESULTS_FILE = "results.jsonl"
@@ -61,12 +61,6 @@ def write_both(path: Path, codes: Tensor, codec=None) -> dict[str, str]:
 def write_results(folder: Path, results: Sequence[dict]) -> None:
     """FOLDER/results.jsonl: one object per clip; files are named relative to the folder."""
     write_lines(folder / RESULTS_FILE, results)
-
-
-def write_lines(path: Path, values: Sequence[dict]) -> None:
-    """JSONL."""
-    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def add_result(folder: Path, result: dict) -> None:

@@ -19,7 +19,7 @@ from common import DataError
 from generate.files import file_name
 from generate.scores import WORD
 from generate.voices import VOICES, find_voices, text_or_file
-from prepare.manifest import AudioPart, Record, parse_record, read_manifest
+from prepare.manifest import AudioPart, Record, parse_record, parts_of, read_manifest
 from prepare.prompts import context, normalise
 
 LINE_KEYS = ("text", "ref_audio", "ref_text", "ref_in_system", "scene", "system", "id", "seed")
@@ -145,8 +145,7 @@ def split_answer(record: Record) -> tuple[Record, list[AudioPart]]:
 
 def last_text(record: Record) -> str:
     """The text of the last turn."""
-    content = record.chatml.messages[-1].content
-    parts = content if isinstance(content, list) else [content]
+    parts = parts_of(record.chatml.messages[-1].content)
     return "".join(part if isinstance(part, str) else getattr(part, "text", "") for part in parts)
 
 

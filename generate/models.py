@@ -12,10 +12,9 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-import checkpoint
 import model_patch
 from common import CheckpointError
-from export import layouts
+from export import layouts, pretrained
 from export.merge import merged
 from export.read import ADAPTER_PREFIX, Adapter, Full, adapter_name, open_model
 from layers import nf4
@@ -38,10 +37,10 @@ def load_model(
     quantize:            the layers' weights as NF4, an adapter's base too
     raises: CheckpointError
     """
-    source = open_model(checkpoint.find_base(ckpt, revision))
+    source = open_model(pretrained.find_base(ckpt, revision))
     if isinstance(source, Full):
         return load_full(source, dtype, device, quantize), source.tokenizer
-    base = open_model(checkpoint.find_base(base_ckpt or source.base, revision or source.lora.revision))
+    base = open_model(pretrained.find_base(base_ckpt or source.base, revision or source.lora.revision))
     if not isinstance(base, Full):
         raise CheckpointError(f"{base.folder}: an adapter cannot be the base of another; give --base_ckpt")
     if merge_lora:
@@ -68,7 +67,7 @@ def load_full(
             "generated with here; upstream's examples/generation.py can"
         )
     model = model_patch.build_on_meta(base.config)
-    checkpoint.check_base(model, base.folder, base.shapes)
+    pretrained.check_base(model, base.folder, base.shapes)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or base.config.torch_dtype or torch.float32)
     if quantize:
@@ -106,12 +105,12 @@ def start_from(model: nn.Module, lora: LoraConfig, name: str) -> dict:
 
     raises: CheckpointError unless it is an adapter of the same rank and scale for the same layers
     """
-    adapter = open_model(checkpoint.find_base(name, None))
+    adapter = open_model(pretrained.find_base(name, None))
     if not isinstance(adapter, Adapter):
         raise CheckpointError(f"--init_adapter {name}: a full model; start from it with --base_ckpt {name}")
     if (same := lora_flags(adapter.lora)) != lora_flags(lora):
         raise CheckpointError(f"--init_adapter {name}: rank, alpha or kind is another than this run's; give {same}")
-    mine = {adapter_name(n): parameter for n, parameter in model.named_parameters() if checkpoint.is_lora(n)}
+    mine = {adapter_name(n): parameter for n, parameter in model.named_parameters() if pretrained.is_lora(n)}
     if other := sorted(mine.keys() ^ adapter.shapes.keys()) or [n for n in mine if mine[n].shape != adapter.shapes[n]]:
         layer = other[0].removeprefix(ADAPTER_PREFIX)
         where = "not in it" if other[0] in mine else "not in this run"

@@ -5,19 +5,16 @@ Sounds are referred to, not embedded: move the page together with its folder. Li
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
 from generate.lines import Line
-from generate.pictures import codes_figure
+from generate.pictures import as_url, codes_figure
 
 PIXELS_PER_FRAME = 12  # of codes, where they fit: the same for both takes
 
@@ -98,12 +95,9 @@ def picture(take: dict, target: np.ndarray | None) -> str:
     if not take["frames"]:
         return "<p>nothing was generated</p>"
     image = codes_figure(np.load(take["codes"], allow_pickle=False), target)
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, "PNG", optimize=True)
-    source = base64.b64encode(content.getvalue()).decode()
     alt = "codes" if target is None else "codes: target, take, differences"
     size = f"height:{image.shape[0] * 5}px;width:min(100%,{image.shape[1] * PIXELS_PER_FRAME}px)"
-    return f'<img alt="{alt}" style="{size}" src="data:image/png;base64,{source}">'
+    return f'<img alt="{alt}" style="{size}" src="{as_url(image)}">'
 
 
 def target_codes(line: Line) -> np.ndarray | None:

@@ -5,11 +5,14 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
+import base64
 import colorsys
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from generate.files import read_results
 
@@ -70,6 +73,13 @@ def paint(codes: np.ndarray) -> np.ndarray:
     ]
     colours = np.array([*(tuple(round(255 * part) for part in colour) for colour in palette), NOTHING], np.uint8)
     return colours[codes]
+
+
+def as_url(image: np.ndarray) -> str:
+    """A picture [H, W, 3] as the source of an <img>."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

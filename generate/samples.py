@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from torch import Tensor
@@ -37,6 +36,7 @@ from generate.official import Request, Sampling, as_prompt, join
 from generate.scores import Score, find_runaway, word_errors
 from generate.voices import read_text
 from prepare.audio import load_codec
+from prepare.manifest import AudioPart, Record
 
 MAX_RECORDS_TRIED = 1000
 MOST_FRAMES_PER_LETTER = 10  # of a text without a target; slow speech has 3, and 6 for a Chinese character
@@ -53,6 +53,13 @@ class Prompt:
     target: Tensor  # [K, T]; T is 0 for a text of the user's own
     reference: Tensor  # [K, T], the clips of the prompt one after the other
 
+    @classmethod
+    def of(cls, name: str, record: Record, text: str, answer: Sequence[AudioPart], dataset: ChatMLDataset) -> Prompt:
+        """answer: clips of the target, if there is one"""
+        store, sample = dataset.store, dataset.sample(record)
+        target = join([store.codes(part, record.source) for part in answer], store.num_codebooks)
+        return cls(name, record.source, text, as_prompt(sample, dataset.tokenizer), target, sample.audio_ids_concat)
+
 
 def choose_prompts(dataset: ChatMLDataset, count: int, seed: int) -> list[Prompt]:
     """Up to `count` records that end with an audio answer, the same ones for a seed; DataError if there is none."""
@@ -61,13 +68,8 @@ def choose_prompts(dataset: ChatMLDataset, count: int, seed: int) -> list[Prompt
         if len(prompts) == count:
             break
         record, answer = split_answer(dataset.records[index])
-        if not answer:
-            continue
-        sample = ChatMLDataset([record], dataset.tokenizer, dataset.store)[0]
-        target = join([dataset.store.codes(part, record.source) for part in answer], dataset.store.num_codebooks)
-        prompt = as_prompt(sample, dataset.tokenizer)
-        text = last_text(record)
-        prompts.append(Prompt(str(len(prompts)), record.source, text, prompt, target, sample.audio_ids_concat))
+        if answer:
+            prompts.append(Prompt.of(str(len(prompts)), record, last_text(record), answer, dataset))
     if not prompts:
         raise DataError("--sample_steps: no record looked at ends with an audio answer, so there is nothing to generate")
     return prompts
@@ -88,13 +90,7 @@ def own_prompts(path: Path, dataset: ChatMLDataset) -> list[Prompt]:
     if missing := dataset.store.missing(records):
         part, source = missing[0]
         raise DataError(f"{source}: {part.path}: references of --sample_texts have to be codes, or clips of the training data")
-    prompts, samples = [], ChatMLDataset(records, dataset.tokenizer, dataset.store)
-    for number, line in enumerate(lines):
-        sample = samples[number]
-        nothing = torch.zeros((dataset.store.num_codebooks, 0), dtype=torch.long)
-        prompt = as_prompt(sample, dataset.tokenizer)
-        prompts.append(Prompt(f"text-{number}", line.source, line.text, prompt, nothing, sample.audio_ids_concat))
-    return prompts
+    return [Prompt.of(f"text-{i}", records[i], line.text, [], dataset) for i, line in enumerate(lines)]
 
 
 @dataclass

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from collate import Layout
 from layers import attention
 from layers.nf4 import plain
+from process.gpu import has_bf16
 
 
 class TrainableDualFFNDecoderLayer(HiggsAudioDualFFNDecoderLayer):
@@ -283,10 +284,8 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @functools.cache
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `varlen_attn`, a flash attention, runs there."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether `varlen_attn`, a flash attention, runs there: on the same GPUs as bfloat16."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_bf16(device)
 
 
 def lacks_grouped_kernel(device: torch.device) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
 from common import suggestion
-from process.command import says_errors
+from process.command import parser_of, says_errors
 
 COMMANDS = {
     "cut": "long recordings -> a table of clips, cut at pauses",
@@ -33,12 +32,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     name, *rest = argv
     command = importlib.import_module(f"prepare.{name}")  # only this one: they need different packages
-    parser = argparse.ArgumentParser(
-        prog=f"bash launch.sh prepare {name}",
-        description=command.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(f"prepare {name}", command.__doc__)
     command.add_arguments(parser)
     return command.run(parser.parse_args(rest))
 

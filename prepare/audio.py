@@ -37,7 +37,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
 
-from common import DataError, read_json, reason, sha256_of, write_whole
+from common import DataError, read_json, reason, sha256_of, write_text
 from config import REVISIONS
 from prepare import hub
 from prepare.codes_cache import CacheWriter, CodesCache, digest
@@ -58,6 +58,7 @@ MAX_CLIP_SEC, MAX_CLIP_SAMPLES = 900, 45_000_000  # of one channel: 15 minutes a
 MAX_TRANSCRIBED_SEC = 30  # what Whisper takes at once; longer recordings are cut first
 MAX_FILE_BYTES, MAX_CODES_BYTES = 2**34, 2**27  # a day of 16-bit stereo at 48 kHz, and of codes in 64 bits
 BLOCK_SAMPLES = 2**20  # of all channels, decoded at once
+UNREADABLE = (soundfile.LibsndfileError, RuntimeError, OSError, TypeError)  # what opening and reading a file may raise
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Codec
@@ -283,21 +284,34 @@ def read_waveform(part: AudioPart, source: str) -> tuple[np.ndarray, int]:
     try:
         with open_audio(part) as file:
             rate, start, stop = file.samplerate, *checked_span(part, file)
-            file.seek(start)
-            samples, done = np.empty(max(0, stop - start), np.float32), 0
-            while len(block := file.read(min(len(samples) - done, BLOCK_SAMPLES // file.channels), "float32", True)):
+            if stop <= start:
+                raise DataError(f"{name}: no audio left after offset and duration")
+            samples, done = np.empty(stop - start, np.float32), 0
+            for block in blocks_of(file, start, stop, BLOCK_SAMPLES // file.channels, name):
                 samples[done : done + len(block)] = block.mean(axis=1)
                 done += len(block)
-            samples = samples[:done]
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{name} is not readable audio: {error}") from None
-    if stop <= start:
-        raise DataError(f"{name}: no audio left after offset and duration")
-    if len(samples) < (1 - MAX_CUT_OFF) * (stop - start):
-        raise DataError(f"{name} is cut off: {len(samples) / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
-    if not np.isfinite(samples).all():
-        raise DataError(f"{name} holds samples that are no finite numbers")
-    return samples, rate
+    return samples[:done], rate
+
+
+def blocks_of(file: soundfile.SoundFile, start: int, stop: int, size: int, name: str) -> Iterator[np.ndarray]:
+    """[n, channels] float32 of each block of `size` samples, the last one shorter.
+
+    raises: DataError for a file that cannot be read to its end, is cut off, or holds NaN or infinity
+    """
+    rate, done = file.samplerate, 0
+    try:
+        file.seek(start)
+        while len(block := file.read(min(size, stop - start - done), "float32", True)):
+            if not np.isfinite(block).all():
+                raise DataError(f"{name} holds samples that are no finite numbers")
+            done += len(block)
+            yield block
+    except UNREADABLE as error:
+        raise DataError(f"{name} is not readable audio{f' from {done / rate:.0f} s on' * (done > 0)}: {error}") from None
+    if done < (1 - MAX_CUT_OFF) * (stop - start):
+        raise DataError(f"{name} is cut off: {done / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
 
 
 def duration_sec(part: AudioPart) -> float:
@@ -306,7 +320,7 @@ def duration_sec(part: AudioPart) -> float:
         with open_audio(part) as file:
             start, stop = span(part, file.samplerate, len(file))
             return max(0, stop - start) / file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError):  # ValueError: a name no file can have
+    except (*UNREADABLE, ValueError):  # ValueError: a name no file can have
         return 0.0
 
 
@@ -449,8 +463,7 @@ def _note_codec(folder: Path, name: str, info: CodecInfo) -> None:
     """Write the codec's figures beside the cache, so that reading the cache does not need the codec."""
     path = folder / CODEC_NOTE
     names = {name, *(_read_note(path)[0] if path.exists() else ())}
-    content = json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n"
-    write_whole(path, lambda file: file.write(content.encode()))
+    write_text(path, json.dumps({"names": sorted(names), "codec": asdict(info)}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -479,6 +492,12 @@ class AudioStore:
         self.frame_rate_hz = frame_rate_hz
         self.cache_dir = Path(cache_dir)
         self.codec = codec
+
+    @classmethod
+    def of(cls, config: Any, cache_dir: Path, codec: str) -> AudioStore:
+        """For a checkpoint with this `HiggsAudioConfig`. codec: as --audio_tokenizer names it, or none"""
+        frames = config.audio_num_codebooks, config.audio_codebook_size, codec_frame_rate_hz(codec)
+        return cls(*frames, cache_dir, "" if codec == "none" else codec)
 
     @functools.cached_property
     def codec_info(self) -> CodecInfo:

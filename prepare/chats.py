@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import DataError
-from prepare.manifest import shown
+from prepare.manifest import parts_of, shown
 from prepare.rows import Origin, Row, audio_part, is_absent
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
@@ -38,7 +38,7 @@ def is_chatml(value: dict) -> bool:
         if set(turn) - set(TURN_KEYS) or _plain_role(turn.get("role")) != turn.get("role"):
             return False
         content = turn.get("content")
-        if any(_is_foreign(part) for part in (content if isinstance(content, list) else [content])):
+        if any(_is_foreign(part) for part in parts_of(content)):
             return False
     return True
 
@@ -210,8 +210,7 @@ def _place_single_clip(messages: list[dict], clip: dict, origin: Origin) -> list
 
 
 def _texts(content: Any) -> list[str]:
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts_of(content)]
     return [text for text in texts if isinstance(text, str)]
 
 

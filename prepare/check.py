@@ -10,7 +10,6 @@ Tokens are counted by the checkpoint's tokenizer, given by --base_ckpt. The time
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -21,21 +20,22 @@ from typing import Any
 import numpy as np
 from boson_multimodal.data_types import TextContent
 
-import checkpoint
 import data
 from collate import ExtendedHiggsAudioSampleCollator, create_collator
-from common import DataError, MissingAudioError, write_whole
+from common import DataError, MissingAudioError, write_text
 from config import Config
+from export import pretrained
 from prepare import prompts
 from prepare.audio import AudioStore
 from prepare.clips import Clip, Key, inspect_clips, key_of
 from prepare.findings import odd_scripts, place, script_of, sound_faults, text_faults
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Manifest, Record, scan, shown
+from prepare.manifest import AudioPart, Manifest, Record, parts_of, scan, shown
 from prepare.overlap import transcripts
 from prepare.report import MAX_ON_PAGE, RENDERERS, Finding, Report, histogram, render_text
 from prepare.rows import add_reading_arguments, reading_of
 from prepare.trim import trim
+from process.monitor import read_lines
 
 OUTLIER = 6.0  # robust deviations (of the log of characters per second) from the median
 PAST_END_SEC = 0.1  # spans may go beyond their file by this much: times are rounded
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     manifest, conversion = open_manifest(args.manifest, True, reading_of(args))
-    folder = checkpoint.find_base(args.base_ckpt, args.base_revision or None) if args.base_ckpt else None
-    config = checkpoint.read_base_config(folder) if folder else None
+    folder = pretrained.find_base(args.base_ckpt, args.base_revision or None) if args.base_ckpt else None
+    config = pretrained.read_base_config(folder) if folder else None
     speed = args.tokens_per_sec or (speed_of(args.like) if args.like else 0.0)
     report = Report()
     if conversion:
@@ -91,15 +91,14 @@ def run(args: argparse.Namespace) -> int:
         describe_transcripts(records, clips, report, args)
     dataset, lengths = data.ChatMLDataset(records, None, None), None
     if config:
-        dataset = data.ChatMLDataset(records, checkpoint.load_tokenizer(folder), KnownFrames(config, clips))
+        dataset = data.ChatMLDataset(records, pretrained.load_tokenizer(folder), KnownFrames(config, clips))
         dataset, lengths = describe_lengths(dataset, create_collator(config), report, args)
     describe_epoch(dataset, lengths, report, args, speed)
     if args.trim:
         report.figures["trimmed"] = trim(records, clips, args.trim)
     print(render_text(report))
     if args.report:
-        content = RENDERERS[args.report.suffix](report, f"{args.manifest}")
-        write_whole(args.report, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
+        write_text(args.report, RENDERERS[args.report.suffix](report, f"{args.manifest}"))
     return 0 if report.trainable else 1
 
 
@@ -129,8 +128,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def speed_of(output_dir: Path) -> float:
     """Median tokens per second of a run."""
     try:
-        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        return statistics.median(line["tokens_per_sec"] for line in lines if line["split"] == "train")
+        lines = read_lines(output_dir / "metrics.jsonl").get("train", [])
+        return statistics.median(line["tokens_per_sec"] for line in lines)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--like {output_dir}: no speed to be read from its metrics.jsonl: {error}") from None
 
@@ -195,7 +194,7 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
     if not clips:
         return
     figures, notices = report.figures, report.notices
-    figures["minutes of training audio"] = sum(clips[key_of(part)].sec for record in records for part in targets(record)) / 60
+    figures["minutes of training audio"] = sum(clips[key_of(part)].sec for record in records for part in record.trained()) / 60
     figures["minutes of different audio"] = sum({clip.digest: clip.sec for clip in clips.values()}.values()) / 60
     figures["seconds of a clip"] = spread([clip.sec for clip in clips.values()])
     figures["frames of a clip"] = spread([clip.num_frames for clip in clips.values()])
@@ -203,7 +202,7 @@ def describe_clips(records: Manifest, clips: dict[Key, Clip], report: Report) ->
     figures["clips by sample rate"] = dict(rates.most_common())
     seconds: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        seconds[record.chatml.speaker or "no speaker"] += [clips[key_of(part)].sec for part in targets(record)]
+        seconds[record.chatml.speaker or "no speaker"] += [clips[key_of(part)].sec for part in record.trained()]
     largest = sorted(seconds.items(), key=lambda item: -sum(item[1]))
     figures["minutes of the largest speakers"] = {name: sum(sec) / 60 for name, sec in largest[:NUM_SPEAKERS]}
     report.speakers = [
@@ -257,12 +256,6 @@ def finding(key: Key, text: str, clips: dict[Key, Clip], what: str) -> Finding:
     return Finding.of(place(clip.name, text, clip.sec, what), clip.path, *key[1:])
 
 
-def targets(record: Record) -> list[AudioPart]:
-    """The clips that train."""
-    num_before = len(record.cropped(record.chatml.start_index or 0).audio)
-    return [part for part in record.audio[num_before:] if part.is_output]
-
-
 def find_duplicates(records: Manifest, clips: dict[Key, Clip]) -> list[str]:
     """Records whose clips have the same content as those of an earlier record, with the same text or another."""
     first: dict[tuple, tuple[str, list[str]]] = {}
@@ -314,16 +307,12 @@ def describe_prompt(record: Record, report: Report) -> None:
     known, turns = transcripts(record), record.chatml.messages
     if not known or not record.audio:
         return
-    before = [(turn.role, "".join(map(shown_part, as_list(turn.content)))) for turn in turns[:-2]]
+    before = [(turn.role, "".join(map(shown_part, parts_of(turn.content)))) for turn in turns[:-2]]
     if odd := prompts.oddity(before, known[-1]):
         report.notices["prompts that `generate` phrases in another way"].append(f"{record.source}: {odd}")
     if (sent := prompts.normalise(known[-1])) != known[-1]:
         what = f"{record.source}: {shown(known[-1])} is sent as {shown(sent)}"
         report.notices["texts that `generate` changes before it sends them, unless --normalize no is given"].append(what)
-
-
-def as_list(content: Any) -> list:
-    return content if isinstance(content, list) else [content]
 
 
 def shown_part(part: Any) -> str:
@@ -426,7 +415,7 @@ def describe_epoch(
         return
     batching = data.Batching(args.batch_size, args.max_tokens if lengths is not None else 0, lengths)
     loader = data.Loader(dataset, None, batching, world_size=args.world_size, grad_accum=args.grad_accum)
-    steps = loader.steps_in_epoch()
+    steps = loader.num_steps(data.Position(0, 0), 1)
     report.figures["steps of an epoch"] = steps
     report.figures["samples of a step"] = len(dataset) / steps
     if lengths is None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from common import DataError
 from prepare.audio import (
     FRAME_RATE_HZ,
-    MAX_CUT_OFF,
+    UNREADABLE,
+    blocks_of,
     checked_span,
     expected_frames,
     open_audio,
@@ -106,21 +106,12 @@ def inspect_waveform(part: AudioPart, source: str) -> Clip:
             rate, (start, stop) = file.samplerate, checked_span(part, file)
             past_end = (part.offset_sec or 0) + (part.duration_sec or 0) - len(file) / rate
             listener = Listener(rate, file.channels)
-            file.seek(start)
-            while num_samples < stop - start:
-                wanted = min(stop - start - num_samples, 500 * listener.block_size)
-                samples = file.read(wanted, dtype="float32", always_2d=True)
-                if not len(samples):
-                    break
-                if not np.isfinite(samples).all():
-                    raise DataError(f"{place} holds samples that are no finite numbers")
+            for samples in blocks_of(file, start, stop, 500 * listener.block_size, place):
                 digest.update(samples.tobytes())
                 listener.add(samples)
                 num_samples += len(samples)
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{place} is not readable audio: {error}") from None
-    if num_samples < (1 - MAX_CUT_OFF) * (stop - start):
-        raise DataError(f"{place} is cut off: {num_samples / rate:.2f} s of {(stop - start) / rate:.2f} s are there")
     sec = num_samples / rate
     if sec * FRAME_RATE_HZ < 1:
         raise DataError(f"{place}: {sec:.3f} s of audio is less than one frame")

@@ -11,7 +11,6 @@ Of several speakers: once for each, and train on all tables.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import DataError, listing, write_whole
+from common import DataError, listing, write_lines
 from prepare.audio import MAX_TRANSCRIBED_SEC
 from prepare.folders import Listing
 from prepare.rows import WAVEFORM_SUFFIXES
@@ -137,8 +136,7 @@ def write_table(recordings: Sequence[Recording], pieces: Sequence[list[Piece]], 
         who = {"speaker": speaker} if speaker else {}
         spans = [{"start": round(piece.start, 3), "end": round(piece.end, 3)} for piece in found if not piece.dropped]
         rows += [{"audio": audio, **span, **who, "text": ""} for span in spans]
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(out, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
+    write_lines(out, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

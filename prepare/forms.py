@@ -259,7 +259,7 @@ def _judged(records: Iterator[tuple[str, dict]], conversion: Conversion, reading
             conversion.changed.append(f"{shown(text)} -> {shown(said)}")
         if len(conversion.clips) < NUM_MEASURED and clip["audio_url"]:
             span = clip.get("offset"), clip.get("duration")
-            conversion.clips.append((speaker, AudioPart(conversion.folder / clip["audio_url"], *span, True, "")))
+            conversion.clips.append((speaker, AudioPart(conversion.folder / clip["audio_url"], *span)))
         conversion.texts[text] += 1
         conversion.speakers[speaker] += 1
         if len(conversion.examples) < NUM_EXAMPLES:
@@ -293,7 +293,7 @@ def _judge_texts(texts: list[str], conversion: Conversion) -> None:
 def _judge_spans(clips: list[dict], folder: Path) -> None:
     """Spans that were cut already: files that are as long as the span, though it begins later. And times in other units."""
     cut = [clip for clip in clips if clip.get("duration") and clip["audio_url"]][:20]
-    whole = [duration_sec(AudioPart(folder / clip["audio_url"], None, None, True, "")) for clip in cut]
+    whole = [duration_sec(AudioPart(folder / clip["audio_url"])) for clip in cut]
     late = [(clip, sec) for clip, sec in zip(cut, whole) if sec and clip.get("offset", 0) + clip["duration"] > sec + 0.1]
     fitting = [clip for clip, sec in late if abs(sec - clip["duration"]) < 0.15 and clip["offset"] > 0.2]
     if len(fitting) > len(cut) / 2:
@@ -391,7 +391,7 @@ def _without_transcripts(listing: Listing) -> DataError | None:
     kinds = Counter(Path(path).suffix.lower() for path in recordings)
     found = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
     lacking = "no transcripts" if clips == recordings else f"{len(clips)} without a transcript"
-    first = [duration_sec(AudioPart(listing.root / path, None, None, True, "")) for path in clips[:NUM_EXAMPLES]]
+    first = [duration_sec(AudioPart(listing.root / path)) for path in clips[:NUM_EXAMPLES]]
     if min(first) > MAX_TRANSCRIBED_SEC:
         remedy = f"; cut long recordings: bash launch.sh prepare cut {listing.root} --out cuts.jsonl"
     else:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
 import requests
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import filter_repo_objects
 
 from common import UserError, reason
 
@@ -32,7 +32,8 @@ def fetch(name: str, revision: str | None = None, patterns: list[str] | None = N
             return Path(snapshot_download(name, revision=revision, repo_type=repo_type, local_files_only=True))
         except (OSError, ValueError):
             raise HubError(explain(error, name, revision, repo_type)) from None
-    files = {file.rfilename: file.size or 0 for file in info.siblings or () if _fits(file.rfilename, patterns)}
+    wanted = filter_repo_objects(info.siblings or (), allow_patterns=patterns, key=lambda file: file.rfilename)
+    files = {file.rfilename: file.size or 0 for file in wanted}
     missing = [
         file
         for file in files
@@ -90,10 +91,6 @@ def explain(error: Exception, name: str, revision: str | None = None, repo_type:
     if isinstance(error, (requests.RequestException, errors.LocalEntryNotFoundError)):
         return f"{name}: no connection to {constants.ENDPOINT}, and {empty}; HF_ENDPOINT= names a mirror, HF_HOME= a folder with a copy"
     return f"{name}: {reason(error)}"
-
-
-def _fits(file: str, patterns: list[str] | None) -> bool:
-    return patterns is None or any(fnmatch(file, pattern) for pattern in patterns)
 
 
 def _existing(folder: Path) -> Path:

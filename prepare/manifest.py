@@ -38,6 +38,7 @@ SPEAKER_TAG = re.compile(r"\bSPEAKER(\d+)\b")  # "[SPEAKER0] ..." of a turn, "SP
 # The tokens that upstream puts between turns and around clips. <|AUDIO|> and <|AUDIO_OUT|> in a text are the collator's to find.
 CONTROL = re.compile(r"<\|(audio_(out_)?bos|audio_eos|begin_of_text|end_of_text|(start|end)_header_id|eo[mt]_id|recipient)\|>")
 
+FEW = 4  # records are the least that evaluation should have
 MAX_SEC = 1e7  # about four months
 MAX_RECORD_BYTES = 2**26  # of a record's JSON, with the clips that are in it
 MAX_TEXT_BYTES = 2**30  # of a file that is read as a whole: tables, JSON lists
@@ -51,12 +52,12 @@ class AudioPart:
     """One clip a record refers to; times in seconds."""
 
     path: Path | None  # None: `raw_audio` holds the waveform
-    offset_sec: float | None
-    duration_sec: float | None
-    is_output: bool  # of an assistant turn
-    field: str  # of the record, for messages
+    offset_sec: float | None = None
+    duration_sec: float | None = None  # None: up to the end
+    is_output: bool = True  # of an assistant turn
+    field: str = ""  # of the record, for messages
     label_path: Path | None = None
-    raw_audio: bytes | None = field(default=None, repr=False)
+    raw_audio: bytes | None = dataclasses.field(default=None, repr=False)  # `field` is one of its own
 
     @property
     def holds_codes(self) -> bool:
@@ -84,8 +85,12 @@ class Record:
 
     def parts(self) -> list[str | TextContent | AudioContent]:
         """The content parts of all turns, in order."""
-        contents = (turn.content for turn in self.chatml.messages)
-        return [part for content in contents for part in (content if isinstance(content, list) else [content])]
+        return [part for turn in self.chatml.messages for part in parts_of(turn.content)]
+
+    def trained(self) -> list[AudioPart]:
+        """The clips that train."""
+        num_before = len(self.cropped(self.chatml.start_index or 0).audio)
+        return [part for part in self.audio[num_before:] if part.is_output]
 
     def cropped(self, num_turns: int) -> Record:
         """The record's first turns alone, with their clips."""
@@ -268,6 +273,11 @@ def scan(manifest: Manifest) -> tuple[Manifest, list[DataError]]:
             errors.append(error)
             kept[index] = False
     return manifest.subset(kept) if errors else manifest, errors
+
+
+def share_held_out(share: float, count: int, most: float = 0.1) -> float:
+    """The share of so many records to hold out, so that they are at least FEW, or `most` of all where that is less."""
+    return max(share, min(FEW / count, most))
 
 
 def report_problems(problems: Sequence[str], what: str = "records cannot be used") -> None:
@@ -521,10 +531,14 @@ class _Parser:
 def audio_parts(record: dict) -> Iterator[dict]:
     """The audio parts of a ChatML record that is decoded JSON, to be changed in place."""
     for turn in record["messages"]:
-        content = turn["content"]
-        for part in content if isinstance(content, list) else [content]:
+        for part in parts_of(turn["content"]):
             if isinstance(part, dict) and part.get("type") == "audio":
                 yield part
+
+
+def parts_of(content: Any) -> list:
+    """The parts of a turn's content, which may be one that is not in a list."""
+    return content if isinstance(content, list) else [content]
 
 
 def leaves_folder(path: str) -> bool:
@@ -533,8 +547,7 @@ def leaves_folder(path: str) -> bool:
 
 
 def _has_content(content: Any) -> bool:
-    parts = content if isinstance(content, list) else [content]
-    return any(part if isinstance(part, str) else isinstance(part, AudioContent) or part.text for part in parts)
+    return any(part if isinstance(part, str) else isinstance(part, AudioContent) or part.text for part in parts_of(content))
 
 
 def _absent_if_nan(value: Any) -> Any:

@@ -25,7 +25,7 @@ from generate.judges import Transcriber
 from generate.models import load_model
 from generate.scores import word_errors
 from loss import IGNORE_INDEX, LabelSpec, dense_targets, score_logits
-from prepare.audio import AudioStore, codec_frame_rate_hz, read_waveform
+from prepare.audio import AudioStore, read_waveform
 from prepare.manifest import Manifest, Record
 from prepare.overlap import transcripts
 from process.gpu import on_gpu
@@ -43,8 +43,7 @@ def suspects(records: Manifest, args: argparse.Namespace) -> list[tuple[Record, 
     if args.asr_model:
         return misheard_texts(records, Transcriber(args.asr_model, device))
     model, tokenizer = load_model(args.base_ckpt, "", args.base_revision or None, None, device)
-    sizes = model.config.audio_num_codebooks, model.config.audio_codebook_size, codec_frame_rate_hz(args.audio_tokenizer)
-    dataset = ChatMLDataset(records, tokenizer, AudioStore(*sizes, args.codes_dir, args.audio_tokenizer))
+    dataset = ChatMLDataset(records, tokenizer, AudioStore.of(model.config, args.codes_dir, args.audio_tokenizer))
     return unlikely_texts(dataset, model, create_collator(model.config))
 
 

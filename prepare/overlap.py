@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any, TypeVar
 
 from boson_multimodal.data_types import AudioContent, Message, TextContent
+from scipy.cluster.hierarchy import DisjointSet
 
 from common import sha256_of
 from prepare.manifest import AudioPart, Manifest, Record
@@ -48,10 +49,9 @@ class Line:
 def read_lines(manifest: Manifest) -> Iterator[Line]:
     for index, record in enumerate(manifest):
         texts = transcripts(record)
-        num_before = len(record.cropped(record.chatml.start_index or 0).audio)
-        context, targets = [], []
-        for number, part in enumerate(record.audio):
-            spans = targets if part.is_output and number >= num_before else context
+        context, targets, trained = [], [], record.trained()
+        for part in record.audio:
+            spans = targets if part in trained else context
             spans += [span_of(clip) for clip in (part, part.label) if clip is not None]
         is_plain = len(texts) == len(record.audio) == 1
         speaker = record.chatml.speaker
@@ -159,21 +159,14 @@ def overlapping(spans: Iterable[tuple[Span, T]], contents: Contents) -> Iterator
 
 def group_lines(lines: Sequence[Line]) -> None:
     """Set the group of each line. Lines share a group if they share audio, or speaker and text, also through others."""
-    parents = list(range(len(lines)))
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
-
+    groups = DisjointSet(range(len(lines)))
     first: dict[Any, int] = {}
     for number, line in enumerate(lines):
         for text in filter(None, line.texts):
-            parents[root(number)] = root(first.setdefault((line.speaker, text), number))
+            groups.merge(first.setdefault((line.speaker, text), number), number)
     spans = ((span, number) for number, line in enumerate(lines) for span in line.spans)
     for numbers in overlapping(spans, Contents(lines)):
         for number in numbers[1:]:
-            parents[root(number)] = root(numbers[0])
+            groups.merge(numbers[0], number)
     for number, line in enumerate(lines):
-        line.group = root(number)
+        line.group = groups[number]

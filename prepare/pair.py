@@ -33,11 +33,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from common import FEW, DataError, share_held_out, split_list, write_whole
+from common import DataError, split_list, write_lines, write_text
 from prepare import dialogues, prompts
 from prepare.convert import move_paths
 from prepare.forms import open_manifest
-from prepare.manifest import Manifest, check
+from prepare.manifest import FEW, Manifest, check, share_held_out
 from prepare.overlap import Contents, Line, group_lines, overlapping, read_lines, sole, sole_text
 from prepare.prompts import Phrasing, Voice
 from prepare.rows import Reading
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     pairing.dialogues = find_dialogues(pairing, lines)
     counts = write_splits(pairing, lines)
     report = {"written": counts, "not filled": find_short(lines, shares), **find_leaks(args.output_dir)}
-    write_whole(args.output_dir / "leakage.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode()))
+    write_text(args.output_dir / "leakage.json", json.dumps(report, indent=2) + "\n")
     show_report(report, args.output_dir)
     return 1 if report["leaks"] else 0
 
@@ -235,12 +235,7 @@ def write_splits(pairing: Pairing, lines: Sequence[Line]) -> dict:
         members = [line for line in lines if line.split == split]
         if members:
             counts[split] = Counter()
-            records = make_records(pairing, members, counts[split])
-            content = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_whole(
-                pairing.args.output_dir / f"{split}.jsonl",
-                lambda file, content=content: file.writelines(text.encode() for text in content),
-            )
+            write_lines(pairing.args.output_dir / f"{split}.jsonl", make_records(pairing, members, counts[split]))
     return {split: dict(count) for split, count in counts.items()}
 
 

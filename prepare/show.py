@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import data
 from collate import create_collator
 from common import DataError
 from config import BASE_CKPT, Config
+from export import pretrained
 from loss import IGNORE_INDEX
 from prepare.audio import FRAME_RATE_HZ, AudioStore, duration_sec, expected_frames
 from prepare.forms import open_manifest
-from prepare.manifest import AudioPart, Record
+from prepare.manifest import AudioPart, Record, parts_of
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -45,15 +45,14 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.record < len(manifest):
         raise DataError(f"{args.manifest}: no record {args.record}; there are {len(manifest)}, from 0")
     record = manifest[args.record]
-    folder = checkpoint.find_base(args.base_ckpt, args.base_revision or None)
-    config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
+    folder = pretrained.find_base(args.base_ckpt, args.base_revision or None)
+    config, tokenizer = pretrained.read_base_config(folder), pretrained.load_tokenizer(folder)
     use_color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     mark = Marker(use_color)
 
     print(record.source, *([f"speaker {printable(record.chatml.speaker)}"] if record.chatml.speaker else []), sep="\n")
     with tempfile.TemporaryDirectory() as nowhere:
-        K, size = config.audio_num_codebooks, config.audio_codebook_size
-        store = AudioStore(K, size, FRAME_RATE_HZ, args.codes_dir or Path(nowhere), args.audio_tokenizer)
+        store = AudioStore.of(config, args.codes_dir or Path(nowhere), args.audio_tokenizer)
         show_turns(record, store, mark)
         dataset = data.ChatMLDataset([record], tokenizer, store, with_waveforms=config.encode_whisper_embed)
         show_tokens(*dataset.ids(record), tokenizer, mark)
@@ -93,7 +92,7 @@ def show_turns(record: Record, store: AudioStore, mark: Marker) -> None:
     for index, turn in enumerate(record.chatml.messages):
         trains = turn.role == "assistant" and index >= (record.chatml.start_index or 0)
         shown = []
-        for part in turn.content if isinstance(turn.content, list) else [turn.content]:
+        for part in parts_of(turn.content):
             text = part if isinstance(part, str) else getattr(part, "text", None)
             shown.append(describe_clip(next(clips), store, record.source) if text is None else printable(text))
         print(f"  {mark(turn.role, trains):12} {' '.join(shown)}")

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from common import DataError
-from prepare.audio import BLOCK_SAMPLES, FFMPEG_SUFFIXES, MAX_CUT_OFF, open_audio
+from prepare import audio
+from prepare.audio import BLOCK_SAMPLES, FFMPEG_SUFFIXES, UNREADABLE, open_audio
 from prepare.findings import SILENT
 from prepare.manifest import AudioPart
 
@@ -78,8 +79,8 @@ def decoded(source: Path, flac: Path) -> Path:
 def opened(path: Path) -> soundfile.SoundFile:
     """raises: DataError"""
     try:
-        return open_audio(AudioPart(path, None, None, True, ""))
-    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
+        return open_audio(AudioPart(path))
+    except UNREADABLE as error:
         raise DataError(f"{path} is not readable audio: {error}") from None
 
 
@@ -118,15 +119,5 @@ def frames_of(path: Path) -> Iterator[np.ndarray]:
 
 
 def blocks_of(file: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
-    """[n, channels] float32 of each block. raises: DataError"""
-    done, length = 0, len(file)
-    try:
-        while len(block := file.read(BLOCK_SAMPLES // file.channels, "float32", True)):
-            done += len(block)
-            if not np.isfinite(block).all():
-                raise DataError(f"{path} holds samples that are no finite numbers")
-            yield block
-    except soundfile.LibsndfileError as error:
-        raise DataError(f"{path} is not readable audio from {done / file.samplerate:.0f} s on: {error}") from None
-    if done < (1 - MAX_CUT_OFF) * length:
-        raise DataError(f"{path} is cut off: {done / file.samplerate:.0f} of {length / file.samplerate:.0f} s are there")
+    """[n, channels] float32 of each block of a recording. raises: DataError"""
+    return audio.blocks_of(file, 0, len(file), BLOCK_SAMPLES // file.channels, str(path))

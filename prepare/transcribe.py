@@ -14,7 +14,6 @@ Clips that do not fit the script, and those without any word, are moved from TAB
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import ConfigError, DataError, listing, write_whole
+from common import ConfigError, DataError, listing, write_lines, write_text
 from generate.judges import Recogniser, Transcript, resample
 from prepare.align import align, words_of
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec, read_ahead, read_waveform
@@ -123,7 +122,7 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path, self.listing = path, Listing(path)
-        self.clips = [clip for clip in self.listing.clips if not AudioPart(Path(clip), None, None, True, "").holds_codes]
+        self.clips = [clip for clip in self.listing.clips if not AudioPart(Path(clip)).holds_codes]
         self.num_clips = len(self.clips)
         self.new: dict[str, Transcript] = {}
         if not self.clips:
@@ -144,7 +143,7 @@ class Folder:
     def put(self, name: str, found: Transcript) -> None:
         self.new[name] = found
         if found.text:
-            write_whole((self.path / name).with_suffix(".txt"), lambda file: file.write(f"{found.text}\n".encode()))
+            write_text((self.path / name).with_suffix(".txt"), f"{found.text}\n")
 
     def save(self) -> None:
         pass
@@ -193,7 +192,7 @@ class Table:
         (self.wordless.discard if found.text else self.wordless.add)(i)
 
     def save(self, without: Sequence[int] = ()) -> None:
-        self._write(self.path, [row for i, row in enumerate(self.rows) if i not in without])
+        write_lines(self.path.resolve(), [row for i, row in enumerate(self.rows) if i not in without])
 
     def finish(self, script: str, script_path: Path | None) -> list[str]:
         """Give the clips the script's words, move those that cannot be used out of the table. raises: DataError"""
@@ -204,7 +203,7 @@ class Table:
         if left_out:
             beside = self.path.with_name(f"{self.path.stem}.left_out.jsonl")
             before = [row for _, row in read_manifest(beside).values()] if beside.exists() else []
-            self._write(beside, before + [self.rows[i] for i in left_out])
+            write_lines(beside.resolve(), before + [self.rows[i] for i in left_out])
             unfit -= self.wordless
             lines.append(f"left out {len(self.wordless)} clips without a word, {len(unfit)} not in the script -> {beside}")
         if script_path or left_out:
@@ -231,11 +230,6 @@ class Table:
         lost = len(words) - len(used)
         lines = [f"{lost} of {len(words)} words of {script_path} are in no clip"] if lost else []
         return {i for i, place in enumerate(found) if not place}, lines
-
-    @staticmethod
-    def _write(path: Path, rows: Sequence[dict]) -> None:
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(path.resolve(), lambda file: file.write(content.encode("utf-8", "backslashreplace")))
 
 
 def summary(found: Sequence[tuple[str, Transcript]], where: str) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import write_whole
+from common import write_lines
 from prepare.clips import Clip, Key, key_of
 from prepare.convert import move_paths
 from prepare.manifest import Manifest, audio_parts
@@ -18,12 +17,11 @@ LEAST_SEC = 0.05  # cutting less than this is not worth a span
 def trim(records: Manifest, clips: dict[Key, Clip], out: Path) -> str:
     """Write the records as ChatML; returns what was done. Ready-made codes, and clips with label audio, stay as they are."""
     cut_sec: list[float] = []
-    lines = (f"{line}\n".encode("utf-8", "backslashreplace") for line in _lines(records, clips, out.parent, cut_sec))
-    write_whole(out, lambda file: file.writelines(lines))
+    write_lines(out, _trimmed(records, clips, out.parent, cut_sec))
     return f"{len(cut_sec)} clips by {sum(cut_sec):.1f} s -> {out}, {len(records)} records"
 
 
-def _lines(records: Manifest, clips: dict[Key, Clip], folder: Path, cut_sec: list[float]) -> Iterator[str]:
+def _trimmed(records: Manifest, clips: dict[Key, Clip], folder: Path, cut_sec: list[float]) -> Iterator[dict]:
     for index, record in enumerate(records):
         _, value = records.value(index)
         move_paths(value, records.folder, folder)
@@ -34,4 +32,4 @@ def _lines(records: Manifest, clips: dict[Key, Clip], folder: Path, cut_sec: lis
             if before + after > LEAST_SEC:
                 part |= {"offset": round((clip.offset_sec or 0) + before, 3), "duration": round(found.sec - before - after, 3)}
                 cut_sec.append(before + after)
-        yield json.dumps(value, ensure_ascii=False)
+        yield value

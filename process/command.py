@@ -1,7 +1,8 @@
-"""What every command does at its end: one message instead of a traceback, and an exit status."""
+"""What every command does: its flags begin alike; at its end one message instead of a traceback, and an exit status."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
 import os
@@ -9,10 +10,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch.distributed as torch_dist
 
 from common import UserError
+
+
+def parser_of(name: str, doc: str | None, **settings: Any) -> argparse.ArgumentParser:
+    """The parser of `bash launch.sh NAME`. doc: of its file, which --help shows as it stands"""
+    settings |= {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(prog=f"bash launch.sh {name}", **settings)
 
 
 def says_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
@@ -37,6 +45,13 @@ def says_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]
             return 2
 
     return command
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once: taking process groups down in good order can hang (NCCL) or abort (gloo)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def full_disk(error: Exception) -> str:

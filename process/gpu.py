@@ -1,4 +1,7 @@
-"""Whether to compute on a GPU, and how: never on the CPU by accident, where the machine has a GPU that PyTorch does not see."""
+"""Whether to compute on a GPU, and how; cards by their data sheets.
+
+Never on the CPU by accident, where the machine has a GPU that PyTorch does not see.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -17,8 +21,40 @@ VERSION = r"{} Version: *(\d+(?:\.\d+)*)"  # in nvidia-smi's header; newer ones 
 ON_CPU = "To compute on the CPU all the same, which takes hours: --device cpu, or CUDA_VISIBLE_DEVICES= in front of the command"
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A card, by its data sheet."""
+
+    name: str  # part of the name that the driver reports
+    memory_gb: int  # as it is sold
+    memory_gib: float  # as the driver reports it
+    bf16_flops: float  # per second, dense, accumulated in float32
+    memory_rate: float  # bytes per second
+    link_rate: float  # bytes per second to other GPUs of the node, in one direction: NVLink or PCIe
+
+
+GPUS = (
+    Gpu("RTX 4060", 8, 7.6, 30e12, 272e9, 16e9),
+    Gpu("RTX 3060", 12, 11.6, 25e12, 360e9, 32e9),
+    Gpu("RTX 4080", 16, 15.7, 97e12, 717e9, 32e9),
+    Gpu("RTX 4090", 24, 23.6, 165e12, 1008e9, 32e9),
+    Gpu("RTX 5090", 32, 31.4, 209e12, 1792e9, 64e9),
+    Gpu("L40S", 48, 44.5, 362e12, 864e9, 32e9),
+    Gpu("H100", 80, 79.1, 989e12, 3350e9, 450e9),
+    Gpu("A100", 80, 79.1, 312e12, 2039e9, 300e9),
+    Gpu("H200", 141, 139.8, 989e12, 4800e9, 450e9),
+    Gpu("B200", 180, 178.4, 2250e12, 8000e9, 900e9),
+)
+
+
+def find_gpu(driver_name: str) -> Gpu | None:
+    """The card with this name; None for unknown ones, weaker variants included."""
+    variants = r"(?! (Ti|SUPER|Laptop|PCIe|NVL)\b)"
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b{variants}", driver_name)), None)
+
+
 def has_bf16(device: torch.device) -> bool:
-    """Whether it computes in bfloat16; `torch.cuda.is_bf16_supported` counts GPUs that emulate it."""
+    """Whether it computes in bfloat16, as from Ampere on; `torch.cuda.is_bf16_supported` counts GPUs that emulate it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from common import write_whole
+from common import write_text
 from distributed import WAITING, Dist
 
 FIRST = 4  # times as long may the first step take, in which kernels are compiled
@@ -49,9 +49,8 @@ def watching(dist: Dist, folder: Path, timeout_min: float, find_faults: Callable
                 faulthandler.dump_traceback_later(limit_sec + 60, exit=True, file=2)
             if dist.is_main and second % 10 == 0:
                 beat = {"time": time.time(), "step": progress.step, "doing": progress.doing, "for_sec": round(quiet_sec, 1)}
-                content = json.dumps(beat).encode()
                 with contextlib.suppress(OSError):
-                    write_whole(folder / "heartbeat.json", lambda file: file.write(content))  # noqa: B023
+                    write_text(folder / "heartbeat.json", json.dumps(beat))
             if 0 < limit_sec < quiet_sec:
                 give_up(dist, folder / "stuck", quiet_sec, find_faults())
 

@@ -21,9 +21,9 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 
 import data
-from common import SIGNALS
 from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
+from process.signals import SIGNALS
 from tools import toys as demo
 
 ROOT = Path(__file__).parent.parent

@@ -17,6 +17,7 @@ import checkpoint
 import model_patch
 import train
 from config import BEST_BY, OF_SAMPLES
+from export import pretrained
 from generate.best import contradictions, note
 from generate.drift import adapter_off
 from generate.scores import Score
@@ -99,7 +100,7 @@ def test_patience_and_the_best_model(tuned, toys):
     assert 0 < values[0] < values[1] < values[2]
     assert all(line["drift"] == line["drift_text"] + line["drift_audio"] for line in drift.values())
     assert [path.name for path in checkpoint.list_states(tuned / "checkpoints")] == ["step_1", "step_4"]
-    stored = checkpoint.Stored(tuned / "checkpoints" / "step_1")
+    stored = pretrained.Stored(tuned / "checkpoints" / "step_1")
     final = load_file(tuned / "final" / "model.safetensors")
     same = [torch.equal(final[name], stored.read(f"model.{name}").to(final[name].dtype)) for name in final]
     assert all(same) and len(same) > 30

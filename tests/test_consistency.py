@@ -196,7 +196,7 @@ def voice_step(dist, groups: list[list[str | None]], weight: float) -> tuple[dic
     task = train.Task(model, optimizer, objective, labels, dist, grad_clip=0.0)
     evaluated = train.evaluate(task, loader)
     result = train.train_step(task, mine, step=0, lr=1e-3)
-    return evaluated, objective.metrics(result.total.losses), result.grad_norm
+    return evaluated, objective.metrics(result.total.losses), result.total.grad_norm
 
 
 def with_and_without(dist, cases):

@@ -19,12 +19,11 @@ from conftest import run_ranks
 from test_train import main_error, metrics
 
 import checkpoint
-import lineage
 import train
-from common import share_held_out
 from config import Config, to_argv
 from prepare.__main__ import main as prepare
-from process import fit
+from prepare.manifest import share_held_out
+from process import fit, lineage
 
 
 def plain(toys: Path, output_dir: Path, **extra) -> list[str]:

@@ -11,13 +11,13 @@ import torch
 from conftest import make_model, make_sample, open_dataset, run_ranks
 from torch.distributed.tensor import DTensor
 
-import checkpoint
 import data
 import loss
 import model_patch
 import train
 from collate import create_collator
 from common import ConfigError, DataError
+from export import pretrained
 from tools import toys as demo
 
 
@@ -33,7 +33,7 @@ def train_a_little(
     returns: losses, gradient norms and the trained parameters
     """
     folder = Path(checkpoint_dir)
-    config, tokenizer = checkpoint.read_base_config(folder), demo.make_tokenizer()
+    config, tokenizer = pretrained.read_base_config(folder), demo.make_tokenizer()
     argv = ["--train_manifest", "m", "--output_dir", "o", "--mixed_precision", "no"]
     argv += ["--lora_r", str(lora_r), "--lora_dropout", str(dropout), *flags]
     cfg = train.parse_config(argv)
@@ -51,7 +51,7 @@ def train_a_little(
         result = train.train_step(task, batches, step, lr=1e-3)
         assert not result.culprits
         losses.append(task.objective.metrics(result.total.losses)["loss"])
-        norms.append(result.grad_norm)
+        norms.append(result.total.grad_norm)
     return losses, norms, {n: full(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -147,7 +147,7 @@ def uneven_step(dist, kinds: list[str], tower: bool):
     with train.evaluating(model):  # there as well every rank has to enter every sharded module
         train.forward(model, mine[0], labels)
     result = train.train_step(task, mine, step=0, lr=1e-3)
-    return objective.metrics(result.total.losses)["loss"], result.grad_norm
+    return objective.metrics(result.total.losses)["loss"], result.total.grad_norm
 
 
 @pytest.mark.parametrize(

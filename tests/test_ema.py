@@ -11,9 +11,9 @@ from conftest import run_ranks
 from test_export import command, same, settings, weights
 from test_resume import run_and_stop
 
-import checkpoint
 import train
 from config import parse_config
+from export import pretrained
 
 DECAY = 0.7
 
@@ -44,7 +44,7 @@ def averaged(toys, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_it_is_the_weighted_mean_of_the_steps(averaged):
     output, average = averaged
-    states = [checkpoint.Stored(output / "checkpoints" / f"step_{step}") for step in (1, 2, 3, 4)]
+    states = [pretrained.Stored(output / "checkpoints" / f"step_{step}") for step in (1, 2, 3, 4)]
     shares = torch.tensor([DECAY**3, DECAY**2, DECAY, 1.0], dtype=torch.float64)
     shares /= shares.sum()
     for name, mine in average.items():

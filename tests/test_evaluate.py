@@ -277,7 +277,8 @@ def test_mistakes(takes_dir, toys, tmp_path, capsys):
 
 
 def evaluate_here(dist, argv: list[str]) -> dict:
-    figures, takes = evaluate.evaluate(*evaluate.parse_args(argv), dist)
+    args, options = evaluate.parse_args(argv)
+    figures, takes = evaluate.evaluate(args, options, evaluate.lines_of(args, dist), dist)
     return {name: figure.value for name, figure in figures.items() if name != "rtf"} | {"takes": takes}
 
 

@@ -28,7 +28,7 @@ import model_patch
 import train
 from common import CheckpointError
 from config import AUDIO_TOKENIZER, BASE_CKPT, REVISIONS, Config, parse_config, to_argv
-from export import card, merge, parity, read, write
+from export import card, merge, parity, pretrained, read, write
 from export.__main__ import main as export_main
 from export.final import write_final
 from generate import __main__ as generate
@@ -95,7 +95,7 @@ def untrained(toys, tmp_path_factory) -> Path:
     model = make_model(base.config)
     lora = model_patch.add_lora(model, 4, 8.0, 0.0)
     init_lora(model, seed=0)
-    named = ((read.adapter_name(n), p.data) for n, p in model.named_parameters() if checkpoint.is_lora(n))
+    named = ((read.adapter_name(n), p.data) for n, p in model.named_parameters() if pretrained.is_lora(n))
     write.write_adapter(folder, named, lora, base.tokenizer)
     return folder
 
@@ -325,7 +325,7 @@ def test_average_is_the_mean(full_run, lora_run, toys, tmp_path, capsys):
 
     states = [full_run / "checkpoints" / f"step_{step}" for step in (2, 4)]
     command(capsys, "average", *states, tmp_path / "states")
-    parts = [checkpoint.Stored(state) for state in states]
+    parts = [pretrained.Stored(state) for state in states]
     for name, mean in weights(tmp_path / "states").items():
         assert torch.equal(mean, sum(part.read(f"model.{name}") for part in parts) / 2)
 
@@ -366,11 +366,11 @@ def test_the_card_says_how_to_make_it_again(lora_run):
 
 
 def test_the_card_of_an_earlier_step(lora_run, tmp_path, capsys):
-    """Only what had happened by then counts; what was heard counts too."""
+    """Only what had happened by then counts; what was heard counts too, and a last line that was cut off does not."""
     run = tmp_path / "run"
     shutil.copytree(lora_run, run)
     heard = [json.dumps({"split": "sample", "step": step, "epoch": 0, "stop_rate": step / 8}) for step in (1, 3)]
-    (run / "metrics.jsonl").write_text("\n".join([*heard, (run / "metrics.jsonl").read_text()]))
+    (run / "metrics.jsonl").write_text("\n".join([*heard, (run / "metrics.jsonl").read_text()]) + '{"split": "tra')
     command(capsys, "export", run / "checkpoints" / "step_2", tmp_path / "2")
     text = (tmp_path / "2" / "README.md").read_text()
     assert "| steps | 2 |" in text and "| validation step | 2 |" in text and "| samples: stop_rate | 0.125 |" in text

@@ -623,7 +623,7 @@ def test_long_files_are_decoded_in_blocks(tmp_path):
     with soundfile.SoundFile(tmp_path / "a.wav", "w", 8000, 8, "PCM_16") as file:
         for _ in range(600):
             file.write(np.full((8000, 8), 1000, np.int16))
-    part = AudioPart(tmp_path / "a.wav", None, None, True, "")
+    part = AudioPart(tmp_path / "a.wav")
     tracemalloc.start()
     samples, rate = read_waveform(part, "record 0")
     size, peak = samples.nbytes, tracemalloc.get_traced_memory()[1]

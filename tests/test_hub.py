@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 
-import checkpoint
 from common import CheckpointError, ConfigError, DataError
 from config import BASE_CKPT, BASE_NAMES, BASE_REVISION
+from export import pretrained
 from generate.judges import Transcriber
 from prepare import hub
 from prepare.audio import download_codec
@@ -87,13 +87,13 @@ def server(tmp_path, monkeypatch):
 def test_the_base_has_two_names(asked, there, server, toys, capsys):
     """Whichever of them the Hub has; its size is said once, then it is on this machine, and found without the Hub."""
     server.folders[there] = toys / "checkpoint"
-    folder = checkpoint.find_base(asked, None)
-    assert folder.name == BASE_REVISION and checkpoint.read_base_config(folder).audio_num_codebooks == 8
+    folder = pretrained.find_base(asked, None)
+    assert folder.name == BASE_REVISION and pretrained.read_base_config(folder).audio_num_codebooks == 8
     said = capsys.readouterr().err
     assert f"fetching {there}: 0.0" in said and f" GB from {constants.ENDPOINT} into {constants.HF_HUB_CACHE} (HF_HOME" in said
-    assert checkpoint.find_base(asked, None) == folder and "fetching" not in capsys.readouterr().err
+    assert pretrained.find_base(asked, None) == folder and "fetching" not in capsys.readouterr().err
     server.folders.clear()
-    assert checkpoint.find_base(asked, None) == folder
+    assert pretrained.find_base(asked, None) == folder
 
 
 @pytest.mark.parametrize("name", [*ANSWERS, "not a name", "offline", "no network", "no room"])
@@ -131,7 +131,7 @@ def test_every_kind_of_repository_says_so(server):
     with pytest.raises(
         CheckpointError, match=r"^checkpoint owner/gated .*: not a folder here; owner/gated: the repository is gated"
     ):
-        checkpoint.find_base("owner/gated", None)
+        pretrained.find_base("owner/gated", None)
     with pytest.raises(DataError, match=r"^--audio_tokenizer: no folder owner/gated; owner/gated: the repository is gated"):
         download_codec("owner/gated")
     with pytest.raises(ConfigError, match=r"^--asr_model owner/gated: cannot be loaded: owner/gated: the repository is gated"):

@@ -13,7 +13,7 @@ from test_resume import logged, settings
 import checkpoint
 import train
 from common import CheckpointError
-from export import write
+from export import pretrained, write
 
 
 def states(output_dir: Path) -> list[str]:
@@ -148,7 +148,7 @@ def test_a_kill_between_the_renames_is_mended(tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_copied(expected, toys, tmp_path, monkeypatch, capsys):
-    load = checkpoint.load_tokenizer
+    load = pretrained.load_tokenizer
 
     def load_stubborn(folder):
         tokenizer = load(folder)
@@ -159,7 +159,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_copied(expected, toys, tmp_path, mo
         tokenizer.save_pretrained = fail
         return tokenizer
 
-    monkeypatch.setattr(checkpoint, "load_tokenizer", load_stubborn)
+    monkeypatch.setattr(pretrained, "load_tokenizer", load_stubborn)
     for lora_r in (0, 4):
         assert train.main(settings(toys, tmp_path / f"{lora_r}", lora_r, max_steps=2, val_steps=0)) == 0
         assert "the tokenizer is copied" in capsys.readouterr().err

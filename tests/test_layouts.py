@@ -22,13 +22,12 @@ from test_codec import write_wav
 from test_collate import TOWER
 from test_export import error, same, settings, weights
 
-import checkpoint
 import loss
 import model_patch
 import train
 from common import CheckpointError
 from config import BASE_CKPT, BASE_REVISION
-from export import layouts, merge, read, write
+from export import layouts, merge, pretrained, read, write
 from prepare import prompts
 from prepare.manifest import parse_record
 from tools import toys as demo
@@ -80,7 +79,7 @@ def test_a_round_trip_is_bit_equal(boson, newer, tmp_path, monkeypatch):
     before["text_config"]["torch_dtype"] = after["text_config"]["torch_dtype"] = None
     assert before == after
     words = "Generate audio<|audio_out_bos|><|AUDIO_OUT|>, ä!"
-    assert len({tuple(checkpoint.load_tokenizer(folder).encode(words)) for folder in (boson, newer, tmp_path / "back")}) == 1
+    assert len({tuple(pretrained.load_tokenizer(folder).encode(words)) for folder in (boson, newer, tmp_path / "back")}) == 1
     loaded = HiggsAudioModel.from_pretrained(tmp_path / "back").state_dict()
     assert all(torch.equal(tensor, weights(boson)[name].float()) for name, tensor in loaded.items())
 
@@ -89,7 +88,7 @@ def test_the_newer_configuration(boson, newer):
     values = json.loads((newer / "config.json").read_text())
     assert (values["model_type"], values["codebook_size"], values["num_codebooks"]) == ("higgs_audio_v2", 66, 8)
     assert values["architectures"] == ["HiggsAudioV2ForConditionalGeneration"] and values["dtype"] == "bfloat16"
-    tokenizer = checkpoint.load_tokenizer(boson)
+    tokenizer = pretrained.load_tokenizer(boson)
     assert values["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert values["audio_delay_token_id"] == tokenizer.convert_tokens_to_ids("<|AUDIO|>"), "no token to spare for it"
     tokenizer.add_tokens([layouts.DELAY_TOKEN])
@@ -124,7 +123,7 @@ QUESTION = {"role": "user", "content": "  What shall I say?"}
 def test_the_chat_template_writes_our_prompts(conversation, voices, scene, newer, tmp_path):
     """Token for token what `prepare_chatml_sample` makes of our phrasing; clips of the system turn have one token in the
     newer layout, and the answer is made to begin with audio."""
-    tokenizer = checkpoint.load_tokenizer(newer)
+    tokenizer = pretrained.load_tokenizer(newer)
     template = (newer / "chat_template.jinja").read_text()
     made = tokenizer.apply_chat_template([*conversation, QUESTION], chat_template=template, add_generation_prompt=True)
     turns = [*prompts.context(QUESTION["content"], voices, scene), QUESTION]
@@ -148,14 +147,14 @@ def test_files_of_the_processor(boson, newer, tmp_path):
     (tmp_path / "own" / "special_tokens_map.json").unlink()
     merge.convert(read.open_model(tmp_path / "own"), tmp_path / "again", "transformers")
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == "mine"
-    assert checkpoint.load_tokenizer(tmp_path / "again").pad_token == "<|end_of_text|>"
+    assert pretrained.load_tokenizer(tmp_path / "again").pad_token == "<|end_of_text|>"
 
 
 def test_rotary_frequencies_agree(boson, newer):
     """1024 positions for 8192, and factors an eighth as large: the same frequencies, to the bit."""
 
     def frequencies(values: dict) -> torch.Tensor:
-        config = layouts.to_boson(values, checkpoint.load_tokenizer(newer))
+        config = layouts.to_boson(values, pretrained.load_tokenizer(newer))
         model = model_patch.build_on_meta(config)
         model_patch.materialize(model, torch.device("cpu"))
         return model.rotary_emb.inv_freq
@@ -197,11 +196,11 @@ def test_the_hub_gives_the_pinned_revision(boson, newer, tmp_path, monkeypatch):
     shutil.copytree(newer, cache / ("a" * 40))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    found = [checkpoint.find_base(BASE_CKPT, revision) for revision in (None, "a" * 40)]
+    found = [pretrained.find_base(BASE_CKPT, revision) for revision in (None, "a" * 40)]
     assert [folder.name for folder in found] == [BASE_REVISION, "a" * 40]
     assert [layouts.layout_of(folder) for folder in found] == ["boson", "transformers"]
     with pytest.raises(CheckpointError, match=r"revision bbbb.*HF_HUB_OFFLINE is set and .* holds no copy"):
-        checkpoint.find_base(BASE_CKPT, "b" * 40)
+        pretrained.find_base(BASE_CKPT, "b" * 40)
 
 
 def test_what_cannot_be_mapped(newer, tmp_path, capsys):
@@ -214,11 +213,11 @@ def test_what_cannot_be_mapped(newer, tmp_path, capsys):
     tensors = weights(newer)
     del tensors["text_lm_head.weight"]
     save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
-    model = model_patch.build_on_meta(checkpoint.read_base_config(headless))
+    model = model_patch.build_on_meta(pretrained.read_base_config(headless))
     with pytest.raises(
         CheckpointError, match=r"first audio_decoder_proj\.text_lm_head\.weight; .*use_text_head=True"
     ):
-        checkpoint.check_base(model, headless)
+        pretrained.check_base(model, headless)
     values = json.loads((newer / "config.json").read_text())
     del values["rope_parameters"]
     (partial / "config.json").write_text(json.dumps(values))

@@ -16,10 +16,11 @@ from test_resume import logged, settings
 import checkpoint
 import collate
 import data
-import lineage
 import train
 from config import parse_config
+from export import pretrained
 from export.__main__ import main as export_main
+from process import lineage
 
 
 def steps(output_dir: Path) -> list[str]:
@@ -330,17 +331,17 @@ def test_fingerprints_are_cheap(tmp_path):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 2**33)
     (big / "config.json").write_text("{}")
-    first = lineage.fingerprint(big)  # 8 GB: reading them would take this test longer than its time limit
+    first = pretrained.fingerprint(big)  # 8 GB: reading them would take this test longer than its time limit
     with open(big / "model.safetensors", "r+b") as file:
         file.seek(8 + len(header))
         file.write(b"other")
-    assert lineage.fingerprint(big) != first
+    assert pretrained.fingerprint(big) != first
 
 
 def test_lengths_belong_to_their_records(toys, tmp_path):
     """A hold-out with another seed, other codebooks or another codec: lengths are measured anew."""
     keys = set()
-    config, tokenizer = checkpoint.read_base_config(toys / "checkpoint"), checkpoint.load_tokenizer(toys / "checkpoint")
+    config, tokenizer = pretrained.read_base_config(toys / "checkpoint"), pretrained.load_tokenizer(toys / "checkpoint")
     collator = collate.create_collator(config)
     for seed in (0, 1):
         cfg = parse_config(settings(toys, tmp_path / "o", max_tokens=400, val_manifest="", seed=seed))

@@ -18,10 +18,9 @@ import pytest
 from conftest import ROOT
 from test_resume import logged, settings, small_disk  # noqa: F401
 
-import metrics
 import train
-from metrics import Monitor
 from process.log import Log
+from process.monitor import Monitor, TensorBoard
 
 
 def lines(folder: Path) -> list[dict]:
@@ -52,7 +51,7 @@ def test_a_failing_sink_is_counted(tmp_path, monkeypatch, capsys):
     def fail(self, *args):
         raise RuntimeError("the service is down")
 
-    monkeypatch.setattr(metrics.TensorBoard, "write", fail)
+    monkeypatch.setattr(TensorBoard, "write", fail)
     monitor = Monitor(tmp_path, {})
     for step in range(1, 101):
         monitor.write(split="train", step=step, loss=0.5)

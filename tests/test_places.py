@@ -23,7 +23,6 @@ from test_codec import write_wav
 from test_resume import run, settings
 
 import checkpoint
-import lineage
 import prepare.__main__
 import train
 from common import CheckpointError, DataError
@@ -31,6 +30,7 @@ from prepare.audio import AudioStore
 from prepare.codes_cache import CodesCache
 from prepare.encode import encode_missing
 from prepare.manifest import Mixture, read_manifest
+from process import lineage
 
 # ---- locks and clocks
 

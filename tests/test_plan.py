@@ -20,6 +20,7 @@ import model_patch
 import train
 from config import CHECKPOINTING_MODES, parse_config
 from layers import nf4
+from process.gpu import Gpu, find_gpu
 from tools import plan, synthetic
 from tools.estimate import Estimate, clones_of, estimate
 from tools.memory import LiveBytes, resident_bytes
@@ -128,7 +129,7 @@ def test_flops_count_what_is_recomputed(config, batch):
 
 def test_seconds_of_a_step():
     """The longer of computing and sending, then the optimizer."""
-    gpu = metrics.Gpu("card", 8, 8.0, bf16_flops=100.0, memory_rate=400.0, link_rate=10.0)
+    gpu = Gpu("card", 8, 8.0, bf16_flops=100.0, memory_rate=400.0, link_rate=10.0)
     found = Estimate(weights=0, optimizer=0, peak=0, sent=30.0, flops=200.0, trained=5)
     assert found.step_sec(gpu, share=0.5) == 200 / (100 * 0.5) + 5 * 40 / 400
     assert dataclasses.replace(found, sent=50.0).step_sec(gpu, share=0.5) == 50 / 10 + 5 * 40 / 400
@@ -144,8 +145,8 @@ def planner(config):
     return plan.Planner(cfg, config, plan.Workload(clones_of(config, seconds), "four clones"))
 
 
-def card(size: float) -> metrics.Gpu:
-    return metrics.Gpu("card", 8, size / 2**30, 1e12, 1e12, 1e12)
+def card(size: float) -> Gpu:
+    return Gpu("card", 8, size / 2**30, 1e12, 1e12, 1e12)
 
 
 def test_which_flags_make_it_fit(planner):
@@ -315,5 +316,5 @@ def test_gpus_by_the_name_that_the_driver_reports():
         "NVIDIA GeForce RTX 4090 Laptop GPU": None,
         "Tesla T4": None,
     }
-    found = {name: metrics.find_gpu(name) for name in names}
+    found = {name: find_gpu(name) for name in names}
     assert {name: gpu and gpu.name for name, gpu in found.items()} == names

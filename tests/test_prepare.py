@@ -251,7 +251,7 @@ def test_lengths_and_steps_are_those_of_training(toys, checkpoint_dir, config, t
         fitted, kept, changes = data.fit_lengths(dataset, collator, lengths, limit, long)
         loader = data.Loader(fitted, collator, data.Batching(4, limit, kept), world_size=2, grad_accum=2)
         assert found["figures"]["positions of a record"]["max"] == lengths.max()
-        assert found["figures"]["steps of an epoch"] == loader.steps_in_epoch()
+        assert found["figures"]["steps of an epoch"] == loader.num_steps(data.Position(0, 0), 1)
         assert found["figures"]["tokens of an epoch"] == kept.sum()
         listed = found["notices"][f"longer than --max_tokens {limit}"]
         assert listed == changes and len(listed) == num_long

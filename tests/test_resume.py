@@ -23,8 +23,9 @@ from torch.distributed.fsdp import fully_shard
 import checkpoint
 import data
 import train
-from common import PREEMPTED, CheckpointError
+from common import CheckpointError
 from config import to_argv
+from process.signals import PREEMPTED
 
 
 def settings(toys: Path, output_dir: Path, lora_r: int = 4, **extra) -> list[str]:
@@ -248,7 +249,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(toys, tmp_path, capsys):
 
 def test_two_runs_cannot_share_a_folder(toys, tmp_path, capsys):
     argv = settings(toys, tmp_path / "o", 4, max_steps=1)
-    hold = f"import lineage, pathlib; held = lineage.lock(pathlib.Path({str(tmp_path / 'o')!r})); print('held', flush=True); input()"
+    hold = f"import pathlib; from process import lineage; held = lineage.lock(pathlib.Path({str(tmp_path / 'o')!r})); print('held', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     assert train.main(argv) == 2

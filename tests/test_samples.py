@@ -16,18 +16,18 @@ from conftest import run_ranks
 from test_codec import write_wav
 from test_train import main_error, metrics, run_here, settings
 
-import checkpoint
 import train
 from common import ConfigError
 from config import to_argv
 from distributed import whole
+from export import pretrained
 from generate import official, samples
 from generate.files import read_results
 from generate.judges import SpeakerSimilarity, Transcriber
 from generate.pictures import DIFFERS, codes_figure, enlarge, media
 from generate.samples import Sampler, describe
 from generate.scores import Score, word_errors, words_of
-from metrics import Monitor
+from process.monitor import Monitor
 from tools import toys as demo
 
 # ---- teacher-forced and free-running, on any number of ranks
@@ -44,7 +44,7 @@ def evaluate_and_sample(dist, argv: list[str]) -> tuple[list[dict], dict]:
     cfg = train.parse_config([*argv, "--output_dir", f"{argv[-1]}/{dist.world_size}"])
     records, val_records = train.read_records(cfg, dist)
     folder = Path(cfg.base_ckpt)
-    config, tokenizer = checkpoint.read_base_config(folder), checkpoint.load_tokenizer(folder)
+    config, tokenizer = pretrained.read_base_config(folder), pretrained.load_tokenizer(folder)
     _, loader = train.build_loaders(cfg, dist, config, tokenizer, records, val_records)
     model, _ = train.build_model(cfg, dist, config, folder)
     task = train.Task(model, None, train.build_objective(cfg, config), train.LabelSpec.of(config), dist)

@@ -20,8 +20,8 @@ from test_resume import logged, run, settings
 
 import checkpoint
 import train
-from common import PREEMPTED
 from generate.batched import Batch
+from process.signals import PREEMPTED
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 EARLY = "ended before a first step; what was written whole is kept"

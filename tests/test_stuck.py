@@ -22,7 +22,7 @@ import train
 @pytest.mark.parametrize(
     ("fault", "what", "culprit"),
     [
-        ("worker stopped", r"waiting for data for \d+ s; its loader worker 0 \(process \d+\) is stopped", "_receive"),
+        ("worker stopped", r"waiting for data for \d+ s; its loader worker 0 \(process \d+\) is stopped", "receive"),
         ("hang", r"computing for \d+ s", "faulty_train.py"),
     ],
 )

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import flop_registry
 import checkpoint
 import data
 import loss
-import metrics
 import model_patch
 import train
 from collate import Batch, create_collator
@@ -32,6 +31,7 @@ from config import Config
 from distributed import Dist, make_mesh, own_rows
 from layers import packed
 from prepare.audio import AudioStore
+from process.gpu import Gpu
 from tools import synthetic, toys
 from tools.memory import LiveBytes
 
@@ -60,7 +60,7 @@ class Estimate:
         """Bytes a GPU should have."""
         return self.peak * FRAGMENTATION + RESERVED
 
-    def step_sec(self, gpu: metrics.Gpu, share: float) -> float:
+    def step_sec(self, gpu: Gpu, share: float) -> float:
         """Seconds of an optimizer step, by a roofline: matrix products at `share` of the GPU's peak or, if that takes
         longer, communication at the link's rate; then the optimizer at the memory's rate."""
         busy = max(self.flops / (gpu.bf16_flops * share), self.sent / gpu.link_rate)

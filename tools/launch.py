@@ -6,7 +6,7 @@
 After a clear message about the user's input train.py exits with 2; so does this, where torchrun prints a traceback and exits
 with 1. When a rank fails, the others are ended within 30 seconds, and the traceback of the first is printed last.
 
-SIGTERM, SIGUSR1, SIGHUP and SIGINT (see distributed.Signals) are passed on to ranks that train, which save and end. Ranks that
+SIGTERM, SIGUSR1, SIGHUP and SIGINT (see process/signals.py) are passed on to ranks that train, which save and end. Ranks that
 have not begun, and waiting for other nodes, are ended at once. The exit status is then 75, after SIGINT 0, and nothing is
 restarted. torchrun itself kills the ranks after 30 seconds, and undoes nohup.
 """
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import psutil
 
-from common import EARLY_END, PREEMPTED, SIGNALS
 from process.log import keep_output
+from process.signals import EARLY_END, PREEMPTED, SIGNALS
 
 USER_ERROR = 2
 

@@ -30,16 +30,16 @@ import numpy as np
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
-import checkpoint
 import data
 from collate import Batch, create_collator
-from common import ConfigError, write_whole
+from common import ConfigError, write_text
 from config import BASE_NAMES, CHECKPOINTING_MODES, SAMPLES, Config, parse_config
+from export import pretrained
 from layers import nf4
-from metrics import GPUS, Gpu, find_gpu
-from prepare.audio import AudioStore, codec_frame_rate_hz
+from prepare.audio import AudioStore
 from prepare.manifest import report_problems
-from process.command import says_errors
+from process.command import parser_of, says_errors
+from process.gpu import GPUS, Gpu, find_gpu
 from tools import synthetic
 from tools.estimate import FRAGMENTATION, RESERVED, Estimate, clones_of, estimate
 
@@ -100,11 +100,9 @@ def read_workload(cfg: Config, config: HiggsAudioConfig) -> Workload:
         seconds = clones_within(cfg.max_tokens) if cfg.max_tokens else synthetic.clone_durations(4096)[: cfg.samples]
         return Workload(clones_of(config, seconds), f"{len(seconds)} clones, references of 3 to 10 s, targets of 2 to 20 s")
     records, _, _ = data.open_records(cfg.train_manifest, cfg.missing_audio == "skip")
-    tokenizer = checkpoint.load_tokenizer(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    tokenizer = pretrained.load_tokenizer(pretrained.find_base(cfg.base_ckpt, cfg.revision))
     with tempfile.TemporaryDirectory() as folder:
-        rate = codec_frame_rate_hz(cfg.audio_tokenizer)
-        codes_dir = Path(cfg.codes_dir or folder)
-        store = AudioStore(config.audio_num_codebooks, config.audio_codebook_size, rate, codes_dir, cfg.codec)
+        store = AudioStore.of(config, Path(cfg.codes_dir or folder), cfg.audio_tokenizer)
         dataset = data.ChatMLDataset(records, tokenizer, store)
         lengths, problems = data.measure_lengths(dataset, create_collator(config), num_workers=cfg.num_workers)
     report_problems(problems)
@@ -347,7 +345,7 @@ def read_config(cfg: Config) -> HiggsAudioConfig:
     published = synthetic.make_config("real")
     if cfg.base_ckpt in BASE_NAMES:
         return published
-    config = checkpoint.read_base_config(checkpoint.find_base(cfg.base_ckpt, cfg.revision))
+    config = pretrained.read_base_config(pretrained.find_base(cfg.base_ckpt, cfg.revision))
     for name in ("audio_in_token_idx", "audio_out_token_idx", "pad_token_id"):
         setattr(config, name, getattr(published, name))
     if not config.skip_audio_tower:
@@ -365,9 +363,7 @@ def read_ranks(value: str) -> list[int]:
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("plan", __doc__)
     parser.add_argument("--ranks", default="1", help="numbers of GPUs to plan for, such as 1,8,64 (default: 1)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a card reaches (default: 0.4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a row for each way to train there, too")
@@ -382,13 +378,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--mfu {args.mfu}: must be above 0 and at most 1, such as 0.4")
     if args.lengths:
         gpu = Gpu("here", 0, args.room / 2**30, math.nan, math.nan, math.nan)
-        content = json.dumps(choose(cfg, config, gpu, np.load(args.lengths), *ranks))
-        write_whole(args.json, lambda file: file.write(content.encode()))
+        write_text(args.json, json.dumps(choose(cfg, config, gpu, np.load(args.lengths), *ranks)))
         return 0
     planner = Planner(cfg, config, read_workload(cfg, config))
     print(plan(planner, ranks, args.mfu))
     if args.json:
-        write_whole(args.json, lambda file: file.write(as_json(planner, ranks, args.mfu).encode()))
+        write_text(args.json, as_json(planner, ranks, args.mfu))
     return 0
 
 

@@ -11,7 +11,6 @@ nothing. The voice-consistency loss is left out: it compares the voices of diffe
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import re
@@ -27,9 +26,10 @@ from collate import Batch, Packing
 from common import ConfigError
 from config import Config
 from distributed import setup_distributed
+from export import pretrained
 from loss import IGNORE_INDEX, LabelSpec
 from metrics import read_dump
-from process.command import says_errors
+from process.command import parser_of, says_errors
 
 
 def read_step(path: Path) -> tuple[dict, list[Batch]]:
@@ -80,8 +80,8 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
     known = {f.name for f in dataclasses.fields(Config)}
     cfg = Config(**{name: value for name, value in about["config"].items() if name in known})
     dist = setup_distributed(device or cfg.device)
-    folder = checkpoint.find_base(cfg.base_ckpt, cfg.revision)
-    config = checkpoint.read_base_config(folder)
+    folder = pretrained.find_base(cfg.base_ckpt, cfg.revision)
+    config = pretrained.read_base_config(folder)
     model, _ = train.build_model(cfg, dist, config, folder)
     optimizer = train.build_optimizer(model, cfg)
     start = resume or about["resume"] or "base"
@@ -108,14 +108,12 @@ def replay(path: Path, resume: str | None, device: str | None) -> None:
     then = {name: float("nan") if about[name] is None else about[name] for name in ("loss", "grad_norm")}
     print(f"\n{'':12}{'now':>12} {'in the run':>12}")
     print(f"{'loss':12}{objective.metrics(result.total.losses)['loss']:12.6f} {then['loss']:12.6f}")
-    print(f"{'grad norm':12}{result.grad_norm:12.6f} {then['grad_norm']:12.6f}")
+    print(f"{'grad norm':12}{result.total.grad_norm:12.6f} {then['grad_norm']:12.6f}")
 
 
 @says_errors
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("replay", __doc__)
     parser.add_argument("file", type=Path, help="OUTPUT/spikes/step_N-rankR.safetensors")
     parser.add_argument("--resume", help="checkpoint with the weights, or 'base'; default: the run's newest at that step")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's")

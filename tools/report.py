@@ -10,12 +10,9 @@ Legend: K codebooks, T frames.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import dataclasses
 import html
-import io
-import json
 import math
 import re
 import sys
@@ -26,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from common import DataError, write_whole
+from common import DataError, read_json, write_text
 from config import Config
 from generate.files import read_results
-from generate.pictures import figure
+from generate.pictures import as_url, figure
 from prepare.manifest import Record, read_manifest, split_weights
-from process.command import says_errors
+from process.command import parser_of, says_errors
+from process.monitor import read_lines
 from tools import verdicts
 from tools.verdicts import points, show
 
@@ -64,18 +61,9 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: not the output folder of a run: it has no config.json")
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        settings, lines = read_json(folder / "config.json"), read_lines(folder / "metrics.jsonl")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not the output folder of a run: {error}") from None
-    lines: dict[str, list[dict]] = {}
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            lines.setdefault(line["split"], []).append(line)
-        except (ValueError, KeyError, TypeError):
-            if number < len(texts):  # the last line may be cut off: the run crashed or is still writing
-                raise DataError(f"{folder / 'metrics.jsonl'} line {number}: not an object with `split` and `step`") from None
     samples = [path.parent for path in (folder / "samples").glob("*/results.jsonl")]
     return Run(folder, settings, lines, sorted(samples, key=_step_then_name))
 
@@ -293,7 +281,8 @@ def answer(run: Run, folder: Path, result: dict) -> str:
 
 
 def player(run: Run, path: Path) -> str:
-    return f'<audio controls preload=metadata src="{data_uri("audio/wav", read_inside(run, path))}"></audio>'
+    sound = base64.b64encode(read_inside(run, path)).decode()
+    return f'<audio controls preload=metadata src="data:audio/wav;base64,{sound}"></audio>'
 
 
 def picture(run: Run, folder: Path, result: dict) -> str:
@@ -304,11 +293,8 @@ def picture(run: Run, folder: Path, result: dict) -> str:
     image = figure(folder, result)
     if not image.shape[1]:
         return ""
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, "PNG", optimize=True)
     alt = "codes: target, sample, differences" if "target_codes" in result else "codes of the sample"
-    source = data_uri("image/png", content.getvalue())
-    return f'<img class=codes style="height:{image.shape[0] * 5}px" alt="{alt}" src="{source}">'
+    return f'<img class=codes style="height:{image.shape[0] * 5}px" alt="{alt}" src="{as_url(image)}">'
 
 
 def read_inside(run: Run, path: Path) -> bytes:
@@ -319,10 +305,6 @@ def read_inside(run: Run, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,17 +461,14 @@ def page(run: Run, max_shown: int = 6) -> str:
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("report", __doc__)
     parser.add_argument("output_dir", type=Path, help="the folder of a run")
     parser.add_argument("--out", type=Path, help="default: report.html in that folder")
     parser.add_argument("--occasions", type=int, default=6, help="most samplings to show, the first and last included")
     args = parser.parse_args(argv)
-    content = page(read_run(args.output_dir), max(1, args.occasions)).encode()
     out = args.out or args.output_dir / "report.html"
-    write_whole(out, lambda file: file.write(content))
-    print(f"{out}: {len(content) / 1e6:.1f} MB")
+    write_text(out, page(read_run(args.output_dir), max(1, args.occasions)))
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

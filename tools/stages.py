@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import PREEMPTED, write_whole
+from common import write_text
+from process.signals import PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "voice.json"
@@ -76,7 +77,7 @@ def set_aside(stages: Sequence[Stage], out: Path, done: dict) -> None:
 
 
 def save(out: Path, state: dict) -> None:
-    write_whole(out / STATE, lambda file: file.write(json.dumps(state, indent=1).encode()))
+    write_text(out / STATE, json.dumps(state, indent=1))
 
 
 def fingerprint(what: Path | str) -> list:

@@ -24,14 +24,14 @@ from pathlib import Path
 import soundfile
 import torch
 
-from common import ConfigError, read_json, share_held_out
+from common import ConfigError, read_json
 from config import AUDIO_TOKENIZER, BASE_CKPT, parse_config, to_argv
 from export.read import find_model
 from prepare.audio import MAX_TRANSCRIBED_SEC, duration_sec
 from prepare.folders import Listing
-from prepare.manifest import AudioPart
+from prepare.manifest import AudioPart, share_held_out
 from prepare.rows import WAVEFORM_SUFFIXES
-from process.command import says_errors
+from process.command import parser_of, says_errors
 from process.gpu import on_gpu
 from tools.stages import STATE, Stage, follow, shown
 
@@ -136,7 +136,7 @@ def kind_of(inputs: Sequence[Path]) -> str:
     files = Listing(inputs[0]).files if inputs[0].is_dir() else []
     if not files or not all(name.lower().endswith(WAVEFORM_SUFFIXES) for name in files):
         return "dataset"
-    longest = max(duration_sec(AudioPart(inputs[0] / name, None, None, True, "")) for name in files)
+    longest = max(duration_sec(AudioPart(inputs[0] / name)) for name in files)
     return "recordings" if longest > MAX_TRANSCRIBED_SEC else "clips"
 
 
@@ -172,12 +172,7 @@ def show_end(args: argparse.Namespace, out: Path) -> None:
 
 @says_errors
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bash launch.sh voice",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("voice", __doc__)
     parser.add_argument("input", nargs="+", type=Path, help="recordings; or one folder or table of clips")
     parser.add_argument("--name", required=True, help="of the voice")
     parser.add_argument("--language", default="en", help="(default: en)")

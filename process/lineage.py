@@ -7,10 +7,12 @@ is compared with all of that (`compare`). Later checkpoints of the branch that i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,20 +20,23 @@ import socket
 import sys
 import time
 import uuid
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import checkpoint
-from checkpoint import COMPANIONS, weight_files
-from common import CheckpointError, read_json
-from config import OPEN, SAMPLES, Config, checked, code_commit
-from data import Loader
-from distributed import Dist, log
+from checkpoint import COMPANIONS
+from common import CheckpointError, read_json, write_text
+from config import OPEN, SAMPLES, Config, checked, code_commit, recipe
+from distributed import Dist, launch_id, log
+from export import pretrained
+
+if TYPE_CHECKING:
+    from data import Loader
 
 # Settings that give the saved tensors their meaning. Batch size, ranks, learning rate, epochs and the like may change.
 SAME = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_targets", "quantize", "freeze", "ema")
 LAG_SEC = 120.0  # how long a shared folder may show different files to different nodes
-NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for a base's fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The output folder
@@ -59,6 +64,11 @@ def lock(output_dir: Path) -> IO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def locked(output_dir: Path, dist: Dist) -> contextlib.AbstractContextManager:
+    """The context in which the folder is this run's. Collective. raises: CheckpointError, on all ranks; see `lock`"""
+    return dist.together(lambda: lock(output_dir) if dist.is_main else contextlib.nullcontext())
 
 
 def choose_resume(cfg: Config, dist: Dist) -> Path | None:
@@ -190,6 +200,24 @@ def set_aside(output_dir: Path, step: int) -> list[Path]:
     return moved
 
 
+def write_config(cfg: Config, dist: Dist, **facts: object) -> dict:
+    """OUTPUT/config.json: the resolved settings and what they ran with, which are returned too; and recipe.yaml. Collective."""
+    packages = ("torch", "transformers", "peft", "boson-multimodal", "safetensors", "numpy")
+    record = dataclasses.asdict(cfg) | {
+        "lr": cfg.peak_lr,
+        **facts,
+        "world_size": dist.world_size,
+        "device": dist.device.type,
+        "git_commit": code_commit(),
+        "versions": {name: version(name) for name in packages},
+        "launch": launch_id(),
+    }
+    if dist.is_main:
+        write_text(Path(cfg.output_dir) / "config.json", json.dumps(record, indent=2) + "\n")
+        write_text(Path(cfg.output_dir) / "recipe.yaml", recipe(cfg))
+    return record
+
+
 def read_config(output_dir: Path) -> dict:
     """OUTPUT/config.json, {} if there is none."""
     try:
@@ -207,7 +235,7 @@ def identify(cfg: Config, loader: Loader, val_loader: Loader | None, base: Path,
 
     raises: CheckpointError, on all ranks, if they see different base checkpoints
     """
-    prints = dist.gather(fingerprint(base))
+    prints = dist.gather(pretrained.fingerprint(base))
     if len(set(prints)) > 1:
         raise CheckpointError(f"--base_ckpt {cfg.base_ckpt}: rank {_first_other(prints)} has other weights there than rank 0")
     lengths = loader.batching.lengths
@@ -307,18 +335,3 @@ def prepare_folder(output_dir: Path, base: Path) -> None:
         os.replace(temporary, output_dir / COMPANIONS)
     except OSError as error:
         raise CheckpointError(f"--output_dir {output_dir}: cannot be written: {error}") from None
-
-
-def fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint's configuration and weights: headers, sizes, and samples of each file, within a second."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(f"{path.name} {size} ".encode() + file.read(min(header, size)))
-            first, room = 8 + header, max(0, size - 8 - header - SAMPLE_BYTES)
-            for i in range(NUM_SAMPLES):
-                file.seek(first + room * i // (NUM_SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
