@@ -23,7 +23,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from collate import Layout
-from layers import attention
 from layers.nf4 import plain
 from process.gpu import has_bf16
 
@@ -269,17 +268,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
         return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
     if lacks_grouped_kernel(query.device):
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
-    samples = zip(*(states.split(layout.lengths) for states in (query, key, value)))
-    return torch.cat([_attend_one(*states) for states in samples])
-
-
-def _attend_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Of one sample, as `attend`."""
-    if query.device.type == "cpu" and query.dtype == torch.float32 and len(query) in attention.LENGTHS:
-        return attention.Causal.apply(query, key, value)
-    states = (part.transpose(0, 1)[None] for part in (query, key, value))  # [1, heads, length, head_dim]
-    result = functional.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=True)
-    return result.squeeze(0).transpose(0, 1)
+    sdpa = functools.partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    pieces = [  # [T, heads, head_dim] -> [samples][1, heads, length, head_dim]
+        sdpa(*(piece.transpose(0, 1)[None] for piece in states))
+        for states in zip(*(states.split(layout.lengths) for states in (query, key, value)))
+    ]
+    return torch.cat([piece[0].transpose(0, 1) for piece in pieces])
 
 
 @functools.cache
