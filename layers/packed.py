@@ -170,72 +170,77 @@ class AddPieces(torch.autograd.Function):
 def project(rows: Tensor, *linears: nn.Module, is_needed: bool = True) -> Sequence[Tensor]:
     """The results [n, out] of linear layers that read the same rows [n, in], with their LoRA adapters.
 
-    One dropout mask serves the adapters of all of them. Where the results are not needed, they are undefined. What is more than a plain adapter (merged, switched off, DoRA,
-    autocast) goes through the modules themselves.
+    One dropout mask serves the adapters of all of them. Where the results are not needed, they are undefined. What is more
+    than a plain adapter (merged, switched off, DoRA, autocast) goes through the modules themselves.
     """
     found = [_weights(linear) for linear in linears]
     if None in found or torch.is_autocast_enabled(rows.device.type):
         return [linear(rows) for linear in linears]
-    weights, scales, rates = zip(*found)
+    weights, factors, rates = zip(*found)
+    A = torch.cat(scaled) if (scaled := [A for A in factors if A is not None]) else None
     adapted = torch.native_dropout(rows, rate, True)[0] if (rate := max(rates)) and linears[0].training else None
-    return Project.apply(rows, adapted, scales if is_needed else None, *(tensor for part in weights for tensor in part))
+    return Project.apply(rows, adapted, A, is_needed, *(tensor for pair in weights for tensor in pair))
 
 
-def _weights(linear: nn.Module) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], float, float] | None:
-    """((weight, LoRA's A and B or None), scale, dropout) of a layer that is no more than that."""
+def _weights(linear: nn.Module) -> tuple[tuple[Tensor, Tensor | None], Tensor | None, float] | None:
+    """((weight, LoRA's B or None), scaled A or None, dropout) of a layer that is no more than that."""
     base = linear.base_layer if isinstance(linear, LoraLayer) else linear
     if base.bias is not None:
         return None
     if base is linear:
-        return (linear.weight, None, None), 1.0, 0.0
+        return (linear.weight, None), None, 0.0
     if linear.disable_adapters or linear.merged or linear.use_dora["default"]:
         return None
-    dropout = getattr(linear.lora_dropout["default"], "p", 0.0)
-    A, B = linear.lora_A["default"], linear.lora_B["default"]
-    return (base.weight, A.weight, B.weight), linear.scaling["default"], dropout
+    A, B = linear.lora_A["default"].weight, linear.lora_B["default"].weight
+    return (base.weight, B), A * linear.scaling["default"], getattr(linear.lora_dropout["default"], "p", 0.0)
 
 
 class Project(torch.autograd.Function):
-    """Linear layers of the same rows: rows W' + scale (adapted A') B'. Gradients of the rows add up inside matrix products.
+    """Linear layers of the same rows: rows W' + adapted A' B'. Gradients of the rows add up inside matrix products.
 
-    adapted: the rows after dropout; None without
-    scales:  None where activation checkpointing reads no more than what is saved
-    weights: W, A and B of each layer
+    adapted:   the rows after dropout; None without
+    A:         [sum of ranks, in], of all adapters together, so that the rows are read once; None without
+    is_needed: False where activation checkpointing reads no more than what is saved
+    weights:   W, and B or None, of each layer
     """
 
     @staticmethod
     def forward(
-        ctx, rows: Tensor, adapted: Tensor | None, scales: Sequence[float] | None, *weights: Tensor | None
+        ctx, rows: Tensor, adapted: Tensor | None, A: Tensor | None, is_needed: bool, *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.scales = scales
-        ctx.save_for_backward(rows, adapted, *weights)
-        if scales is None:
-            return tuple(rows.new_empty((len(rows), len(W))) for W in weights[::3])
-        results, read = [], rows if adapted is None else adapted
-        for scale, W, A, B in zip(scales, *(weights[i::3] for i in range(3))):
-            result = rows @ plain(W).t()
-            results.append(result if A is None else torch.addmm(result, (read @ A.t()) * scale, B.t()))
+        inner = None if A is None else (rows if adapted is None else adapted) @ A.t()
+        ctx.save_for_backward(rows, adapted, A, inner, *weights)
+        if not is_needed:
+            return tuple(rows.new_empty((len(rows), len(W))) for W in weights[::2])
+        results = []
+        for W, B, part in zip(weights[::2], weights[1::2], _parts(inner, weights[1::2])):
+            result = rows @ plain(W).t()  # not in place below: selective checkpointing keeps it
+            results.append(result if B is None else torch.addmm(result, part, B.t()))
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, adapted, *weights = ctx.saved_tensors
-        needs_rows, needs_adapted, _, *needs = ctx.needs_input_grad
-        to_rows, to_adapted, to_weights = None, None, []
-        for i, (grad, scale, W, A, B) in enumerate(zip(grads, ctx.scales, *(weights[i::3] for i in range(3)))):
+        rows, adapted, A, inner, *weights = ctx.saved_tensors
+        needs_rows, needs_adapted, _, _, *needs = ctx.needs_input_grad
+        to_rows, to_adapted, to_A, to_inner, to_weights = None, None, None, [], []
+        for grad, W, B, part, needs_weight in zip(grads, weights[::2], weights[1::2], _parts(inner, weights[1::2]), needs[::2]):
             if needs_rows:
                 to_rows = _add_product(to_rows, grad, plain(W))
-            to_weights.append(grad.t() @ rows if needs[3 * i] else None)
-            if A is None:
-                to_weights += [None, None]
-                continue
-            inner, read = (grad @ B).mul_(scale), rows if adapted is None else adapted
-            to_weights += [inner.t() @ read, grad.t() @ (read @ A.t()).mul_(scale)]
+            to_weights += [grad.t() @ rows if needs_weight else None, None if B is None else grad.t() @ part]
+            to_inner += [] if B is None else [grad @ B]
+        if A is not None:
+            to_inner = torch.cat(to_inner, dim=1)
+            to_A = to_inner.t() @ (rows if adapted is None else adapted)
             if needs_adapted:
-                to_adapted = _add_product(to_adapted, inner, A)
+                to_adapted = to_inner @ A
             elif needs_rows:
-                to_rows = _add_product(to_rows, inner, A)
-        return to_rows, to_adapted, None, *to_weights
+                to_rows.addmm_(to_inner, A)
+        return to_rows, to_adapted, to_A, None, *to_weights
+
+
+def _parts(inner: Tensor | None, Bs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The columns of `inner` that belong to each adapter."""
+    return [None] * len(Bs) if inner is None else inner.split([0 if B is None else B.shape[1] for B in Bs], dim=1)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

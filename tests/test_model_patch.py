@@ -67,12 +67,16 @@ class CountMatmuls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_activation_checkpointing_changes_nothing_but_the_work(config, tokenizer):
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_activation_checkpointing_changes_nothing_but_the_work(lora_r, config, tokenizer):
     """float32: measured difference 0 for the loss and the gradients. "full" repeats the matrix products of a layer in the
     backward pass, "selective" none."""
     batch = create_collator(config)(case_samples("multi-segment", tokenizer))
     labels = loss.LabelSpec.of(config)
     model = model_patch.patch_for_training(make_model(config))
+    if lora_r:
+        model_patch.add_lora(model, lora_r, 8, 0.0)
+        torch.nn.init.normal_(model.layers[0].mlp.up_proj.lora_B["default"].weight)
     found = {}
     for mode in CHECKPOINTING_MODES:
         model_patch.set_activation_checkpointing(model, mode)
@@ -82,7 +86,8 @@ def test_activation_checkpointing_changes_nothing_but_the_work(config, tokenizer
     for mode in ("full", "selective"):
         assert found[mode][0] == found["none"][0]
         assert worst(found[mode][1], found["none"][1]) < 1e-6
-    assert found["full"][2] == found["none"][2] + 3 * 8, "three layers of ten linear maps, the FFNs' last two of which nobody needs"
+    repeated = 8 + 8 + 6 if lora_r else 8  # ten linear maps, the FFNs' last two of which nobody needs; as many B, and six A
+    assert found["full"][2] == found["none"][2] + 3 * repeated
     assert found["selective"][2] == found["none"][2]
 
 
