@@ -47,7 +47,6 @@ def metrics(output_dir: Path, split: str) -> list[dict]:
 # ---- commands of README.md on two ranks (test_readme.py runs them all)
 
 
-@pytest.mark.slow
 def test_lora_command(toys, tmp_path):
     manifest, output, base = toys / "train.jsonl", tmp_path / "o", toys / "checkpoint"
     done = run_shell(

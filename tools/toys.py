@@ -243,7 +243,7 @@ class Toybox:
         The house speaks without a reference.
         """
         speakers = [self.speaker(f"{name}-{n}" if n else name) for n in range(kind.num_references)]
-        transcripts = [text for _ in speakers for text in self.texts(4, 6)]
+        transcripts = [text for _ in speakers for text in self.texts(3, 4)]
         clips = [self.clip(speech(text, speaker)) for text, speaker in zip(transcripts, speakers)]
         voices = [Voice(clip, None if kind.in_system else text) for clip, text in zip(clips, transcripts)]
         speakers = speakers or [self.house]
