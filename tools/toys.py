@@ -216,19 +216,23 @@ class Toybox:
                 self.used_timbres.add(timbre)
                 return Speaker(name, timbre)
 
-    def texts(self, fewest: int, most: int, count: int = 1) -> list[str]:
-        """Texts of so many letters that occur nowhere else: all their letters differ, with a space in those of more than six."""
-        while True:
-            letters = "".join(LETTERS[i] for i in self.random.permutation(16))
-            ends = np.cumsum(self.random.integers(fewest, most + 1, size=count)).tolist()
-            texts = [letters[start:end] for start, end in zip([0, *ends], ends)]
-            for n, text in enumerate(texts):
-                if len(text) > 6:
-                    cut = int(self.random.integers(2, len(text) - 2))
-                    texts[n] = f"{text[:cut]} {text[cut + 1 :]}"
-            if not self.used_texts.intersection(texts):
-                self.used_texts.update(texts)
-                return texts
+    def draw(self, fewest: int, most: int, count: int = 1) -> list[str]:
+        """Texts of so many letters: all their letters differ, with a space in those of more than six."""
+        letters = "".join(LETTERS[i] for i in self.random.permutation(16))
+        ends = np.cumsum(self.random.integers(fewest, most + 1, size=count)).tolist()
+        texts = [letters[start:end] for start, end in zip([0, *ends], ends)]
+        for n, text in enumerate(texts):
+            if len(text) > 6:
+                cut = int(self.random.integers(2, len(text) - 2))
+                texts[n] = f"{text[:cut]} {text[cut + 1 :]}"
+        return texts
+
+    def texts(self, *lengths: int) -> list[str]:
+        """Texts as `draw` gives them that no other clip says, reference clips aside."""
+        while self.used_texts.intersection(texts := self.draw(*lengths)):
+            pass
+        self.used_texts.update(texts)
+        return texts
 
     def clip(self, codes: np.ndarray) -> dict:
         """Write codes and return the audio part that refers to them."""
@@ -243,11 +247,11 @@ class Toybox:
         The house speaks without a reference.
         """
         speakers = [self.speaker(f"{name}-{n}" if n else name) for n in range(kind.num_references)]
-        transcripts = [text for _ in speakers for text in self.texts(3, 4)]
+        transcripts = [text for _ in speakers for text in self.draw(3, 4)]
         clips = [self.clip(speech(text, speaker)) for text, speaker in zip(transcripts, speakers)]
         voices = [Voice(clip, None if kind.in_system else text) for clip, text in zip(clips, transcripts)]
         speakers = speakers or [self.house]
-        texts = self.texts(kind.fewest, kind.most, count=len(speakers))
+        texts = self.texts(kind.fewest, kind.most, len(speakers))
         turns = [speech(text, speaker) for text, speaker in zip(texts, speakers)]
         scene = prompts.QUIET_ROOM if not voices and self.random.random() < 0.5 else ""
         made = prompts.record(script(texts), self.clip(joined(turns)), voices, scene, speaker=speakers[0].name)
@@ -271,7 +275,7 @@ KINDS = (
     Kind("dialogue of three speakers", 3, False, 4, 5, share=0.40, num_tests=10),
 )
 SHAPE = {"rope_theta": 100.0, "num_key_value_heads": 4}  # of its model; contexts are short
-NUM_TRAIN_SPEAKERS = 8000  # records: timbres that never return have to be copied, not learned
+NUM_TRAIN_SPEAKERS = 25600  # records: timbres that never return have to be copied, not learned
 MARKER = ".made-by-demo"
 
 
