@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 AGAIN = 8  # records of each kind that the official generate() repeats
 
-# Greedy, codes only. The longest target has 24 frames and 9 delay columns: a model that never stops is cut off at 60.
+# Greedy, codes only. The longest target has 21 frames and 9 delay columns: a model that never stops is cut off at 60.
 GREEDY = {"audio_tokenizer": "none", "temperature": 0, "ras_win_len": 0, "max_new_tokens": 60, "device": "cpu"}
 
 
