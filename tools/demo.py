@@ -54,7 +54,7 @@ def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int, fla
         "warmup_steps": min(50, steps // 5),
         "codebook_weights": "4,1,1,1,1,1,1,1",  # letters are the hard part: they are read, the timbre is copied
         "mixed_precision": "no",
-        "val_steps": max(1, steps // 12),
+        "val_steps": max(1, steps // 8),
         "sample_steps": max(1, steps // 4),
         "sample_temperature": 0,
         "audio_tokenizer": "none",  # toy voices are codes
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--nproc", type=int, default=2, help="ranks")
     parser.add_argument("--min_match", type=float, default=0.0, help="exit 1 if clones match less than this share of codes")
     args, flags = parser.parse_known_args(argv)

@@ -268,11 +268,11 @@ class Toybox:
 # The demo's data
 
 KINDS = (
-    Kind("clone, reference as an exchange", 1, False, 5, 9, share=0.14, num_tests=20),
-    Kind("clone, reference in the system turn", 1, True, 5, 9, share=0.12, num_tests=20),
+    Kind("clone, reference as an exchange", 1, False, 5, 9, share=0.18, num_tests=20),
+    Kind("clone, reference in the system turn", 1, True, 5, 9, share=0.18, num_tests=20),
     Kind("no reference", 0, False, 5, 9, share=0.06, num_tests=10),
-    Kind("dialogue of two speakers", 2, False, 4, 5, share=0.28, num_tests=10),
-    Kind("dialogue of three speakers", 3, False, 4, 5, share=0.40, num_tests=10),
+    Kind("dialogue of two speakers", 2, False, 4, 5, share=0.24, num_tests=10),
+    Kind("dialogue of three speakers", 3, False, 4, 5, share=0.34, num_tests=10),
 )
 SHAPE = {"rope_theta": 100.0, "num_key_value_heads": 4}  # of its model; contexts are short
 NUM_TRAIN_SPEAKERS = 25600  # records: timbres that never return have to be copied, not learned
