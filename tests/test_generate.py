@@ -50,8 +50,8 @@ def test_codes_equal_the_official_engines(loud_dir, codec_dir, tmp_path):
     engine = HiggsAudioServeEngine(
         str(loud_dir), str(codec_dir), device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[128, 256]
     )
-    argv = f"--ckpt {loud_dir} --device cpu --seed 3 --max_new_tokens 30 --force_audio --normalize no --text hello --temperature"
-    prompt = ChatMLSample([Message("system", prompts.INSTRUCTION), Message("user", "hello")])
+    argv = f"--ckpt {loud_dir} --device cpu --seed 3 --max_new_tokens 30 --force_audio --normalize no --text spoken --temperature"
+    prompt = ChatMLSample([Message("system", prompts.INSTRUCTION), Message("user", "spoken")])
     for temperature in (0.0, 1.0):
         expected = engine.generate(prompt, 30, temperature, top_k=50, force_audio_gen=True, seed=3)
         delayed = expected.generated_audio_tokens
@@ -373,7 +373,7 @@ def test_the_demo_repeats_by_the_official_call(toys, loud_dir, tmp_path, monkeyp
     generated = tmp_path / "generated"
     demo_.evaluate(loud_dir, toys / "test.jsonl", generated)
     assert demo_.differing(loud_dir, toys / "test.jsonl", generated, tmp_path / "official") == []
-    assert len(list((tmp_path / "official").glob("*.npy"))) == 4 * demo_.AGAIN
+    assert len(list((tmp_path / "official").glob("*.npy"))) == 5 * demo_.AGAIN
     longest = max(generated.glob("0000[01].npy"), key=lambda path: path.stat().st_size)
     codes = np.load(longest)
     np.save(longest, np.concatenate([codes, codes[:, -1:]], axis=1) if codes.size else np.ones((8, 1), np.int16))

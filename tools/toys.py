@@ -37,8 +37,8 @@ SPECIAL_TOKENS = (
 
 # One token each, to keep the tiny model's sequences short; letters stay single tokens.
 WORDS = (
-    *("system", "user", "assistant", "Generate", " audio", " following", " instruction", "SPEAKER0", "SPEAKER1"),
-    *(prompts.QUIET_ROOM, "\n\n", "[SPEAKER0] ", "[SPEAKER1] ", "[SPEAKER2] "),
+    *("system", "user", "assistant", prompts.INSTRUCTION, "[SPEAKER0] ", "[SPEAKER1] ", "[SPEAKER2] "),
+    *("SPEAKER0", "SPEAKER1", prompts.QUIET_ROOM, "\n\n"),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
