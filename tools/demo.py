@@ -42,6 +42,7 @@ GREEDY = {"audio_tokenizer": "none", "temperature": 0, "ras_win_len": 0, "max_ne
 
 def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int, flags: Sequence[str] = ()) -> None:
     """The ordinary train.py under torchrun on the demo's data in `folder`; flags win over the settings here."""
+    cores = os.cpu_count() or 1
     settings = {
         "train_manifest": folder / "train.jsonl",
         "val_manifest": folder / "val.jsonl",
@@ -59,13 +60,13 @@ def train(folder: Path, output_dir: Path, seed: int, steps: int, nproc: int, fla
         "sample_temperature": 0,
         "audio_tokenizer": "none",  # toy voices are codes
         "save_steps": max(1, steps // 2),
-        "num_workers": 1,
+        "num_workers": int(cores > nproc),  # for all ranks; without a core of their own they would only take turns
         "seed": seed,
         "device": "cpu",  # the same figures everywhere
     }
     command = [sys.executable, "-m", "tools.launch", f"--nproc_per_node={nproc}", "--standalone", str(ROOT / "train.py")]
     command += [*to_argv(settings), *flags]
-    threads = max(1, (os.cpu_count() or 1) // nproc)
+    threads = max(1, cores // nproc)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": str(ROOT)}
     print("torchrun", " ".join(command[3:]), flush=True)
     subprocess.run(command, check=True, env=environment)
@@ -158,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1250)
     parser.add_argument("--nproc", type=int, default=2, help="ranks")
     parser.add_argument("--min_match", type=float, default=0.0, help="exit 1 if clones match less than this share of codes")
     args, flags = parser.parse_known_args(argv)
