@@ -36,7 +36,6 @@ from torch.utils.checkpoint import checkpoint
 from common import AlignmentError, CopyCollapseError
 
 IGNORE_INDEX = -100
-MAX_LOGITS = 2**25  # alive at once, in float32 128 MiB
 
 CONFIDENT_COPY = 0.9  # probability of the input token from which a prediction counts as a copy
 MAX_COPY_SHARE = 0.5  # a sound model stays near 0, a collapsed one is near 1
@@ -118,10 +117,15 @@ def _is_changed(labels: Tensor, inputs: Tensor) -> Tensor:
     return (labels != IGNORE_INDEX) & (labels != inputs)
 
 
+def max_logits(device: torch.device) -> int:
+    """How many may be alive at once: 128 MiB in float32, 512 MiB on a GPU, to which small products are no work."""
+    return 2**27 if device.type == "cuda" else 2**25
+
+
 def score_head(hidden: Tensor, head: nn.Module, targets: Targets) -> Scores:
-    """hidden: [n, D]. At most MAX_LOGITS logits exist at once; several pieces are recomputed in the backward pass."""
+    """hidden: [n, D]. At most `max_logits` logits exist at once; several pieces are recomputed in the backward pass."""
     run: Callable = functools.partial(_score_piece, head)
-    size = max(1, MAX_LOGITS // head.out_features)
+    size = max(1, max_logits(hidden.device) // head.out_features)
     if len(hidden) <= size:
         return run(hidden, targets.labels, targets.inputs)
     if torch.is_grad_enabled():

@@ -138,9 +138,11 @@ def estimate(cfg: Config, config: HiggsAudioConfig, batch: Batch, world_size: in
 
 @contextlib.contextmanager
 def like_device(on_gpu: bool) -> Iterator[None]:
-    """The attention kernel and prefetching of a GPU, or of a CPU."""
+    """The attention kernel, prefetching and pieces of logits of a GPU, or of a CPU."""
+    num_logits = loss.max_logits(torch.device("cuda" if on_gpu else "cpu"))
     kernel = mock.patch.object(packed, "has_varlen_kernel", lambda *_: on_gpu)
-    with kernel, mock.patch.object(model_patch, "can_prefetch", lambda *_: on_gpu):
+    prefetch = mock.patch.object(model_patch, "can_prefetch", lambda *_: on_gpu)
+    with kernel, prefetch, mock.patch.object(loss, "max_logits", lambda _: num_logits):
         yield
 
 
