@@ -1,7 +1,7 @@
 """The dual-FFN layer on packed positions, written for few passes over memory.
 
 Beside its matrix products a layer costs what it reads and writes, in passes over [T, D]. The functions here take half as many as
-autograd and PEFT's forward would: 35 forward and 52 backward, which tests/test_passes.py counts.
+autograd and PEFT's forward would: 35 forward and 57 backward, which tests/test_passes.py counts.
 
 Legend: T real positions in the batch, D width; sorted and packed order are those of `collate.Layout`.
 """
@@ -85,7 +85,8 @@ def _after_attention(
 
 def _ffn(mlp: LlamaMLP, rows: Tensor, is_needed: bool) -> Tensor:
     gate, up = project(rows, mlp.gate_proj, mlp.up_proj)
-    return project(mlp.act_fn(gate) * up, mlp.down_proj, is_needed=is_needed)[0]
+    gated = SwiGLU.apply(gate, up) if isinstance(mlp.act_fn, nn.SiLU) else mlp.act_fn(gate) * up
+    return project(gated, mlp.down_proj, is_needed=is_needed)[0]
 
 
 def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
@@ -149,6 +150,21 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor
     to_first.addcmul_(second, sin, value=-direction)
     to_second.addcmul_(first, sin, value=direction)
     return rotated
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, all [n, FFN size]; the backward pass computes silu(gate) again, so that it need not be kept."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        to_up = functional.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), to_up
 
 
 class AddPieces(torch.autograd.Function):
