@@ -319,7 +319,7 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert isinstance(parameter, DTensor), f"{name} is not sharded now; call model_patch.reshard after evaluation"
+            assert parameter in optimizer.state, f"{name} is gathered now; call model_patch.reshard after evaluation"
             tensors[f"model.{name}"] = parameter.data
             tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return tensors

@@ -8,7 +8,8 @@ the weights, the state-dict names and `isinstance` stay as they were, and a deep
   HiggsAudioModel.forward                 PEFT wrappers and trainer loops inject `labels` and friends: stripped here.
   HiggsAudioModel._embed_audio_ids        returns the dtype of the codebook embeddings, float32 under autocast; the
                                           merge then fails ("Index put requires the source and destination dtypes
-                                          match"). Here: always the dtype that is computed in.
+                                          match"). Here: always the dtype that is computed in, and without [K, N, D],
+                                          which upstream writes and sums: the same numbers in float32.
   HiggsAudioModel._apply_audio_tower      a batch without audio leaves the tower out of the backward graph, so FSDP
   (and _embed_audio_ids)                  ranks would disagree on what to reduce. Here: kept in the graph by a sum over
                                           nothing, which is exactly 0 and has exactly zero gradients.
@@ -125,8 +126,7 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
         codes, codes_in = batch["audio_out_ids"], batch["audio_in_ids"]
         if codes_in is not None and codes_in.shape[-1] > 0:
             codes = torch.cat([codes_in, codes], dim=1)
-        audio = super()._embed_audio_ids(codes).to(self.norm.weight.dtype)
-        hidden = torch.cat([self.embed_tokens(packing.text_ids), audio])
+        hidden = torch.cat([self.embed_tokens(packing.text_ids), self._embed_codes(codes)])
         cos, sin = (table[0] for table in self.rotary_emb(hidden, packing.position_ids[None]))
         for layer in self.layers:
             hidden = layer(hidden, layout=packing.layout, position_embeddings=(cos, sin))
@@ -152,11 +152,22 @@ class TrainableHiggsAudioModel(HiggsAudioModel):
         return output if return_dict or (return_dict is None and self.config.use_return_dict) else output.to_tuple()
 
     def _embed_audio_ids(self, audio_ids: Tensor) -> Tensor:
-        """audio_ids: [K, N]; returns [N, D] in the dtype that is computed in; `embed_tokens` is sharded again by now."""
-        embed = super()._embed_audio_ids(audio_ids).to(self.norm.weight.dtype)
+        """audio_ids: [K, N]; returns [N, D]"""
+        embed = self._embed_codes(audio_ids)
         if embed.shape[0] == 0:
             self._unused.append(embed.sum())
         return embed
+
+    def _embed_codes(self, codes: Tensor) -> Tensor:
+        """Each position's K embeddings together, in the dtype that is computed in; `embed_tokens` is sharded again by now.
+
+        codes: [K, N]; returns [N, D]
+        """
+        first = torch.arange(len(codes), device=codes.device) * self.audio_codebook_size  # rows of each codebook
+        mode = "mean" if self.config.audio_embed_avg else "sum"
+        embed = functional.embedding_bag((codes + first[:, None]).T, self.audio_codebook_embeddings.weight, mode=mode)
+        embed = self.audio_out_embed_projector(embed) if self.use_audio_out_embed_projector else embed
+        return embed.to(self.norm.weight.dtype)
 
     def _apply_audio_tower(self, audio_features, audio_feature_attention_mask):
         # Without gradients upstream skips the tower for a batch without audio; sharded, every rank has to enter it.
@@ -365,8 +376,8 @@ def shard(model: HiggsAudioModel, mesh: DeviceMesh, param_dtype: torch.dtype | N
     settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)}
     if cpu_offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    elif mesh.size() == 1:  # alone, gathering would copy the frozen weights in every forward and backward pass
-        settings["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    elif mesh.size() == 1:  # alone, gathering would only copy what is computed in as it is
+        settings["ignored_params"] = {p for p in model.parameters() if not p.requires_grad or p.dtype == param_dtype}
     tower_layers = model.audio_tower.layers if model.audio_tower is not None else ()
     for module in (model.embed_tokens, *tower_layers, *model.layers):
         fully_shard(module, **settings)

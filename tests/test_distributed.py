@@ -256,3 +256,15 @@ def test_adamw_on_own_rows_is_adamw_on_sharded_tensors():
             update(optimizer, 0.1 / (1 + step), grad_clip=1.0, has_targets=torch.tensor(step != 2))
         kept.append([full(t) for p in parameters for t in (p, *optimizer.state[p].values())])
     assert len(kept[0]) == 8 and all(map(torch.equal, *kept))
+
+
+@pytest.mark.parametrize(
+    ("flags", "gathered"),
+    [(["--lora_r", "0"], False), (["--lora_r", "0", "--mixed_precision", "bf16"], True), (["--lora_r", "4"], False)],
+)
+def test_alone_only_weights_of_another_dtype_are_gathered(flags, gathered, config):
+    """On one rank, float32 weights that compute in float32 stay as they are: gathering would copy them twice in every step."""
+    dist = train.setup_distributed("cpu")
+    given = ["--train_manifest", "m", "--output_dir", "o", "--device", "cpu", "--mixed_precision", "no", *flags]
+    model, _ = train.construct_model(train.parse_config(given), dist, config)
+    assert {isinstance(p, DTensor) for p in model.parameters() if p.requires_grad} == {gathered}

@@ -172,6 +172,21 @@ def test_every_parameter_gets_a_gradient_without_audio(config, tokenizer):
     assert model.audio_codebook_embeddings.weight.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_codes_are_embedded_as_upstream_does(average, tokenizer):
+    """float32, though [K, N, D] never exists: the sum to the bit; the mean, and gradients, to 1.2e-7 of the largest."""
+    found = []
+    for patch in (lambda model: model, model_patch.patch_for_training):
+        model = patch(make_model(tiny_config(tokenizer, audio_embed_avg=average)))
+        codes = torch.randint(0, 66, (8, 50), generator=torch.Generator().manual_seed(0))
+        rows = model._embed_audio_ids(codes)
+        (rows * rows.detach().cos()).sum().backward()
+        found.append((rows.detach(), model.audio_codebook_embeddings.weight.grad))
+    assert average or torch.equal(found[0][0], found[1][0])
+    for ours, upstreams in zip(*found):
+        torch.testing.assert_close(ours, upstreams, rtol=0, atol=2e-7 * upstreams.abs().max().item())
+
+
 # ---- the patches themselves
 
 
