@@ -63,7 +63,6 @@ from loss import LabelSpec, LossSums, Objective, Tally
 from metrics import Totals
 from process import fit, lineage
 from process.command import leave, says_errors
-from process.cpu import keep_freed_memory
 from process.gpu import DTYPES, has_bf16, repeat_to_the_bit
 from process.log import Log, keep_output
 from process.monitor import Monitor
@@ -89,8 +88,6 @@ def build_model(cfg: Config, dist: Dist, config: HiggsAudioConfig, folder: Path)
         linears = (m for m in model.layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
         kinds = [nf4.is_quantized(linear.weight) for linear in linears]
         log(dist, f"{sum(kinds)} weights of the layers are NF4, {len(kinds) - sum(kinds)} are too small for its blocks")
-    if dist.device.type == "cpu":
-        keep_freed_memory()
     return model, lora
 
 

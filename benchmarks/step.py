@@ -9,8 +9,7 @@ Any flag of train.py may follow. The default is a full fine-tune in micro-batche
 a GPU. *Ours* is what train.py runs: `build_model`, `build_loaders`, `train_step`. The *reference* trains the same weights on
 the same samples as public trainers do: the unpatched model, the official collator's padded batches, dense float32
 cross-entropy over all positions of both streams, fused AdamW, gradient clipping; on a GPU all in bf16, because upstream fails
-under autocast. *Bucketed* is the same loop on the same samples, sorted by length before they are cut into batches. On a CPU
-train.py keeps freed memory (process/cpu.py); plain loops do not, unless `--keep_memory` lets them.
+under autocast. *Bucketed* is the same loop on the same samples, sorted by length before they are cut into batches.
 
 Clips are random codes, references of 3 to 10 s and targets of 2 to 20 s, uniformly drawn, with 4 text tokens per second.
 Real tokens are positions after expansion, without padding. Useful FLOPs are defined in `metrics.Flops`; they are compared
@@ -55,7 +54,6 @@ from distributed import Dist, setup_distributed  # noqa: E402
 from export import pretrained  # noqa: E402
 from layers.optimizer import LossScale  # noqa: E402
 from loss import IGNORE_INDEX  # noqa: E402
-from process.cpu import keep_freed_memory  # noqa: E402
 from tools import synthetic  # noqa: E402
 from tools.estimate import estimate  # noqa: E402
 from tools.memory import LiveBytes, resident_bytes  # noqa: E402
@@ -87,7 +85,6 @@ class Ours:
 
     def step(self, micro: Micro) -> float:
         """One optimizer step; returns its loss."""
-        keep_freed_memory()
         result = train.train_step(self.task, [micro.ours], step=0, lr=self.lr)
         assert not result.culprits, "the step was skipped"
         return self.task.objective.metrics(result.total.losses)["loss"]
@@ -95,8 +92,6 @@ class Ours:
 
 class Reference:
     """What public trainers run."""
-
-    keeps_memory = False  # --keep_memory
 
     def __init__(self, cfg: Config, dist: Dist, config: HiggsAudioConfig):
         dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
@@ -109,7 +104,6 @@ class Reference:
 
     def step(self, micro: Micro) -> float:
         """One optimizer step; returns its loss."""
-        keep_freed_memory(self.keeps_memory)
         batch = {name: value for name, value in vars(micro.padded).items() if name != "reward"}
         batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         output = self.model(**batch)
@@ -436,12 +430,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each")
     parser.add_argument("--samples", type=int, default=64, help="in the data set")
     parser.add_argument("--no_reference", action="store_true", help="ours alone")
-    parser.add_argument("--keep_memory", action="store_true", help="freed memory stays with the references, too")
     parser.add_argument("--scaling", action="store_true", help="ours alone, at 1x, 2x and 4x the length and the batch size")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--folder", type=Path, help="keep checkpoint and data here; default: a temporary folder")
     args, flags = parser.parse_known_args(argv)
-    args.argv, Reference.keeps_memory = argv, args.keep_memory
+    args.argv = argv
     if args.size == "real" and not torch.cuda.is_available():
         print("### real\n\nNot measured: its weights, gradients and optimizer state are for a CUDA GPU, and none is here.")
         return

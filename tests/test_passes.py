@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
@@ -108,35 +102,6 @@ def test_swiglu_is_autograds_and_keeps_less(dtype):
     expected = nn.functional.silu(gate) * up
     gradients = [torch.autograd.grad((result * weights).sum(), (gate, up)) for result in (found, expected)]
     assert torch.equal(found, expected) and all(map(torch.equal, *gradients))
-
-
-KEPT = """
-import resource, sys
-import numpy
-sys.path.insert(0, sys.argv[1])
-from process.cpu import keep_freed_memory
-
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    numpy.arange(2**23)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-new_pages()
-print(new_pages())
-keep_freed_memory()
-new_pages()
-print(new_pages())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library does as it likes")
-def test_freed_memory_is_kept():
-    """64 MB that were freed are taken again: as new pages before, as the same ones after."""
-    root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}  # pages of 4 kB, which are counted
-    found = subprocess.run([sys.executable, "-c", KEPT, str(root)], capture_output=True, text=True, check=True, env=environment)
-    before, after = map(int, found.stdout.split())
-    assert before >= 2**26 / 4096 and after < 100
 
 
 def adapted_layers(count: int = 2, dropout: float = 0.0) -> nn.ModuleDict:
