@@ -1,7 +1,7 @@
 """The dual-FFN layer on packed positions, written for few passes over memory.
 
-Beside its matrix products a layer costs what it reads and writes, in passes over [T, D]. The functions here take half as many as
-autograd and PEFT's forward would: 34 forward and 57 backward, which tests/test_passes.py counts.
+Beside its matrix products a layer costs what it reads and writes, in passes over [T, D]: here 34 forward and 57 backward, which
+tests/test_passes.py counts. Autograd would take half as many again, with PEFT's forward more than twice as many.
 
 Legend: T real positions in the batch, D width; sorted and packed order are those of `collate.Layout`.
 """

@@ -13,6 +13,7 @@ from test_resume import run_and_stop
 
 import train
 from config import parse_config
+from distributed import whole
 from export import pretrained
 
 DECAY = 0.7
@@ -27,7 +28,7 @@ def run(dist, argv: list[str]) -> dict[str, torch.Tensor]:
     finally:
         train.build_optimizer = build
     (optimizer,) = built
-    return {n: optimizer.state[p]["ema"].full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+    return {n: whole(optimizer.state[p]["ema"]) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def arguments(toys: Path, output: Path, **extra) -> list[str]:

@@ -25,6 +25,7 @@ import data
 import train
 from common import ConfigError
 from config import to_argv
+from distributed import whole
 from generate.official import as_prompt, generate_one
 from prepare.audio import AudioStore
 from prepare.manifest import read_manifest
@@ -142,7 +143,7 @@ def test_training_learns_and_evaluation_does_not_disturb(toys, tmp_path):
     quiet = run_here(settings(toys, tmp_path / "a", lora_r=0, mixed_precision="no", max_steps=12))
     extra = {"val_manifest": toys / "val.jsonl", "val_steps": 3, "save_steps": 4}
     busy = run_here(settings(toys, tmp_path / "b", lora_r=0, mixed_precision="no", max_steps=12, **extra))
-    assert all(torch.equal(p.full_tensor(), q.full_tensor()) for p, q in zip(quiet.parameters(), busy.parameters()))
+    assert all(torch.equal(whole(p), whole(q)) for p, q in zip(quiet.parameters(), busy.parameters()))
     lines = metrics(tmp_path / "b", "train")
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     assert [line["step"] for line in metrics(tmp_path / "b", "val")] == [3, 6, 9, 12]
